@@ -1,0 +1,41 @@
+# make demo, make test, make lint: each does all its own set-up, from a fresh clone, in .venv.
+#   PYTHON=python3.12   the Python (>= 3.10) that .venv is made with; remove .venv to change it
+#   TORCH_INDEX=URL     one more package index, for another build of torch, e.g. https://download.pytorch.org/whl/cpu
+#   VENV=0              use PYTHON's environment as it is: nothing is installed
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV ?= 1
+
+ifeq ($(VENV),0)
+run := $(PYTHON)
+installed =
+else
+run := .venv/bin/python
+installed = .venv/$(1).installed
+endif
+
+.PHONY: demo test lint
+.NOTPARALLEL:
+
+demo: $(call installed,demo)
+	$(run) -m hdit.demo
+
+# Two processes of one thread each. Tests marked gpu have the GPU to themselves: pytest -m gpu.
+test: $(call installed,test)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(run) -m pytest -n 2 --dist worksteal -m "not gpu" --durations 10
+
+lint: $(call installed,lint)
+	$(run) -m ruff check .
+	$(run) -m ruff format --check .
+	$(run) -m mypy
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"Python >= 3.10 is needed and {sys.executable} is {sys.version.split()[0]}: name another with make PYTHON=...")'
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/%.installed: pyproject.toml constraints.txt .venv/created
+	.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[$*]"
+	touch $@

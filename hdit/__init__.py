@@ -1,0 +1,34 @@
+"""The Hourglass Diffusion Transformer: model, denoiser, noise levels and samplers. To import it needs torch only."""
+
+from hdit import densities, sampling
+from hdit.config import (
+    GlobalAttention,
+    HDiTConfig,
+    Level,
+    Mapping,
+    NeighborhoodAttention,
+    NoAttention,
+    ShiftedWindowAttention,
+    presets,
+)
+from hdit.denoiser import Denoiser
+from hdit.kdiffusion import config_from_kdiffusion, density_from_kdiffusion, load_kdiffusion
+from hdit.model import HDiT
+
+__all__ = [
+    "Denoiser",
+    "GlobalAttention",
+    "HDiT",
+    "HDiTConfig",
+    "Level",
+    "Mapping",
+    "NeighborhoodAttention",
+    "NoAttention",
+    "ShiftedWindowAttention",
+    "config_from_kdiffusion",
+    "densities",
+    "density_from_kdiffusion",
+    "load_kdiffusion",
+    "presets",
+    "sampling",
+]

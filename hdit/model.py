@@ -1,0 +1,427 @@
+"""The Hourglass Diffusion Transformer (Crowson et al. 2024, arXiv 2401.11605), top to bottom.
+
+    pixels -> patches -> [down level -> merge 2x2] … -> middle level -> … [split 2x2 -> up level] -> patches -> pixels
+
+Tokens are kept as [batch, rows, columns, channels] throughout. Parameter and buffer names are those of k-diffusion's
+ImageTransformerDenoiserModelV2, so that its checkpoints load with load_state_dict(strict=True). The network itself
+neither scales its input nor weighs its output by the noise level: hdit.Denoiser does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hdit.config import GlobalAttention, HDiTConfig, NeighborhoodAttention, NoAttention, ShiftedWindowAttention
+from hdit.config import Level as LevelConfig
+from hdit.config import Mapping as MappingConfig
+from hdit_kernels import (
+    ada_rms_norm,
+    geglu,
+    neighborhood_self_attention,
+    qk_norm_rope,
+    rms_norm,
+    token_merge,
+    token_split,
+)
+
+AUGMENTATIONS = 9  # numbers that describe an augmentation (EDM, arXiv 2206.00364, appendix F.2)
+
+
+def zero_init(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+# Conditioning: noise level, augmentation, class and anything else become one vector [B, mapping width]
+
+
+class FourierFeatures(nn.Module):
+    """x [B, in_features] -> cos and sin of fixed random projections of x, [B, out_features]."""
+
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(out_features // 2, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A product by broadcasting: autocast would run a matrix product in bfloat16, too coarse for angles.
+        angle = 2 * math.pi * (x[:, None, :] * self.weight).sum(-1)
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.scale)
+
+
+class MappingBlock(nn.Module):
+    def __init__(self, width: int, d_ff: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.up_proj = nn.Linear(width, 2 * d_ff, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.down_proj = zero_init(nn.Linear(d_ff, width, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(self.dropout(geglu(self.up_proj(self.norm(x)))))
+
+
+class MappingNetwork(nn.Module):
+    def __init__(self, config: MappingConfig) -> None:
+        super().__init__()
+        self.in_norm = RMSNorm(config.width)
+        blocks = [MappingBlock(config.width, config.d_ff, config.dropout) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.out_norm = RMSNorm(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out_norm(x)
+
+
+# Position: axial rotary embedding
+
+
+def axial_positions(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Centres of a grid's rows [rows] and columns [columns]: the longer side spans [-1, 1], the other a part of it."""
+
+    def centres(count: int) -> Tensor:
+        reach = count / max(rows, columns)
+        edges = torch.linspace(-reach, reach, count + 1, dtype=dtype, device=device)
+        return (edges[:-1] + edges[1:]) / 2
+
+    return centres(rows), centres(columns)
+
+
+def halve(pos: Tensor) -> Tensor:
+    """Positions of merged tokens along one axis: the mean of the two they come from."""
+    return pos.view(-1, 2).mean(-1)
+
+
+class AxialRoPE(nn.Module):
+    """Angles of one layer: pos_y [H], pos_x [W] -> theta_y [H, heads, head_dim/8], theta_x [W, heads, head_dim/8]."""
+
+    freqs: Tensor
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        count = heads * head_dim // 8
+        freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), count + 1)[:-1].exp()
+        self.register_buffer("freqs", freqs.view(head_dim // 8, heads).T.contiguous())
+
+    def forward(self, pos_y: Tensor, pos_x: Tensor) -> tuple[Tensor, Tensor]:
+        freqs = self.freqs.to(pos_y.dtype)
+        return pos_y[:, None, None] * freqs, pos_x[:, None, None] * freqs
+
+
+# Transformer layers
+
+
+class AdaRMSNorm(nn.Module):
+    """RMS norm of x [B, H, W, C] whose scale is 1 + a projection of cond [B, mapping width]."""
+
+    def __init__(self, width: int, cond_width: int) -> None:
+        super().__init__()
+        self.linear = zero_init(nn.Linear(cond_width, width, bias=False))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        return ada_rms_norm(x, self.linear(cond))
+
+
+def global_attention(qkv: Tensor) -> Tensor:
+    """Attention of all tokens to all: qkv [B, H, W, 3, heads, D], ready by qk_norm_rope -> [B, H, W, heads, D]."""
+    query, key, value = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    return out.transpose(1, 2).unflatten(1, qkv.shape[1:3])
+
+
+def shifted_window_attention(qkv: Tensor, size: int, shift: int) -> Tensor:
+    """Attention inside size x size windows of the grid, rolled by shift: shapes as in global_attention."""
+    batch, height, width, _, heads, head_dim = qkv.shape
+    rows, columns = height // size, width // size
+
+    mask = None
+    if shift:
+        qkv = qkv.roll((shift, shift), dims=(1, 2))
+        # The roll brings tokens from opposite edges of the image together, which must not see each other: they are told
+        # apart by whether their row and their column come before the shift.
+        past_y = torch.arange(height, device=qkv.device) < shift
+        past_x = torch.arange(width, device=qkv.device) < shift
+        region = (2 * past_y[:, None] + past_x).view(rows, size, columns, size).transpose(1, 2).reshape(-1, size * size)
+        mask = (region[:, :, None] == region[:, None, :])[:, None]
+    windows = qkv.view(batch, rows, size, columns, size, 3, heads, head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    query, key, value = windows.reshape(3, batch, rows * columns, heads, size * size, head_dim)
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
+    out = out.view(batch, rows, columns, heads, size, size, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.reshape(batch, height, width, heads, head_dim)
+    return out.roll((-shift, -shift), dims=(1, 2)) if shift else out
+
+
+class SelfAttentionBlock(nn.Module):
+    """Cosine-similarity attention with a learned scale per head; index: which of its level's layers this is."""
+
+    def __init__(
+        self,
+        config: LevelConfig,
+        attention: GlobalAttention | NeighborhoodAttention | ShiftedWindowAttention,
+        cond_width: int,
+        index: int,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.heads = config.width // attention.head_dim
+        self.shifted = index % 2 == 1
+        self.norm = AdaRMSNorm(config.width, cond_width)
+        self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.scale = nn.Parameter(torch.full([self.heads], 10.0))
+        self.pos_emb = AxialRoPE(self.heads, attention.head_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.out_proj = zero_init(nn.Linear(config.width, config.width, bias=False))
+
+    def forward(self, x: Tensor, pos_y: Tensor, pos_x: Tensor, cond: Tensor) -> Tensor:
+        kind = self.attention
+        qkv = self.qkv_proj(self.norm(x, cond)).unflatten(-1, (3, self.heads, kind.head_dim))
+        theta_y, theta_x = self.pos_emb(pos_y, pos_x)
+        if isinstance(kind, NeighborhoodAttention):
+            out = neighborhood_self_attention(qkv, self.scale, theta_y, theta_x, kind.kernel_size)
+        elif isinstance(kind, GlobalAttention):
+            out = global_attention(qk_norm_rope(qkv, self.scale, theta_y, theta_x))
+        else:
+            qkv = qk_norm_rope(qkv, self.scale, theta_y, theta_x)
+            out = shifted_window_attention(qkv, kind.window_size, kind.window_size // 2 if self.shifted else 0)
+        return x + self.out_proj(self.dropout(out.flatten(-2)))
+
+
+class FeedForwardBlock(nn.Module):
+    def __init__(self, config: LevelConfig, cond_width: int) -> None:
+        super().__init__()
+        self.norm = AdaRMSNorm(config.width, cond_width)
+        self.up_proj = nn.Linear(config.width, 2 * config.d_ff, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.down_proj = zero_init(nn.Linear(config.d_ff, config.width, bias=False))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        return x + self.down_proj(self.dropout(geglu(self.up_proj(self.norm(x, cond)))))
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, config: LevelConfig, cond_width: int, index: int) -> None:
+        super().__init__()
+        self.self_attn = None
+        if not isinstance(config.attention, NoAttention):
+            self.self_attn = SelfAttentionBlock(config, config.attention, cond_width, index)
+        self.ff = FeedForwardBlock(config, cond_width)
+
+    def forward(self, x: Tensor, pos_y: Tensor, pos_x: Tensor, cond: Tensor) -> Tensor:
+        if self.self_attn is not None:
+            x = self.self_attn(x, pos_y, pos_x, cond)
+        return self.ff(x, cond)
+
+
+class Level(nn.ModuleList):
+    """The layers of one level on one way; first: index of the first (the way up continues the way down's count)."""
+
+    def __init__(self, config: LevelConfig, cond_width: int, first: int = 0) -> None:
+        super().__init__(TransformerLayer(config, cond_width, first + i) for i in range(config.depth))
+
+    def forward(self, x: Tensor, pos_y: Tensor, pos_x: Tensor, cond: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, pos_y, pos_x, cond)
+        return x
+
+
+# Between levels, and between pixels and tokens
+
+
+class TokenMerge(nn.Module):
+    """x [B, H*h, W*w, in_features] -> [B, H, W, out_features]."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(in_features * math.prod(patch_size), out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return token_merge(x, self.proj.weight, self.patch_size)
+
+
+class TokenSplit(nn.Module):
+    """x [B, H, W, in_features] -> [B, H*h, W*w, out_features], mixed with the skip of that shape."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_features, out_features * 4, bias=False)
+        self.fac = nn.Parameter(torch.full([1], 0.5))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return token_split(x, self.proj.weight, (2, 2), skip, self.fac)
+
+
+class PatchOut(nn.Module):
+    """x [B, H, W, in_features] -> [B, H*h, W*w, out_features]."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = zero_init(nn.Linear(in_features, out_features * math.prod(patch_size), bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return token_split(x, self.proj.weight, self.patch_size)
+
+
+class HDiT(nn.Module):
+    """The whole network. config: what it is made of (see hdit.HDiTConfig; hdit.presets has the published ones)."""
+
+    def __init__(self, config: HDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        levels, width = config.levels, config.mapping.width
+
+        self.patch_in = TokenMerge(config.in_channels, levels[0].width, config.patch_size)
+
+        self.time_emb = FourierFeatures(1, width)
+        self.time_in_proj = nn.Linear(width, width, bias=False)
+        self.aug_emb = FourierFeatures(AUGMENTATIONS, width)
+        self.aug_in_proj = nn.Linear(width, width, bias=False)
+        self.class_emb = nn.Embedding(config.num_classes, width) if config.num_classes else None
+        extra = config.mapping_cond_dim
+        self.mapping_cond_in_proj = nn.Linear(extra, width, bias=False) if extra else None
+        self.mapping = MappingNetwork(config.mapping)
+
+        self.down_levels = nn.ModuleList(Level(level, width) for level in levels[:-1])
+        self.up_levels = nn.ModuleList(Level(level, width, first=level.depth) for level in levels[:-1])
+        self.mid_level = Level(levels[-1], width)
+        pairs = list(zip(levels[:-1], levels[1:], strict=True))
+        self.merges = nn.ModuleList(TokenMerge(fine.width, coarse.width) for fine, coarse in pairs)
+        self.splits = nn.ModuleList(TokenSplit(coarse.width, fine.width) for fine, coarse in pairs)
+
+        self.out_norm = RMSNorm(levels[0].width)
+        self.patch_out = PatchOut(levels[0].width, config.out_channels, config.patch_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        aug_cond: Tensor | None = None,
+        class_cond: Tensor | None = None,
+        mapping_cond: Tensor | None = None,
+    ) -> Tensor:
+        """One evaluation of the network.
+
+        x [B, in_channels, H, W]: noised images scaled to about unit variance, in the parameters' dtype (in any under
+        autocast); H and W multiples of the patch and its merges. sigma [B]: positive noise levels, floating point.
+        aug_cond [B, 9]: how the images were augmented, zeros if not given. class_cond [B]: class indices, int64 or
+        int32, below num_classes; mapping_cond [B, mapping_cond_dim]: each needed exactly if the model has it.
+        Returns [B, out_channels, H, W]. Raises ValueError, naming the argument, for whatever doesn't fit; the values of
+        class_cond are checked on the CPU only, where that doesn't wait for a GPU.
+        """
+        self._check(x, sigma, aug_cond, class_cond, mapping_cond)
+        cond = self.condition(sigma, aug_cond, class_cond, mapping_cond)
+
+        rows, columns = self.config.grids(*x.shape[2:])[0]
+        # Positions need at least float32: in bfloat16 the neighbours of a large grid would share one.
+        pos_y, pos_x = axial_positions(rows, columns, self._wide_dtype, x.device)
+
+        x = self.patch_in(x.permute(0, 2, 3, 1))
+        skips = []
+        for level, merge in zip(self.down_levels, self.merges, strict=True):
+            x = level(x, pos_y, pos_x, cond)
+            skips.append((x, pos_y, pos_x))
+            x, pos_y, pos_x = merge(x), halve(pos_y), halve(pos_x)
+
+        x = self.mid_level(x, pos_y, pos_x, cond)
+
+        for level, split in zip(reversed(self.up_levels), reversed(self.splits), strict=True):
+            skip, pos_y, pos_x = skips.pop()
+            x = level(split(x, skip), pos_y, pos_x, cond)
+
+        return self.patch_out(self.out_norm(x)).permute(0, 3, 1, 2)
+
+    def condition(
+        self, sigma: Tensor, aug_cond: Tensor | None, class_cond: Tensor | None, mapping_cond: Tensor | None
+    ) -> Tensor:
+        """The conditioning vector [B, mapping width]; arguments as in forward."""
+        dtype = self.time_in_proj.weight.dtype
+        log_sigma = sigma.to(self._wide_dtype).log()[:, None] / 4
+        cond = self.time_in_proj(self.time_emb(log_sigma).to(dtype))
+        if aug_cond is None:
+            aug_cond = log_sigma.new_zeros(len(sigma), AUGMENTATIONS)
+        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond.to(self._wide_dtype)).to(dtype))
+        if self.class_emb is not None:
+            cond = cond + self.class_emb(class_cond)
+        if self.mapping_cond_in_proj is not None:
+            cond = cond + self.mapping_cond_in_proj(mapping_cond)
+        return self.mapping(cond)
+
+    @property
+    def _wide_dtype(self) -> torch.dtype:
+        """float32, or float64 in a float64 model: for numbers that must not be rounded to half precision."""
+        return torch.promote_types(self.time_in_proj.weight.dtype, torch.float32)
+
+    def _check(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        aug_cond: Tensor | None,
+        class_cond: Tensor | None,
+        mapping_cond: Tensor | None,
+    ) -> None:
+        config, dtype = self.config, self.patch_in.proj.weight.dtype
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise ValueError(f"x must be [batch, {config.in_channels}, height, width], got {list(x.shape)}")
+        if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"x must have the model's dtype {dtype} outside autocast, got {x.dtype}")
+        batch = x.shape[0]
+        if sigma.shape != (batch,) or not sigma.is_floating_point():
+            raise ValueError(f"sigma must be [{batch}] and floating point, got {list(sigma.shape)} {sigma.dtype}")
+        if aug_cond is not None and aug_cond.shape != (batch, AUGMENTATIONS):
+            raise ValueError(f"aug_cond must be [{batch}, {AUGMENTATIONS}], got {list(aug_cond.shape)}")
+
+        if (class_cond is None) == bool(config.num_classes):
+            raise ValueError(f"class_cond must be given exactly if the model has classes, it has {config.num_classes}")
+        if class_cond is not None:
+            if class_cond.shape != (batch,) or class_cond.dtype not in (torch.int64, torch.int32):
+                got = f"{list(class_cond.shape)} {class_cond.dtype}"
+                raise ValueError(f"class_cond must be [{batch}], int64 or int32, got {got}")
+            if class_cond.device.type == "cpu" and not torch.compiler.is_compiling():
+                wrong = class_cond[(class_cond < 0) | (class_cond >= config.num_classes)]
+                if len(wrong):
+                    top = config.num_classes - 1
+                    raise ValueError(f"class_cond must be in 0…{top} ({top}: no class), got {wrong.tolist()}")
+
+        dim = config.mapping_cond_dim
+        if (mapping_cond is None) == bool(dim):
+            raise ValueError(f"mapping_cond must be given exactly if the model has mapping_cond_dim, which is {dim}")
+        if mapping_cond is not None and mapping_cond.shape != (batch, dim):
+            raise ValueError(f"mapping_cond must be [{batch}, {dim}], got {list(mapping_cond.shape)}")
+
+    def param_groups(self, base_lr: float = 5e-4, mapping_lr_scale: float = 1 / 3) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: [others, others without decay, mapping, mapping without decay].
+
+        The mapping network and the projections from it learn mapping_lr_scale times as fast. Projections take the
+        optimizer's own weight decay; norms, scales, mixing factors and embeddings of the conditions take none.
+        """
+        embeddings = ("time_in_proj.", "aug_in_proj.", "class_emb.", "mapping_cond_in_proj.")
+        groups: list[dict[str, Any]] = [
+            {"params": [], "lr": base_lr},
+            {"params": [], "lr": base_lr, "weight_decay": 0.0},
+            {"params": [], "lr": base_lr * mapping_lr_scale},
+            {"params": [], "lr": base_lr * mapping_lr_scale, "weight_decay": 0.0},
+        ]
+        for name, parameter in self.named_parameters():
+            mapping = name.startswith("mapping.") or name.endswith(".norm.linear.weight")
+            decays = name.endswith(".weight") and not name.startswith(embeddings)
+            groups[2 * mapping + (not decays)]["params"].append(parameter)
+        return groups

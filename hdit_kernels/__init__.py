@@ -1,0 +1,21 @@
+"""Kernels of the Hourglass Diffusion Transformer: tensors in, tensors out, stateless. See each function's docstring."""
+
+from hdit_kernels.geglu import geglu
+from hdit_kernels.neighborhood_attention.op import na2d
+from hdit_kernels.neighborhood_attention.self_attention import neighborhood_self_attention
+from hdit_kernels.norms import ada_layer_norm, ada_rms_norm, gated_residual, rms_norm
+from hdit_kernels.rope import qk_norm_rope
+from hdit_kernels.tokens import token_merge, token_split
+
+__all__ = [
+    "ada_layer_norm",
+    "ada_rms_norm",
+    "gated_residual",
+    "geglu",
+    "na2d",
+    "neighborhood_self_attention",
+    "qk_norm_rope",
+    "rms_norm",
+    "token_merge",
+    "token_split",
+]

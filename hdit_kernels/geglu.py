@@ -1,0 +1,66 @@
+"""`geglu`: the gated activation of the feed-forward blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hdit_kernels import checks, reference, registration
+
+
+def geglu(x: Tensor) -> Tensor:
+    """a · gelu(g) with a, g = x.chunk(2, -1), the value first and the exact (erf) GELU.
+
+    Args:
+        x: [..., 2·d_ff], bfloat16, float16 or float32 (float64 takes the reference); any strides whose last is 1.
+
+    Returns:
+        [..., d_ff] in x's dtype, contiguous; also under autocast.
+
+    Raises:
+        TypeError, ValueError: x is no floating tensor, or its last dimension is odd or empty.
+
+    Source: Shazeer 2020, arXiv:2002.05202; HDiT section 4.3.
+    """
+    checks.floating(x=x)
+    checks.require(
+        x.ndim >= 1 and x.shape[-1] > 0 and x.shape[-1] % 2 == 0,
+        f"x: expected shape [..., 2·d_ff], got {list(x.shape)}",
+    )
+    return _GEGLU.apply(x) if registration.needs_grad(x) else _forward(x)
+
+
+class _GEGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        return _backward(dout, *ctx.saved_tensors)
+
+
+def _reference_backward(dout: Tensor, x: Tensor) -> Tensor:
+    (dx,) = registration.vjp(reference.geglu, (x,), (dout,))
+    return dx
+
+
+_forward = registration.define(
+    "geglu_forward",
+    "(Tensor x) -> Tensor",
+    reference=reference.geglu,
+    launcher="geglu_triton:geglu_forward",
+    fake=lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+)
+_backward = registration.define(
+    "geglu_backward",
+    "(Tensor dout, Tensor x) -> Tensor",
+    reference=_reference_backward,
+    launcher="geglu_triton:geglu_backward",
+    fake=lambda dout, x: x.new_empty(x.shape),
+)

@@ -1,0 +1,3 @@
+"""2-D neighborhood attention: `op` (public function, checks, registration), `forward` and `backward` (kernels),
+`configs`.
+"""

@@ -1,0 +1,210 @@
+"""`na2d`: the public function, its checks and its registration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hdit_kernels import checks, reference, registration
+
+T = TypeVar("T", int, bool)
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """2-D neighborhood attention, as `natten.na2d`: each query attends to the kernel_size window of keys around it.
+
+    Along an axis of length L with window K, the query at i sees exactly the K keys from clamp(i − K//2, 0, L − K) on,
+    so windows at a border move inwards and keep their size; the 2-D window is the product of the two axes.
+
+    Args:
+        query, key, value: [B, H, W, heads, head_dim], bfloat16, float16 or float32 (float64 takes the reference), one
+            dtype; any strides whose last is 1 are read without a copy. On a GPU head_dim is a multiple of 8, at most
+            128.
+        kernel_size: window, one number or (rows, columns), any parity; kernel_size · dilation ≤ (H, W).
+        stride: queries that share a window, at most kernel_size (1: each its own). More than 1: CPU only.
+        dilation: the step between the keys of a window; the grid splits into dilation² interleaved ones.
+        is_causal: per axis, see no later key. True: CPU only.
+        scale: factor of the logits, default head_dim ** -0.5.
+        additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query. CPU only.
+        return_lse: also return the logarithm of the softmax denominator.
+
+    Returns:
+        out [B, H, W, heads, head_dim] in the query's dtype; with return_lse (out, lse), lse float32 (float64 for
+        float64) [B, H, W, heads], natural logarithm. Both are differentiable; the gradients are deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+        NotImplementedError: stride, is_causal or additional keys on a GPU.
+
+    Source: Hassani et al. 2023, arXiv:2204.07143 and 2209.15001 (dilation); HDiT section 4.2. Under autocast it runs in
+    the autocast dtype.
+    """
+    checks.floating(
+        query=query, key=key, value=value, additional_keys=additional_keys, additional_values=additional_values
+    )
+    checks.shape("query", query, ["B", "H", "W", "heads", "head_dim"])
+    checks.shape("key", key, query.shape)
+    checks.shape("value", value, query.shape)
+    checks.require(query.numel() > 0, f"query: expected at least one element, got shape {list(query.shape)}")
+    window, strides, steps = pair("kernel_size", kernel_size), pair("stride", stride), pair("dilation", dilation)
+    causal = pair("is_causal", is_causal, bool)
+    check_window(query.shape[1:3], window, steps)
+    for axis in (0, 1):
+        checks.require(strides[axis] <= window[axis], f"stride: expected at most kernel_size {window}, got {strides}")
+    if (additional_keys is None) != (additional_values is None):
+        raise ValueError("additional_keys and additional_values: expected both or neither, got one")
+    if additional_keys is not None and additional_values is not None:
+        expected = [query.shape[0], "extra", *query.shape[3:]]
+        checks.shape("additional_keys", additional_keys, expected)
+        checks.shape("additional_values", additional_values, additional_keys.shape)
+    if query.is_cuda:
+        check_head_dim(query.shape[-1])
+        if strides != (1, 1) or causal != (False, False) or additional_keys is not None:
+            raise NotImplementedError(
+                "na2d: stride, is_causal and additional_keys run on the CPU only so far; on a GPU leave them out"
+            )
+    dtype = registration.autocast_dtype(query.device.type)
+    tensors = [
+        None if t is None else registration.cast(t, dtype)
+        for t in (query, key, value, additional_keys, additional_values)
+    ]
+    checks.same_dtype(
+        query=tensors[0], key=tensors[1], value=tensors[2], additional_keys=tensors[3], additional_values=tensors[4]
+    )
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    settings = ([*window], [*strides], [*steps], [*causal], scale)
+    if registration.needs_grad(*tensors):
+        out, lse = _NA2D.apply(*tensors, settings, return_lse)
+    else:
+        out, lse, _ = _forward(*tensors, *settings, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def pair(name: str, value: T | Sequence[T], kind: type = int) -> tuple[T, T]:
+    """One number for both axes or one per axis; integers must be at least 1."""
+    both = (value, value) if isinstance(value, (int, bool)) else tuple(value)
+    right = len(both) == 2 and all(isinstance(v, kind) and (kind is bool or v >= 1) for v in both)
+    wanted = "True or False" if kind is bool else "a positive integer"
+    checks.require(right, f"{name}: expected {wanted} or two of them (rows, columns), got {value!r}")
+    return both[0], both[1]
+
+
+def check_window(grid: Sequence[int], window: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> None:
+    """kernel_size · dilation fits into the grid (H, W)."""
+    fits = all(w * d <= length for w, d, length in zip(window, dilation, grid, strict=True))
+    checks.require(
+        fits,
+        f"kernel_size: expected kernel_size · dilation at most the grid {tuple(grid)}, "
+        f"got kernel_size {window} with dilation {dilation}",
+    )
+
+
+def check_head_dim(head_dim: int) -> None:
+    checks.require(
+        head_dim % 8 == 0 and head_dim <= 128,
+        f"head_dim: expected a multiple of 8, at most 128, on a GPU, got {head_dim}",
+    )
+
+
+class _NA2D(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, add_k: Any, add_v: Any, settings: Any, return_lse: bool
+    ) -> Any:
+        out, lse, stats = _forward(query, key, value, add_k, add_v, *settings, return_lse)
+        ctx.save_for_backward(query, key, value, add_k, add_v, out, stats)
+        ctx.settings, ctx.return_lse = settings, return_lse
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        query, key, value, add_k, add_v, out, stats = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        dlse = dlse if ctx.return_lse else None
+        gradients = _backward(dout, dlse, query, key, value, add_k, add_v, out, stats, *ctx.settings)
+        if add_k is None:
+            gradients = (*gradients[:3], None, None)
+        return *gradients, None, None
+
+
+def _reference_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse):
+    out, lse = reference.na2d(query, key, value, window, stride, dilation, causal, scale, add_k, add_v)
+    return out, lse if return_lse else lse.new_empty(0), softmax_stats(lse)
+
+
+def softmax_stats(lse: Tensor) -> Tensor:
+    """What the kernels keep of the softmax, [2, …]: a maximum and the logarithm of a sum that add up to the lse,
+    base 2.
+    """
+    return torch.stack([lse / math.log(2), torch.zeros_like(lse)])
+
+
+def _reference_backward(
+    dout, dlse, query, key, value, add_k, add_v, out, stats, window, stride, dilation, causal, scale
+):
+    gradients = reference.na2d_backward(
+        dout, dlse, query, key, value, window, stride, dilation, causal, scale, add_k, add_v
+    )
+    return tuple(query.new_empty(0) if g is None else g for g in gradients)
+
+
+def _fake_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse):
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty(query.shape[:-1] if return_lse else 0, dtype=wide)
+    return query.new_empty(query.shape), lse, query.new_empty((2, *query.shape[:-1]), dtype=wide)
+
+
+def _fake_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, window, stride, dilation, causal, scale):
+    return tuple(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in (query, key, value, add_k, add_v))
+
+
+def flops_forward(query: Any, key: Any, value: Any, add_k: Any, add_v: Any, window: Sequence[int], *_: Any) -> int:
+    """Two products of query rows with the keys of one window: 4 · B·H·W·heads · (Kh·Kw + extra) · head_dim."""
+    batch, height, width, heads, dim = query
+    return 4 * batch * height * width * heads * dim * (window[0] * window[1] + (add_k[1] if add_k else 0))
+
+
+def _flops_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, window, *_):
+    return flops_forward(query, key, value, add_k, add_v, window) * 5 // 2
+
+
+_forward = registration.define(
+    "na2d_forward",
+    "(Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, int[] kernel_size, "
+    "int[] stride, int[] dilation, bool[] is_causal, float scale, bool return_lse) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_forward,
+    launcher="neighborhood_attention.forward:na2d_forward",
+    fake=_fake_forward,
+    flops=flops_forward,
+)
+_backward = registration.define(
+    "na2d_backward",
+    "(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? additional_keys, "
+    "Tensor? additional_values, Tensor out, Tensor softmax_stats, "
+    "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    launcher="neighborhood_attention.backward:na2d_backward",
+    fake=_fake_backward,
+    flops=_flops_backward,
+)

@@ -1,0 +1,127 @@
+"""`neighborhood_self_attention`: HDiT's neighborhood attention from the packed projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hdit_kernels import reference, registration
+from hdit_kernels.neighborhood_attention.op import check_window, flops_forward, pair, softmax_stats
+from hdit_kernels.rope import check_packed
+
+
+def neighborhood_self_attention(
+    qkv: Tensor,
+    scale: Tensor,
+    theta_y: Tensor,
+    theta_x: Tensor,
+    kernel_size: int | Sequence[int],
+    eps: float = 1e-6,
+) -> Tensor:
+    """Cosine-similarity neighborhood attention with axial RoPE: `na2d` with scale 1 over `qk_norm_rope(qkv, …)`.
+
+    Args:
+        qkv: packed projection [B, H, W, 3, heads, D], bfloat16, float16 or float32 (float64 takes the reference); any
+            strides whose last is 1. D is a multiple of 8; on a GPU at most 128.
+        scale: [heads], learned, positive.
+        theta_y, theta_x: angles in radians, [H, heads, D/8] and [W, heads, D/8], float32 (float64 beside float64); no
+            gradient.
+        kernel_size: window, one number or (rows, columns), any parity, at most (H, W).
+        eps: added to the sum of squares of a query or key.
+
+    Returns:
+        [B, H, W, heads, D] in qkv's dtype (the autocast dtype under autocast). The gradients of qkv (one packed tensor)
+        and scale are deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+
+    Source: HDiT section 4.2.
+    """
+    check_packed(qkv, scale, theta_y, theta_x)
+    window = pair("kernel_size", kernel_size)
+    check_window(qkv.shape[1:3], window)
+    qkv = registration.cast(qkv, registration.autocast_dtype(qkv.device.type))
+    if registration.needs_grad(qkv, scale):
+        return _NeighborhoodSelfAttention.apply(qkv, scale, theta_y, theta_x, [*window], float(eps))
+    return _forward(qkv, scale, theta_y, theta_x, [*window], float(eps))[0]
+
+
+class _NeighborhoodSelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, window: list[int], eps: float
+    ) -> Tensor:
+        out, ready, stats = _forward(qkv, scale, theta_y, theta_x, window, eps)
+        ctx.save_for_backward(qkv, scale, theta_y, theta_x, ready, out, stats)
+        ctx.settings = window, eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        dqkv, dscale = _backward(dout, *ctx.saved_tensors, *ctx.settings)
+        return dqkv, dscale, None, None, None, None
+
+
+def _reference_forward(qkv, scale, theta_y, theta_x, window, eps):
+    wide = qkv if qkv.dtype == torch.float64 else qkv.float()
+    ready = reference.qk_norm_rope(wide, scale, theta_y, theta_x, eps)
+    query, key, value = ready.unbind(3)
+    out, lse = reference.na2d(query, key, value, window, scale=1.0)
+    return out.to(qkv.dtype), ready[:, :, :, :2].to(qkv.dtype), softmax_stats(lse)
+
+
+def _reference_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, window, eps):
+    wide = qkv if qkv.dtype == torch.float64 else qkv.float()
+    query, key, value = reference.qk_norm_rope(wide, scale, theta_y, theta_x, eps).unbind(3)  # `ready` is rounded
+    dready = reference.na2d_backward(dout, None, query, key, value, window, scale=1.0)[:3]
+    dqkv, dscale = registration.vjp(
+        lambda qkv, scale: reference.qk_norm_rope(qkv, scale, theta_y, theta_x, eps),
+        (wide, scale),
+        (torch.stack(dready, 3),),
+    )
+    return dqkv.to(qkv.dtype), dscale
+
+
+def _fake_forward(qkv, scale, theta_y, theta_x, window, eps):
+    batch, height, width, _, heads, dim = qkv.shape
+    return (
+        qkv.new_empty((batch, height, width, heads, dim)),
+        qkv.new_empty((batch, height, width, 2, heads, dim)),
+        qkv.new_empty(
+            (2, batch, height, width, heads), dtype=torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        ),
+    )
+
+
+def _flops_forward(qkv, scale, theta_y, theta_x, window, eps):
+    return flops_forward((*qkv[:3], *qkv[4:]), None, None, None, None, window)
+
+
+def _flops_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, window, eps):
+    return _flops_forward(qkv, scale, theta_y, theta_x, window, eps) * 5 // 2
+
+
+_forward = registration.define(
+    "neighborhood_self_attention_forward",
+    "(Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, int[] kernel_size, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=_reference_forward,
+    launcher="neighborhood_attention.self_attention_triton:forward",
+    fake=_fake_forward,
+    flops=_flops_forward,
+)
+_backward = registration.define(
+    "neighborhood_self_attention_backward",
+    "(Tensor dout, Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, Tensor ready, Tensor out, "
+    "Tensor softmax_stats, int[] kernel_size, float eps) -> (Tensor, Tensor)",
+    reference=_reference_backward,
+    launcher="neighborhood_attention.self_attention_triton:backward",
+    fake=lambda dout, qkv, scale, *_: (qkv.new_empty(qkv.shape), scale.new_empty(scale.shape)),
+    flops=_flops_backward,
+)

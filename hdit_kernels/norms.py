@@ -1,0 +1,263 @@
+"""`rms_norm`, `ada_rms_norm`, `ada_layer_norm` and `gated_residual`: the norms and gates around the blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hdit_kernels import checks, reference, registration
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight, over the last dimension.
+
+    Args:
+        x: [..., C], bfloat16, float16 or float32 (float64 takes the reference). Any strides whose last is 1 are read
+            without a copy, as long as the leading dimensions merge into three. On a GPU C is at most 16384.
+        weight: [C], of x's dtype or another.
+        eps: added to the mean square.
+
+    Returns:
+        [..., C] in x's dtype, contiguous; also under autocast. Statistics are float32. The gradients have their
+        inputs' dtypes and are deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467; HDiT section 4.
+    """
+    checks.floating(x=x, weight=weight)
+    if x.ndim < 1 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape [..., C] with C at least 1, got {list(x.shape)}")
+    checks.shape("weight", weight, x.shape[-1:])
+    _check_eps(eps)
+    call = _RMSNorm.apply if registration.needs_grad(x, weight) else _rms_norm_forward
+    return call(x, weight, eps)
+
+
+def ada_rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · (1 + scale), over the last dimension, with one scale per sample.
+
+    Args:
+        x: [B, ..., C], bfloat16, float16 or float32 (float64 takes the reference). Any strides whose last is 1 are read
+            without a copy, as long as the dimensions between merge into two. On a GPU C is at most 16384.
+        scale: [B, C], of x's dtype or another; its last stride 1, e.g. a chunk of a wider projection.
+        eps: added to the mean square.
+
+    Returns:
+        [B, ..., C] in x's dtype, contiguous; also under autocast. Statistics are float32. The gradients have their
+        inputs' dtypes and are deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+
+    Source: HDiT section 4 (the conditioning enters as the norm's scale).
+    """
+    checks.floating(x=x, scale=scale)
+    _check_per_sample(x, scale=scale)
+    _check_eps(eps)
+    call = _AdaRMSNorm.apply if registration.needs_grad(x, scale) else _ada_rms_norm_forward
+    return call(x, scale, eps)
+
+
+def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """layer_norm(x) · (1 + scale) + shift, over the last dimension, with one shift and scale per sample.
+
+    Args:
+        x: [B, ..., C], bfloat16, float16 or float32 (float64 takes the reference). Any strides whose last is 1 are read
+            without a copy, as long as the dimensions between merge into two. On a GPU C is at most 16384.
+        shift, scale: [B, C], of x's dtype or another; last stride 1, e.g. chunks of a wider projection.
+        eps: added to the variance.
+
+    Returns:
+        [B, ..., C] in x's dtype, contiguous; also under autocast. Statistics are float32. The gradients have their
+        inputs' dtypes and are deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
+
+    Source: adaLN of DiT, Peebles & Xie 2023, arXiv:2212.09748, section 3.2.
+    """
+    checks.floating(x=x, shift=shift, scale=scale)
+    _check_per_sample(x, shift=shift, scale=scale)
+    _check_eps(eps)
+    call = _AdaLayerNorm.apply if registration.needs_grad(x, shift, scale) else _ada_layer_norm_forward
+    return call(x, shift, scale, eps)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate · y with one gate per sample.
+
+    Args:
+        x: [B, ..., C], bfloat16, float16 or float32 (float64 takes the reference). Any strides whose last is 1 are read
+            without a copy, as long as the dimensions between merge into two. On a GPU C is at most 16384.
+        y: like x; its dtype may differ, as after a projection under autocast.
+        gate: [B, C], of x's dtype or another; its last stride 1, e.g. a chunk of a wider projection.
+
+    Returns:
+        [B, ..., C] in x's dtype, contiguous; also under autocast. The sum is float32, rounded once. The gradients have
+        their inputs' dtypes and are deterministic.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype or shape.
+
+    Source: adaLN-Zero of DiT, Peebles & Xie 2023, arXiv:2212.09748, section 3.2.
+    """
+    checks.floating(x=x, y=y, gate=gate)
+    _check_per_sample(x, gate=gate)
+    checks.shape("y", y, x.shape)
+    call = _GatedResidual.apply if registration.needs_grad(x, y, gate) else _gated_residual_forward
+    return call(x, y, gate)
+
+
+def _check_per_sample(x: Tensor, **parameters: Tensor) -> None:
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape [B, ..., C] with C at least 1, got {list(x.shape)}")
+    for name, tensor in parameters.items():
+        checks.shape(name, tensor, (x.shape[0], x.shape[-1]))
+
+
+def _check_eps(eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps!r}")
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm_forward(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, dweight = _rms_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
+        return dx, dweight, None
+
+
+class _AdaRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.eps = eps
+        return _ada_rms_norm_forward(x, scale, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, dscale = _ada_rms_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
+        return dx, dscale, None
+
+
+class _AdaLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, shift, scale)
+        ctx.eps = eps
+        return _ada_layer_norm_forward(x, shift, scale, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        dx, dshift, dscale = _ada_layer_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
+        return dx, dshift, dscale, None
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(y, gate)
+        return _gated_residual_forward(x, y, gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dy, dgate = _gated_residual_backward(dout, *ctx.saved_tensors)
+        return dout, dy, dgate  # dx is dout itself, which a registered operator may not return
+
+
+def _rms_norm_vjp(dout: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    return tuple(registration.vjp(lambda x, weight: reference.rms_norm(x, weight, eps), (x, weight), (dout,)))
+
+
+def _ada_rms_norm_vjp(dout: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
+    return tuple(registration.vjp(lambda x, scale: reference.ada_rms_norm(x, scale, eps), (x, scale), (dout,)))
+
+
+def _ada_layer_norm_vjp(dout: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
+    inputs = (x, shift, scale)
+    return tuple(
+        registration.vjp(lambda x, shift, scale: reference.ada_layer_norm(x, shift, scale, eps), inputs, (dout,))
+    )
+
+
+def _gated_residual_vjp(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    # x is not needed for the gradients of y and gate: dout, which has its shape and dtype, stands in for it.
+    return tuple(registration.vjp(lambda y, gate: reference.gated_residual(dout, y, gate), (y, gate), (dout,)))
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Empty contiguous outputs, each of its tensor's shape and dtype."""
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
+_rms_norm_forward = registration.define(
+    "rms_norm_forward",
+    "(Tensor x, Tensor weight, float eps) -> Tensor",
+    reference=reference.rms_norm,
+    launcher="norms_triton:rms_norm_forward",
+    fake=lambda x, weight, eps: x.new_empty(x.shape),
+)
+_rms_norm_backward = registration.define(
+    "rms_norm_backward",
+    "(Tensor dout, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    reference=_rms_norm_vjp,
+    launcher="norms_triton:rms_norm_backward",
+    fake=lambda dout, x, weight, eps: _like(x, weight),
+)
+_ada_rms_norm_forward = registration.define(
+    "ada_rms_norm_forward",
+    "(Tensor x, Tensor scale, float eps) -> Tensor",
+    reference=reference.ada_rms_norm,
+    launcher="norms_triton:ada_rms_norm_forward",
+    fake=lambda x, scale, eps: x.new_empty(x.shape),
+)
+_ada_rms_norm_backward = registration.define(
+    "ada_rms_norm_backward",
+    "(Tensor dout, Tensor x, Tensor scale, float eps) -> (Tensor, Tensor)",
+    reference=_ada_rms_norm_vjp,
+    launcher="norms_triton:ada_rms_norm_backward",
+    fake=lambda dout, x, scale, eps: _like(x, scale),
+)
+_ada_layer_norm_forward = registration.define(
+    "ada_layer_norm_forward",
+    "(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor",
+    reference=reference.ada_layer_norm,
+    launcher="norms_triton:ada_layer_norm_forward",
+    fake=lambda x, shift, scale, eps: x.new_empty(x.shape),
+)
+_ada_layer_norm_backward = registration.define(
+    "ada_layer_norm_backward",
+    "(Tensor dout, Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    reference=_ada_layer_norm_vjp,
+    launcher="norms_triton:ada_layer_norm_backward",
+    fake=lambda dout, x, shift, scale, eps: _like(x, shift, scale),
+)
+_gated_residual_forward = registration.define(
+    "gated_residual_forward",
+    "(Tensor x, Tensor y, Tensor gate) -> Tensor",
+    reference=reference.gated_residual,
+    launcher="norms_triton:gated_residual_forward",
+    fake=lambda x, y, gate: x.new_empty(x.shape),
+)
+_gated_residual_backward = registration.define(
+    "gated_residual_backward",
+    "(Tensor dout, Tensor y, Tensor gate) -> (Tensor, Tensor)",
+    reference=_gated_residual_vjp,
+    launcher="norms_triton:gated_residual_backward",
+    fake=lambda dout, y, gate: _like(y, gate),
+)

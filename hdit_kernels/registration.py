@@ -1,0 +1,125 @@
+"""How an operator joins PyTorch: one `define` a forward or backward, seen by the dispatcher as an opaque call.
+
+CPU, MPS, float64 and machines without Triton run the reference; CUDA and ROCm tensors run the Triton launcher, imported
+on its first call. The two directions are joined by an `autograd.Function` in each family's module, which costs half as
+much host time a call as `torch.library.custom_op` and traces under `torch.compile(fullgraph=True)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+LIBRARY = torch.library.Library("hdit_kernels", "DEF")
+
+
+@functools.cache
+def triton_available() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def define(
+    name: str,
+    signature: str,
+    *,
+    reference: Callable[..., Any],
+    launcher: str,
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> Any:
+    """Registers `hdit_kernels::name` and returns it as a callable.
+
+    signature: the schema after the name, e.g. "(Tensor x) -> Tensor". reference: plain PyTorch, same arguments; outputs
+    are made contiguous. launcher: "module:function" in this package, same arguments, for GPU tensors. fake: returns
+    empty outputs of the right shape and dtype, contiguous. flops: takes the arguments with shapes in place of tensors,
+    2 per multiply-accumulate.
+    """
+    LIBRARY.define(name + signature)
+
+    def portable(*args: Any) -> Any:
+        device = _first_tensor(args).device.type
+        with ExitStack() as stack:
+            for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+                # backward references use autograd, which a dispatch mode around them (a FLOP counter, say) has put out
+                # of reach
+                stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return _contiguous(reference(*args))
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        module, function = launcher.split(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), function)
+
+    def on_gpu(*args: Any) -> Any:
+        first = _first_tensor(args)
+        if not triton_available() or any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
+            return portable(*args)
+        if torch.is_autocast_enabled("cuda"):  # the cuBLAS products inside a launcher have chosen their dtypes
+            with torch.autocast("cuda", enabled=False):
+                return launch(first.device.index, args)
+        return launch(first.device.index, args)
+
+    def launch(device: int, args: tuple[Any, ...]) -> Any:
+        if device != torch.cuda.current_device():  # a Triton launch goes to the current device
+            with torch.cuda.device(device):
+                return load()(*args)
+        return load()(*args)
+
+    LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, on_gpu, "CUDA")
+    torch.library.register_fake(f"hdit_kernels::{name}", fake, lib=LIBRARY)
+    packet = getattr(torch.ops.hdit_kernels, name)
+    if flops is not None:
+        # The formula sees shapes for tensors and, last, the output's shape, which no formula here needs.
+        register_flop_formula(packet)(lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs))
+    return packet.default
+
+
+def vjp(
+    function: Callable[..., Any], inputs: tuple[torch.Tensor | None, ...], cotangents: tuple[torch.Tensor | None, ...]
+) -> list[Any]:
+    """Gradients of sum(function(*inputs) * cotangents) by autograd, one per input (None where the input is None)."""
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
+        found = torch.autograd.grad([o for o, _ in pairs], [t for t in leaves if t is not None], [c for _, c in pairs])
+    gradients = iter(found)
+    return [None if t is None else next(gradients) for t in leaves]
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd has to see this call; without it the forward operator is called directly."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The autocast dtype when autocast is on for this device, else None."""
+    if device_type == "meta":  # of which torch.is_autocast_enabled raises
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """`tensor` in the autocast dtype; as autocast itself does, float64 stays as it is."""
+    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
+    return next(a for a in args if isinstance(a, torch.Tensor))
+
+
+def _contiguous(result: Any) -> Any:
+    if isinstance(result, torch.Tensor):
+        return result.contiguous()
+    return tuple(t.contiguous() for t in result)

@@ -1,0 +1,248 @@
+"""`token_merge` and `token_split`: the steps between levels, pixel-unshuffle and pixel-shuffle with their projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hdit_kernels import checks, reference, registration
+
+
+def token_merge(x: Tensor, weight: Tensor, patch_size: Sequence[int] = (2, 2)) -> Tensor:
+    """Each h x w patch of tokens becomes one: pixel-unshuffle, then projection without bias.
+
+    Args:
+        x: [B, H·h, W·w, C], bfloat16, float16 or float32 (float64 takes the reference); any strides, none is copied.
+        weight: [out, h·w·C], columns in the order (row of the patch, column of the patch, channel); may have another dtype than
+            x, and is then rounded to x's for the product.
+        patch_size: (h, w).
+
+    Returns:
+        [B, H, W, out] in x's dtype, contiguous. Under autocast x is cast to the autocast dtype first.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype or shape, or the patches do not tile x.
+
+    Source: HDiT, Crowson et al. 2024, arXiv:2401.11605, section 4.1.
+    """
+    checks.floating(x=x, weight=weight)
+    h, w = _patch(patch_size)
+    checks.shape("x", x, ["B", "H·h", "W·w", "C"])
+    checks.require(
+        x.shape[1] % h == 0 and x.shape[2] % w == 0,
+        f"x: expected height and width divisible by patch_size {(h, w)}, got {x.shape[1]} x {x.shape[2]}",
+    )
+    checks.shape("weight", weight, ["out", h * w * x.shape[3]])
+    _check_sizes_and_float64(x, weight)
+    x = registration.cast(x, registration.autocast_dtype(x.device.type))
+    call = _TokenMerge.apply if registration.needs_grad(x, weight) else _merge_forward
+    return call(x, weight, [h, w])
+
+
+def token_split(
+    x: Tensor,
+    weight: Tensor,
+    patch_size: Sequence[int] = (2, 2),
+    skip: Tensor | None = None,
+    fac: Tensor | None = None,
+) -> Tensor:
+    """Each token becomes an h x w patch: projection without bias, pixel-shuffle, and with a skip skip + fac · (y − skip).
+
+    Args:
+        x: [B, H, W, in], bfloat16, float16 or float32 (float64 takes the reference); any strides, none is copied.
+        weight: [h·w·C, in], rows in the order (row of the patch, column of the patch, channel); may have another dtype than x,
+            and is then rounded to x's for the product.
+        patch_size: (h, w).
+        skip: [B, H·h, W·w, C] or None, any strides and floating dtype.
+        fac: [1], given exactly when skip is: the weight of y. It is read on the device and stays in its own dtype.
+
+    Returns:
+        [B, H·h, W·w, C] in x's dtype, contiguous. Under autocast x and skip are cast to the autocast dtype first.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype or shape, or only one of skip and fac is given.
+
+    Source: HDiT, Crowson et al. 2024, arXiv:2401.11605, section 4.1 (the learned linear interpolation with the skip).
+    """
+    checks.floating(x=x, weight=weight, skip=skip, fac=fac)
+    h, w = _patch(patch_size)
+    checks.shape("x", x, ["B", "H", "W", "in"])
+    checks.shape("weight", weight, ["h·w·C", x.shape[3]])
+    checks.require(
+        weight.shape[0] % (h * w) == 0,
+        f"weight: expected rows divisible by the patch, {h} · {w}, got {weight.shape[0]} rows",
+    )
+    _check_sizes_and_float64(x, weight)
+    if (skip is None) != (fac is None):
+        missing, given = ("fac", "skip") if fac is None else ("skip", "fac")
+        raise ValueError(f"{missing}: expected a tensor when {given} is given, got None")
+    if skip is not None and fac is not None:
+        checks.shape("skip", skip, _split_shape(x.shape, weight.shape, (h, w)))
+        checks.shape("fac", fac, [1])
+    dtype = registration.autocast_dtype(x.device.type)
+    x, skip = registration.cast(x, dtype), None if skip is None else registration.cast(skip, dtype)
+    call = _TokenSplit.apply if registration.needs_grad(x, weight, skip, fac) else _split_forward
+    return call(x, weight, [h, w], skip, fac)
+
+
+def _patch(patch_size: Sequence[int]) -> tuple[int, int]:
+    sizes = tuple(patch_size) if isinstance(patch_size, Sequence) else ()
+    right = len(sizes) == 2 and all(isinstance(size, int) and size >= 1 for size in sizes)
+    checks.require(right, f"patch_size: expected two positive integers (rows, columns), got {patch_size!r}")
+    return sizes[0], sizes[1]
+
+
+def _check_sizes_and_float64(x: Tensor, weight: Tensor) -> None:
+    for name, tensor in (("x", x), ("weight", weight)):
+        checks.require(tensor.numel() > 0, f"{name}: expected at least one element, got shape {list(tensor.shape)}")
+    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(f"weight: expected float64 exactly when x is, got {weight.dtype} beside {x.dtype}")
+
+
+def _split_shape(x: Sequence[int], weight: Sequence[int], patch_size: Sequence[int]) -> list[int]:
+    h, w = patch_size
+    return [x[0], x[1] * h, x[2] * w, weight[0] // (h * w)]
+
+
+class _TokenMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, patch_size: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.patch_size = patch_size
+        return _merge_forward(x, weight, patch_size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        needed = ctx.needs_input_grad[:2]
+        gradients = _merge_backward(dout, *ctx.saved_tensors, ctx.patch_size, list(needed))
+        return *_wanted(gradients, needed), None
+
+
+class _TokenSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, patch_size: list[int], skip: Tensor | None, fac: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, skip, fac)
+        ctx.patch_size = patch_size
+        return _split_forward(x, weight, patch_size, skip, fac)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        x, weight, skip, fac = ctx.saved_tensors
+        needed = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:])
+        gradients = _split_backward(dout, x, weight, ctx.patch_size, skip, fac, list(needed))
+        dx, dweight, dskip, dfac = _wanted(gradients, needed)
+        return dx, dweight, None, dskip, dfac
+
+
+def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
+
+
+# The operators. needed: which of the gradients to compute; the others come back empty.
+
+
+def _gradients(function: Any, inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The needed gradients of function(*inputs) by autograd, and empty tensors for the others."""
+
+    def of_needed(*leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        return function(*(next(given) if wanted else t for t, wanted in zip(inputs, needed, strict=True)))
+
+    leaves = tuple(t for t, wanted in zip(inputs, needed, strict=True) if wanted)
+    found = iter(registration.vjp(of_needed, leaves, (dout,)) if leaves else [])
+    return tuple(next(found) if wanted else dout.new_empty(0) for wanted in needed)
+
+
+def _fake_gradients(inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    return tuple(
+        t.new_empty(t.shape) if wanted and t is not None else dout.new_empty(0)
+        for t, wanted in zip(inputs, needed, strict=True)
+    )
+
+
+def _reference_merge_backward(dout: Tensor, x: Tensor, weight: Tensor, patch_size: list[int], needed: list[bool]) -> Any:
+    return _gradients(lambda x, weight: reference.token_merge(x, weight, patch_size), (x, weight), dout, needed)
+
+
+def _reference_split_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    patch_size: list[int],
+    skip: Tensor | None,
+    fac: Tensor | None,
+    needed: list[bool],
+) -> Any:
+    def function(x: Tensor, weight: Tensor, skip: Tensor | None, fac: Tensor | None) -> Tensor:
+        return reference.token_split(x, weight, patch_size, skip, fac)
+
+    return _gradients(function, (x, weight, skip, fac), dout, needed)
+
+
+def _flops(x: Sequence[int], weight: Sequence[int]) -> int:
+    """One product of as many rows as the weight's projection has: 2 · rows · in · out, for either operator."""
+    elements = 1
+    for size in x:
+        elements *= size
+    return 2 * elements * weight[0]
+
+
+def _merge_flops(x, weight, patch_size):  # type: ignore[no-untyped-def]
+    """2 · rows · h·w·C · out; x has rows · h·w·C elements."""
+    return _flops(x, weight)
+
+
+def _merge_backward_flops(dout, x, weight, patch_size, needed):  # type: ignore[no-untyped-def]
+    return _flops(x, weight) * sum(needed)
+
+
+def _split_flops(x, weight, patch_size, skip, fac):  # type: ignore[no-untyped-def]
+    """2 · rows · in · h·w·C; x has rows · in elements."""
+    return _flops(x, weight)
+
+
+def _split_backward_flops(dout, x, weight, patch_size, skip, fac, needed):  # type: ignore[no-untyped-def]
+    return _flops(x, weight) * (needed[0] + (needed[1] or needed[3]))
+
+
+_merge_forward = registration.define(
+    "token_merge_forward",
+    "(Tensor x, Tensor weight, int[] patch_size) -> Tensor",
+    reference=reference.token_merge,
+    launcher="tokens_triton:token_merge_forward",
+    fake=lambda x, weight, p: x.new_empty(x.shape[0], x.shape[1] // p[0], x.shape[2] // p[1], weight.shape[0]),
+    flops=_merge_flops,
+)
+_merge_backward = registration.define(
+    "token_merge_backward",
+    "(Tensor dout, Tensor x, Tensor weight, int[] patch_size, bool[] needed) -> (Tensor, Tensor)",
+    reference=_reference_merge_backward,
+    launcher="tokens_triton:token_merge_backward",
+    fake=lambda dout, x, weight, patch_size, needed: _fake_gradients((x, weight), dout, needed),
+    flops=_merge_backward_flops,
+)
+_split_forward = registration.define(
+    "token_split_forward",
+    "(Tensor x, Tensor weight, int[] patch_size, Tensor? skip, Tensor? fac) -> Tensor",
+    reference=reference.token_split,
+    launcher="tokens_triton:token_split_forward",
+    fake=lambda x, weight, patch_size, skip, fac: x.new_empty(_split_shape(x.shape, weight.shape, patch_size)),
+    flops=_split_flops,
+)
+_split_backward = registration.define(
+    "token_split_backward",
+    "(Tensor dout, Tensor x, Tensor weight, int[] patch_size, Tensor? skip, Tensor? fac, bool[] needed) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_split_backward,
+    launcher="tokens_triton:token_split_backward",
+    fake=lambda dout, x, weight, p, skip, fac, needed: _fake_gradients((x, weight, skip, fac), dout, needed),
+    flops=_split_backward_flops,
+)

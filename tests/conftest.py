@@ -1,0 +1,99 @@
+"""Lanes: CPU tests (the default), Triton's interpreter (tests/interpreter, TRITON_INTERPRET=1, run by
+test_interpreter.py in processes of their own), ahead-of-time compilation (test_aot.py), and the GPU tests (-m gpu)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import results
+from hdit_kernels import reference
+
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # its key leaves out what a fake implementation says
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+collect_ignore = [] if INTERPRETING else ["interpreter"]
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    seed = config.stash[SEED]
+    lines = [f"torch {torch.__version__}, seed {seed} (repeat with HDIT_TEST_SEED={seed})"]
+    if torch.cuda.is_available():
+        lines.append(f"GPU: {torch.cuda.get_device_name()}; its tests run with -m gpu")
+    else:
+        lines.append("NOT run here, for want of a CUDA or ROCm device: everything marked gpu (kernels at real shapes,")
+        lines.append(
+            "  model parity on the kernels, one training step, resume); run `pytest -m gpu` on a machine with one"
+        )
+    if not HAS_TRITON:
+        lines.append(
+            "NOT run here, for want of Triton: the interpreter and ahead-of-time lanes; install the extra [test]"
+        )
+    return lines
+
+
+SEED = pytest.StashKey[int]()
+RECORD = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, help="write what the GPU tests saw to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORD] = {}
+    config.stash[SEED] = int(os.environ.setdefault("HDIT_TEST_SEED", str(random.randrange(2**31))))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    path, seen = session.config.getoption("--record"), session.config.stash[RECORD]
+    if path is not None and seen:
+        counts = {"passed": session.testscollected - session.testsfailed, "failed": session.testsfailed}
+        header = {"environment": results.environment(), "source_sha256": results.source_hash(), "tests": counts}
+        results.write(path, header | {"seed": session.config.stash[SEED]} | seen)
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[str, str, str, Any], None]:
+    """record(section, operator, dtype, value) keeps a figure for the file that --record names."""
+
+    def keep(section: str, operator: str, dtype: str, value: Any) -> None:
+        request.config.stash[RECORD].setdefault(section, {}).setdefault(operator, {})[dtype] = value
+
+    return keep
+
+
+@pytest.fixture
+def seed() -> int:
+    """A new seed every run, printed in the header and by a failing test; also set as torch's own."""
+    value = int(os.environ["HDIT_TEST_SEED"])
+    torch.manual_seed(value)
+    print(f"HDIT_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def few_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference of na2d is a Python loop over tiles: fewer and larger ones cost less time on a GPU."""
+    monkeypatch.setattr(reference, "TILE", 32)

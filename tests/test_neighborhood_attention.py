@@ -1,0 +1,236 @@
+"""na2d and neighborhood_self_attention on the CPU: the reference against its definition, and how the operators
+behave.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from hdit_kernels import na2d, neighborhood_self_attention, qk_norm_rope, reference
+
+
+def by_definition(query, key, value, kernel_size, stride, dilation, causal, scale, extra_k=None, extra_v=None):
+    """One query at a time, in words of the definition; the slowest and plainest there is."""
+    batch, height, width, heads, _ = query.shape
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
+
+    def seen(i, length, window, stride, dilation, causal):
+        index, residue = i // dilation, i % dilation
+        sub_length = len(range(residue, length, dilation))
+        if causal:
+            leader = min(index // stride * stride + stride - 1, sub_length - 1)
+            keys = range(max(leader - window + 1, 0), index + 1)
+        else:
+            leader = min(index // stride * stride + stride // 2, sub_length - 1)
+            start = min(max(leader - window // 2, 0), sub_length - window)
+            keys = range(start, start + window)
+        return [residue + k * dilation for k in keys]
+
+    for b, y, x, h in itertools.product(range(batch), range(height), range(width), range(heads)):
+        rows = seen(y, height, kernel_size[0], stride[0], dilation[0], causal[0])
+        columns = seen(x, width, kernel_size[1], stride[1], dilation[1], causal[1])
+        keys = torch.stack([key[b, r, c, h] for r in rows for c in columns])
+        values = torch.stack([value[b, r, c, h] for r in rows for c in columns])
+        if extra_k is not None:
+            keys, values = torch.cat([keys, extra_k[b, :, h]]), torch.cat([values, extra_v[b, :, h]])
+        logits = keys @ query[b, y, x, h] * scale
+        out[b, y, x, h], lse[b, y, x, h] = logits.softmax(0) @ values, logits.logsumexp(0)
+    return out, lse
+
+
+@st.composite
+def problems(draw):
+    window = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    dilation = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    grid = tuple(w * d + draw(st.integers(0, 12)) for w, d in zip(window, dilation, strict=True))
+    stride = tuple(draw(st.integers(1, w)) for w in window)
+    causal = draw(st.tuples(st.booleans(), st.booleans()))
+    return grid, window, stride, dilation, causal, draw(st.integers(0, 3)), draw(st.integers(0, 2**31))
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems())
+def test_equals_the_definition(problem) -> None:
+    (height, width), window, stride, dilation, causal, extra, seed = problem
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    query, key, value = (draw(1, height, width, 2, 4) for _ in range(3))
+    extra_k, extra_v = (draw(1, extra, 2, 4), draw(1, extra, 2, 4)) if extra else (None, None)
+    wanted = by_definition(query, key, value, window, stride, dilation, causal, 0.7, extra_k, extra_v)
+    found = na2d(query, key, value, window, stride, dilation, causal, 0.7, extra_k, extra_v, return_lse=True)
+    torch.testing.assert_close(found, wanted)
+
+
+def qkv_tensors(*shape, dtype=torch.float64, grad=True):
+    return [torch.randn(*shape, dtype=dtype, requires_grad=grad) for _ in range(3)]
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_gradients(dilation, seed) -> None:
+    """Both outputs, all five inputs, over more than one tile."""
+    tensors = qkv_tensors(1, 10, 9, 1, 2)
+    extra = [torch.randn(1, 2, 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def call(query, key, value, extra_k, extra_v):
+        return na2d(query, key, value, (3, 4), 1, dilation, (False, True), None, extra_k, extra_v, return_lse=True)
+
+    assert torch.autograd.gradcheck(call, (*tensors, *extra), fast_mode=True)
+
+
+def test_chunked_backward_equals_autograd_through_the_reference(seed) -> None:
+    tensors = qkv_tensors(2, 19, 11, 2, 8)
+    out, lse = reference.na2d(*tensors, (5, 4), dilation=(2, 1))
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    wanted = torch.autograd.grad([out, lse], tensors, [dout, dlse])
+    found = reference.na2d_backward(dout, dlse, *(t.detach() for t in tensors), (5, 4), dilation=(2, 1))[:3]
+    torch.testing.assert_close(found, wanted)
+
+
+def test_only_one_output_used(seed) -> None:
+    tensors = qkv_tensors(1, 5, 5, 1, 4)
+    out, lse = na2d(*tensors, 3, return_lse=True)
+    dq, dk, dv = torch.autograd.grad(lse.sum(), tensors)
+    assert dq.norm() > 0 and dk.norm() > 0 and dv.norm() == 0
+    assert na2d(*tensors, 3).requires_grad
+
+
+def test_a_window_of_the_whole_grid_is_global_attention(seed) -> None:
+    query, key, value = qkv_tensors(2, 4, 6, 3, 8, grad=False)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *(t.flatten(1, 2).transpose(1, 2) for t in (query, key, value))
+    )
+    torch.testing.assert_close(na2d(query, key, value, (4, 6)).flatten(1, 2).transpose(1, 2), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes(dtype, seed) -> None:
+    tensors = qkv_tensors(1, 6, 6, 1, 8, dtype=dtype)
+    out, lse = na2d(*tensors, 3, return_lse=True)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert all(g.dtype == dtype for g in torch.autograd.grad(out.sum(), tensors))
+
+
+def test_opcheck(seed) -> None:
+    tensors = qkv_tensors(1, 5, 6, 2, 8, dtype=torch.float32, grad=False)
+    arguments = ([3, 3], [1, 1], [1, 1], [False, False], 0.3)
+    ops = torch.ops.hdit_kernels
+    torch.library.opcheck(ops.na2d_forward.default, (*tensors, None, None, *arguments, True))
+    out, lse, stats = ops.na2d_forward(*tensors, None, None, *arguments, True)
+    torch.library.opcheck(ops.na2d_backward.default, (out, lse, *tensors, None, None, out, stats, *arguments))
+    qkv, angles = torch.stack(tensors, 3), (torch.ones(2), torch.randn(5, 2, 1), torch.randn(6, 2, 1))
+    torch.library.opcheck(ops.neighborhood_self_attention_forward.default, (qkv, *angles, [3, 3], 1e-6))
+    saved = ops.neighborhood_self_attention_forward(qkv, *angles, [3, 3], 1e-6)
+    torch.library.opcheck(
+        ops.neighborhood_self_attention_backward.default,
+        (saved[0], qkv, *angles, saved[1], saved[0], saved[2], [3, 3], 1e-6),
+    )
+
+
+def test_compiles_whole(seed) -> None:
+    def block(query, key, value, qkv, scale, theta_y, theta_x):
+        return na2d(query, key, value, 3) + neighborhood_self_attention(qkv, scale, theta_y, theta_x, 3)
+
+    tensors = qkv_tensors(1, 6, 5, 2, 8, dtype=torch.float32)
+    qkv = torch.randn(1, 6, 5, 3, 2, 8, requires_grad=True)
+    scale = torch.full((2,), 10.0, requires_grad=True)
+    inputs = (*tensors, qkv, scale, torch.randn(6, 2, 1), torch.randn(5, 2, 1))
+    learned = inputs[:5]
+    wanted = block(*inputs)
+    found = torch.compile(block, fullgraph=True)(*inputs)
+    torch.testing.assert_close(found, wanted)
+    cotangent = torch.randn_like(wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, learned, cotangent), torch.autograd.grad(wanted, learned, cotangent)
+    )
+
+
+def test_autocast(seed) -> None:
+    tensors = qkv_tensors(1, 6, 6, 2, 8, dtype=torch.float32)
+    qkv = torch.randn(1, 6, 6, 3, 2, 8, requires_grad=True)
+    scale = torch.full((2,), 10.0, requires_grad=True)
+    theta = torch.randn(6, 2, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = na2d(*tensors, 3)
+        packed = neighborhood_self_attention(qkv, scale, theta, theta, 3)
+    assert out.dtype == packed.dtype == torch.bfloat16
+    gradients = torch.autograd.grad([out.float().sum() + packed.float().sum()], [*tensors, qkv, scale])
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_flops(seed) -> None:
+    query, key, value = (torch.empty(2, 32, 48, 3, 64, device="meta", requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False) as counter:
+        out = na2d(query, key, value, (7, 5))
+    forward = 4 * 2 * 32 * 48 * 3 * 64 * 35
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == forward * 5 // 2
+
+
+def test_self_attention_is_its_two_parts(seed) -> None:
+    qkv = torch.randn(2, 9, 7, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([10.0, 3.0], dtype=torch.float64, requires_grad=True)
+    theta_y, theta_x = torch.randn(9, 2, 2, dtype=torch.float64), torch.randn(7, 2, 2, dtype=torch.float64)
+    found = neighborhood_self_attention(qkv, scale, theta_y, theta_x, (3, 5))
+    wanted = na2d(*qk_norm_rope(qkv, scale, theta_y, theta_x).unbind(3), (3, 5), scale=1.0)
+    torch.testing.assert_close(found, wanted)
+    cotangent = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, [qkv, scale], cotangent), torch.autograd.grad(wanted, [qkv, scale], cotangent)
+    )
+
+
+GRID = torch.randn(1, 6, 6, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(query=GRID.tolist()), "query: expected a torch.Tensor, got list"),
+        (dict(query=GRID.int()), "query: expected bfloat16"),
+        (dict(query=GRID[0]), r"query: expected shape \[B, H, W, heads, head_dim\], got \[6, 6, 2, 8\]"),
+        (dict(key=GRID[..., :4]), r"key: expected shape .* got \[1, 6, 6, 2, 4\]"),
+        (dict(value=GRID.half()), "value: expected float32 like query, got float16"),
+        (dict(kernel_size=7), r"kernel_size: .* at most the grid \(6, 6\), got kernel_size \(7, 7\)"),
+        (dict(dilation=3), r"kernel_size .* with dilation \(3, 3\)"),
+        (dict(kernel_size=0), "kernel_size: expected a positive integer .* got 0"),
+        (dict(kernel_size=(3, 3, 3)), "kernel_size: .* two of them"),
+        (dict(stride=4), r"stride: expected at most kernel_size \(3, 3\), got \(4, 4\)"),
+        (dict(is_causal=1), "is_causal: expected True or False"),
+        (dict(additional_keys=GRID[:, 0]), "additional_keys and additional_values: expected both or neither"),
+        (dict(query=GRID[:0], key=GRID[:0], value=GRID[:0]), "query: expected at least one element"),
+    ],
+)
+def test_bad_input(change, message) -> None:
+    arguments = dict(query=GRID, key=GRID, value=GRID, kernel_size=3) | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        na2d(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(qkv=torch.randn(1, 6, 6, 2, 2, 8)), r"qkv: expected shape \[B, H, W, 3, heads, head_dim\]"),
+        (dict(scale=torch.ones(3)), r"scale: expected shape \[2\], got \[3\]"),
+        (dict(theta_y=torch.ones(6, 2, 2)), r"theta_y: expected shape \[6, 2, 1\], got \[6, 2, 2\]"),
+        (dict(qkv=torch.randn(1, 6, 6, 3, 2, 12)), "multiple of 8, got 12"),
+        (dict(kernel_size=9), "kernel_size: .* at most the grid"),
+    ],
+)
+def test_bad_input_to_self_attention(change, message) -> None:
+    arguments = dict(
+        qkv=torch.randn(1, 6, 6, 3, 2, 8), scale=torch.ones(2),
+        theta_y=torch.ones(6, 2, 1), theta_x=torch.ones(6, 2, 1), kernel_size=3,
+    ) | change  # fmt: skip
+    with pytest.raises((TypeError, ValueError), match=message):
+        neighborhood_self_attention(**arguments)

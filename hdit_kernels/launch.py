@@ -1,0 +1,117 @@
+"""What the launchers share: the kernel decorator, row layouts of strided tensors, the GPU family, a deterministic sum.
+
+Imports Triton, so only the `*_triton` modules import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`triton.jit` that compiles once for all sizes and strides: no integer argument is specialised on its value.
+
+    Annotate integers with tl.int32 (sizes, row indices) or tl.int64 (strides), so that their width is no compile key
+    either.
+    """
+    integers = [
+        name for name, p in inspect.signature(function).parameters.items() if str(p.annotation).startswith("tl.int")
+    ]
+    return triton.jit(function, do_not_specialize=integers)
+
+
+@functools.cache
+def gpu_family(device: torch.device) -> str:
+    """ "hopper" for compute capability 9.0, else "default": the keys of the launch configurations."""
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9:
+        return "hopper"
+    return "default"
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: float32 products follow torch's own matmul setting, read at every call."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+class Rows(NamedTuple):
+    """A tensor seen as rows of its last dimension: row r lies at (r // (n1·n2))·s0 + (r // n2 % n1)·s1 + (r % n2)·s2.
+
+    Strides are in units of `vector` elements: kernels multiply them back, which tells the compiler that offsets are
+    multiples.
+    """
+
+    tensor: Tensor
+    n1: int
+    n2: int
+    s0: int
+    s1: int
+    s2: int
+    vector: int
+
+
+def rows(x: Tensor) -> Rows:
+    """The rows of x, copied only if its last stride is not 1 or its other dimensions need more than three strides."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    dims = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    merged: list[tuple[int, int]] = []
+    for size, stride in dims:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 3:
+        return rows(x.contiguous())
+    (_, s0), (n1, s1), (n2, s2) = [(1, 0)] * (3 - len(merged)) + merged
+    vector = vector_width(x, s0, s1, s2)
+    return Rows(x, n1, n2, s0 // vector, s1 // vector, s2 // vector, vector)
+
+
+def vector_width(x: Tensor, *strides: int) -> int:
+    """8 when every row starts at a multiple of 8 elements and of 16 bytes, so that loads can be wide; else 1."""
+    return 8 if all(s % 8 == 0 for s in strides) and x.data_ptr() % 16 == 0 else 1
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 [groups, parts, columns], contiguous -> [groups, columns] in dtype: always in the same order of
+    additions.
+    """
+    groups, parts, columns = partials.shape
+    total = torch.empty(groups, columns, dtype=dtype, device=partials.device)
+    block = 16  # narrow and deep: thousands of parts of 128 columns still make several programs of few steps
+    _sum_partials_kernel[(groups * triton.cdiv(columns, block),)](
+        partials, total, parts, columns, BLOCK=block, PARTS=256, num_warps=4
+    )
+    return total
+
+
+@kernel
+def _sum_partials_kernel(
+    partials_ptr, total_ptr, parts: tl.int32, columns: tl.int32, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
+    blocks = tl.cdiv(columns, BLOCK)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([PARTS, BLOCK], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        at = (group * parts + part[:, None]) * columns + column[None, :]
+        total += tl.load(partials_ptr + at, (part < parts)[:, None] & (column < columns)[None, :], other=0.0)
+    tl.store(total_ptr + group * columns + column, tl.sum(total, 0), column < columns)
+
+
+@triton.jit
+def row_offset(row, n1, n2, s0, s1, s2, VECTOR: tl.constexpr):
+    """Where row `row` (int32) of a `Rows` tensor starts, in elements, int64."""
+    i0, rest = row // (n1 * n2), row % (n1 * n2)
+    return (i0.to(tl.int64) * s0 + (rest // n2).to(tl.int64) * s1 + (rest % n2).to(tl.int64) * s2) * VECTOR

@@ -1,0 +1,181 @@
+"""Forward kernel of `na2d`.
+
+A program takes one head's tile of queries and walks the box of keys that their windows cover, box_y rows x box_x
+columns at a time, with a running softmax; keys outside a query's own window are masked. Least traffic: q, k, v read
+once, out written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hdit_kernels import launch
+from hdit_kernels.neighborhood_attention.configs import forward_config
+
+LOG2_E = math.log2(math.e)
+
+
+def na2d_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    add_k: None,
+    add_v: None,
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    causal: Sequence[bool],
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU.
+
+    Returns out, lse (empty unless return_lse) and the softmax statistics for the backward [2, B, H, W, heads]: the
+    maximum of the logits and log2 of the sum of 2^(logit − maximum), logits in units of log2(e). Two numbers, because
+    at logits of 1e4 their sum, the lse, is only good to 1e-3 in float32.
+    """
+    batch, height, width, heads, head_dim = query.shape
+    out = query.new_empty(query.shape)
+    stats = query.new_empty((2, *query.shape[:-1]), dtype=torch.float32)
+    lse = query.new_empty(query.shape[:-1] if return_lse else 0, dtype=torch.float32)
+    config = forward_config(launch.gpu_family(query.device), query.dtype, head_dim)
+    vector, (query, key, value) = token_layout(query, key, value)
+    programs, tiles = tile_grid(query.shape, dilation, config.tile_y, config.tile_x)
+    _forward_kernel[(programs,)](
+        query, key, value, out, stats, lse, scale * LOG2_E, stats.numel() // 2,
+        height, width, heads, *tiles, *window, *dilation,
+        *token_strides(query, vector), *token_strides(key, vector), *token_strides(value, vector),
+        HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector,
+        TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x,
+        HAS_LSE=return_lse, PRECISION=launch.input_precision(query.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, lse, stats
+
+
+def token_layout(*tensors: Tensor) -> tuple[int, list[Tensor]]:
+    """[B, H, W, heads, head_dim] tensors with last stride 1, and the vector width that holds for all."""
+    ready = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    return min(launch.vector_width(t, *t.stride()[:-1]) for t in ready), ready
+
+
+def token_strides(tensor: Tensor, vector: int) -> list[int]:
+    return [stride // vector for stride in tensor.stride()[:-1]]
+
+
+def tile_grid(shape: Sequence[int], dilation: Sequence[int], tile_y: int, tile_x: int) -> tuple[int, tuple[int, int]]:
+    """Number of programs, and tiles along y and x of the largest dilation sub-grid."""
+    batch, height, width, heads = shape[:4]
+    tiles = triton.cdiv(triton.cdiv(height, dilation[0]), tile_y), triton.cdiv(triton.cdiv(width, dilation[1]), tile_x)
+    return batch * dilation[0] * dilation[1] * tiles[0] * tiles[1] * heads, tiles
+
+
+@triton.jit
+def tile_of_program(height, width, heads, tiles_y, tiles_x, dilation_y, dilation_x):
+    """batch, head, tile and dilation residue of this program, and the lengths of its sub-grid's axes."""
+    pid = tl.program_id(0)
+    head = pid % heads  # neighbours in memory run side by side
+    pid //= heads
+    tile_x = pid % tiles_x
+    pid //= tiles_x
+    tile_y = pid % tiles_y
+    pid //= tiles_y
+    residue_x = pid % dilation_x
+    pid //= dilation_x
+    residue_y = pid % dilation_y
+    batch = (pid // dilation_y).to(tl.int64)
+    length_y = (height - residue_y + dilation_y - 1) // dilation_y
+    length_x = (width - residue_x + dilation_x - 1) // dilation_x
+    return batch, head.to(tl.int64), tile_y, tile_x, residue_y, residue_x, length_y, length_x
+
+
+@triton.jit
+def window_start(query, window, length):
+    return tl.minimum(tl.maximum(query - window // 2, 0), length - window)
+
+
+@triton.jit
+def token_offset(y, x, stride_h, stride_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR: tl.constexpr):
+    """Offset of the token at (y, x) of a dilation sub-grid within its image and head."""
+    row, column = (residue_y + y * dilation_y).to(tl.int64), (residue_x + x * dilation_x).to(tl.int64)
+    return (row * stride_h + column * stride_w) * VECTOR
+
+
+@launch.kernel
+def _forward_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, rows: tl.int64,
+    height: tl.int32, width: tl.int32, heads: tl.int32, tiles_y: tl.int32, tiles_x: tl.int32,
+    window_y: tl.int32, window_x: tl.int32, dilation_y: tl.int32, dilation_x: tl.int32,
+    q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
+    k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
+    v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr,
+    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
+        height, width, heads, tiles_y, tiles_x, dilation_y, dilation_x
+    )
+    first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
+    if first_y >= length_y or first_x >= length_x:  # the shorter sub-grids of a dilation
+        return
+    lane = tl.arange(0, TILE_Y * TILE_X)
+    query_y, query_x = first_y + lane // TILE_X, first_x + lane % TILE_X
+    is_query = (query_y < length_y) & (query_x < length_x)
+    query_y, query_x = tl.minimum(query_y, length_y - 1), tl.minimum(query_x, length_x - 1)
+    start_y, start_x = window_start(query_y, window_y, length_y), window_start(query_x, window_x, length_x)
+
+    dim = tl.arange(0, BLOCK_D)
+    in_dim = dim < HEAD_DIM
+    query_ptr += (batch * q_b + head * q_n) * VECTOR
+    key_ptr += (batch * k_b + head * k_n) * VECTOR
+    value_ptr += (batch * v_b + head * v_n) * VECTOR
+    at = token_offset(query_y, query_x, q_h, q_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
+    q = tl.load(query_ptr + at[:, None] + dim[None, :], mask=in_dim[None, :], other=0.0)
+
+    low_y, low_x = window_start(first_y, window_y, length_y), window_start(first_x, window_x, length_x)
+    high_y = window_start(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + window_y
+    high_x = window_start(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x) + window_x
+    boxes_x = tl.cdiv(high_x - low_x, BOX_X)
+    in_box = tl.arange(0, BOX_Y * BOX_X)
+
+    maximum = tl.full([TILE_Y * TILE_X], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Y * TILE_X], tl.float32)
+    acc = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
+    for box in range(0, tl.cdiv(high_y - low_y, BOX_Y) * boxes_x):
+        key_y = low_y + box // boxes_x * BOX_Y + in_box // BOX_X
+        key_x = low_x + box % boxes_x * BOX_X + in_box % BOX_X
+        is_key = ((key_y < high_y) & (key_x < high_x))[:, None] & in_dim[None, :]
+        box_at = token_offset(key_y, key_x, k_h, k_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
+        k = tl.load(key_ptr + box_at[:, None] + dim[None, :], mask=is_key, other=0.0)
+        box_at = token_offset(key_y, key_x, v_h, v_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
+        v = tl.load(value_ptr + box_at[:, None] + dim[None, :], mask=is_key, other=0.0)
+
+        after_y, after_x = key_y[None, :] - start_y[:, None], key_x[None, :] - start_x[:, None]
+        seen = (after_y >= 0) & (after_y < window_y) & (after_x >= 0) & (after_x < window_x)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale
+        logits = tl.where(seen, logits, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # a query may see nothing of this box
+        probability = tl.exp2(logits - finite[:, None])
+        decay = tl.exp2(maximum - finite)
+        total = total * decay + tl.sum(probability, 1)
+        acc = tl.dot(probability.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        maximum = new_maximum
+
+    row, column = residue_y + query_y * dilation_y, residue_x + query_x * dilation_x
+    token = ((batch * height + row) * width + column) * heads + head
+    tl.store(stats_ptr + token, maximum, mask=is_query)
+    tl.store(stats_ptr + rows + token, tl.log2(total), mask=is_query)
+    if HAS_LSE:
+        tl.store(lse_ptr + token, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_query)
+    at = token[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(
+        out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_query[:, None] & in_dim[None, :]
+    )

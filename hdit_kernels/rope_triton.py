@@ -1,0 +1,184 @@
+"""Kernels of `qk_norm_rope`: a program takes one head of a block of tokens.
+
+Least traffic forward: qkv read and written once. Backward: q, k and the incoming gradient read, the gradient written;
+the gradient of scale as one float32 partial a program and head, summed in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hdit_kernels.launch import kernel, sum_partials, vector_width
+
+TOKENS = 32
+MAX_PARTIALS = 512
+
+
+def qk_norm_rope_forward(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float) -> Tensor:
+    ready = qkv.new_empty(qkv.shape)
+    qk_norm_rope_into(ready, qkv, scale, theta_y, theta_x, eps)
+    return ready
+
+
+def qk_norm_rope_into(ready: Tensor, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float) -> None:
+    """Fills ready [B, H, W, 2 or 3, heads, D], contiguous: q and k, and v too when there is room for it."""
+    qkv, sizes, vector, constants = _layout(qkv)
+    programs = triton.cdiv(sizes[0], TOKENS) * sizes[3]
+    _forward_kernel[(programs,)](
+        ready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous(), eps, *sizes, *_strides(qkv, vector),
+        VECTOR=vector, PARTS=ready.shape[3], TOKENS=TOKENS, **constants, num_warps=4,
+    )  # fmt: skip
+
+
+def qk_norm_rope_backward(
+    dready: Tensor, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    dqkv = qkv.new_empty(qkv.shape)
+    return dqkv, qk_norm_rope_backward_into(dqkv, dready, qkv, scale, theta_y, theta_x, eps)
+
+
+def qk_norm_rope_backward_into(
+    dqkv: Tensor, dready: Tensor, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float
+) -> Tensor:
+    """Fills dqkv, contiguous, from dready, which may be dqkv itself (its v then stays as it is); returns dscale."""
+    qkv, sizes, vector, constants = _layout(qkv)
+    in_place = dready is dqkv
+    dready = dready if dready.stride(-1) == 1 else dready.contiguous()
+    dready_vector = vector_width(dready, *dready.stride()[:-1])
+    blocks = triton.cdiv(sizes[0], TOKENS)
+    per_program = triton.cdiv(blocks, MAX_PARTIALS)
+    parts = triton.cdiv(blocks, per_program)
+    heads = sizes[3]
+    partials = scale.new_empty((1, parts, heads), dtype=torch.float32)
+    _backward_kernel[(parts * heads,)](
+        dqkv, partials, dready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous(), eps,
+        *sizes, per_program, *_strides(dready, dready_vector), *_strides(qkv, vector),
+        DREADY_VECTOR=dready_vector, VECTOR=vector, COPY_VALUE=not in_place, TOKENS=TOKENS, **constants, num_warps=4,
+    )  # fmt: skip
+    return sum_partials(partials, scale.dtype).view(heads)
+
+
+def _layout(qkv: Tensor) -> tuple[Tensor, tuple[int, int, int, int], int, dict[str, int]]:
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    batch, height, width, _, heads, dim = qkv.shape
+    constants = dict(HEAD_DIM=dim, BLOCK_QUARTER=triton.next_power_of_2(dim // 4))
+    return qkv, (batch * height * width, height, width, heads), vector_width(qkv, *qkv.stride()[:-1]), constants
+
+
+def _strides(packed: Tensor, vector: int) -> list[int]:
+    return [stride // vector for stride in packed.stride()[:-1]]
+
+
+@triton.jit
+def _tokens(block, tokens, height, width, TOKENS: tl.constexpr):
+    """Index, batch, row and column of each token of a block, and whether it exists."""
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    column, row = token % width, token // width % height
+    return token.to(tl.int64), (token // width // height).to(tl.int64), row, column, token < tokens
+
+
+@triton.jit
+def _rotation(
+    theta_y_ptr, theta_x_ptr, row, column, head, heads, exists, HEAD_DIM: tl.constexpr, BLOCK_QUARTER: tl.constexpr
+):
+    """cos and sin [tokens, quarter]: the row's angles, then the column's."""
+    angles: tl.constexpr = HEAD_DIM // 8
+    index = tl.arange(0, BLOCK_QUARTER)[None, :]
+    at_y = (row[:, None].to(tl.int64) * heads + head) * angles + index
+    at_x = (column[:, None].to(tl.int64) * heads + head) * angles + index - angles
+    mask = exists[:, None] & (index < 2 * angles)
+    theta = tl.load(theta_y_ptr + at_y, mask=mask & (index < angles), other=0.0).to(tl.float32)
+    theta += tl.load(theta_x_ptr + at_x, mask=mask & (index >= angles), other=0.0).to(tl.float32)
+    return tl.cos(theta), tl.sin(theta)
+
+
+@triton.jit
+def _load_quarters(pointer, mask, HEAD_DIM: tl.constexpr, BLOCK_QUARTER: tl.constexpr):
+    """The four quarters of a head's dimensions in float32, [tokens, quarter] each; `pointer` [tokens, 1]."""
+    pointer += tl.arange(0, BLOCK_QUARTER)[None, :]
+    quarter: tl.constexpr = HEAD_DIM // 4
+    a = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(pointer + quarter, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(pointer + 2 * quarter, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(pointer + 3 * quarter, mask=mask, other=0.0).to(tl.float32)
+    return a, b, c, d
+
+
+@triton.jit
+def _store_quarters(pointer, a, b, c, d, mask, HEAD_DIM: tl.constexpr, BLOCK_QUARTER: tl.constexpr):
+    pointer += tl.arange(0, BLOCK_QUARTER)[None, :]
+    quarter: tl.constexpr = HEAD_DIM // 4
+    dtype = pointer.dtype.element_ty
+    tl.store(pointer, a.to(dtype), mask=mask)
+    tl.store(pointer + quarter, b.to(dtype), mask=mask)
+    tl.store(pointer + 2 * quarter, c.to(dtype), mask=mask)
+    tl.store(pointer + 3 * quarter, d.to(dtype), mask=mask)
+
+
+@triton.jit
+def _dot4(a, b, c, d, e, f, g, h):
+    return tl.sum(a * e + b * f + c * g + d * h, 1)[:, None]
+
+
+@kernel
+def _forward_kernel(
+    ready_ptr, qkv_ptr, scale_ptr, theta_y_ptr, theta_x_ptr, eps,
+    tokens: tl.int32, height: tl.int32, width: tl.int32, heads: tl.int32,
+    s_b: tl.int64, s_h: tl.int64, s_w: tl.int64, s_p: tl.int64, s_n: tl.int64,
+    VECTOR: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_QUARTER: tl.constexpr,
+):  # fmt: skip
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    token, batch, row, column, exists = _tokens(tl.program_id(0) // heads, tokens, height, width, TOKENS)
+    mask = exists[:, None] & (tl.arange(0, BLOCK_QUARTER) < HEAD_DIM // 4)[None, :]
+    cos, sin = _rotation(theta_y_ptr, theta_x_ptr, row, column, head, heads, exists, HEAD_DIM, BLOCK_QUARTER)
+    root = tl.sqrt(tl.load(scale_ptr + head).to(tl.float32))
+    read = qkv_ptr + (batch * s_b + row.to(tl.int64) * s_h + column.to(tl.int64) * s_w + head * s_n)[:, None] * VECTOR
+    write = ready_ptr + (token * PARTS * heads + head)[:, None] * HEAD_DIM
+    for part in tl.static_range(PARTS):
+        a, b, c, d = _load_quarters(read + part * s_p * VECTOR, mask, HEAD_DIM, BLOCK_QUARTER)
+        if part < 2:
+            factor = root * tl.rsqrt(_dot4(a, b, c, d, a, b, c, d) + eps)
+            a, b, c, d = a * factor, b * factor, c * factor, d * factor
+            a, b = a * cos - b * sin, b * cos + a * sin
+        _store_quarters(write + part * heads * HEAD_DIM, a, b, c, d, mask, HEAD_DIM, BLOCK_QUARTER)
+
+
+@kernel
+def _backward_kernel(
+    dqkv_ptr, partials_ptr, dready_ptr, qkv_ptr, scale_ptr, theta_y_ptr, theta_x_ptr, eps,
+    tokens: tl.int32, height: tl.int32, width: tl.int32, heads: tl.int32, per_program: tl.int32,
+    g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_p: tl.int64, g_n: tl.int64,
+    s_b: tl.int64, s_h: tl.int64, s_w: tl.int64, s_p: tl.int64, s_n: tl.int64,
+    DREADY_VECTOR: tl.constexpr, VECTOR: tl.constexpr, COPY_VALUE: tl.constexpr, TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_QUARTER: tl.constexpr,
+):  # fmt: skip
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    program = tl.program_id(0) // heads
+    root = tl.sqrt(tl.load(scale_ptr + head).to(tl.float32))
+    droot = tl.zeros([TOKENS, 1], tl.float32)
+    for block in range(program * per_program, (program + 1) * per_program):
+        token, batch, row, column, exists = _tokens(block, tokens, height, width, TOKENS)
+        mask = exists[:, None] & (tl.arange(0, BLOCK_QUARTER) < HEAD_DIM // 4)[None, :]
+        cos, sin = _rotation(theta_y_ptr, theta_x_ptr, row, column, head, heads, exists, HEAD_DIM, BLOCK_QUARTER)
+        y, x = row.to(tl.int64), column.to(tl.int64)
+        read = qkv_ptr + (batch * s_b + y * s_h + x * s_w + head * s_n)[:, None] * VECTOR
+        incoming = dready_ptr + (batch * g_b + y * g_h + x * g_w + head * g_n)[:, None] * DREADY_VECTOR
+        write = dqkv_ptr + (token * 3 * heads + head)[:, None] * HEAD_DIM
+        for part in tl.static_range(3):
+            if part < 2 or COPY_VALUE:
+                da, db, dc, dd = _load_quarters(incoming + part * g_p * DREADY_VECTOR, mask, HEAD_DIM, BLOCK_QUARTER)
+                if part < 2:
+                    da, db = da * cos + db * sin, db * cos - da * sin  # the inverse rotation
+                    a, b, c, d = _load_quarters(read + part * s_p * VECTOR, mask, HEAD_DIM, BLOCK_QUARTER)
+                    inverse = tl.rsqrt(_dot4(a, b, c, d, a, b, c, d) + eps)
+                    along = _dot4(a, b, c, d, da, db, dc, dd) * inverse
+                    droot += along
+                    factor, shrink = root * inverse, along * inverse  # y = x·root/n: dx = root/n · (dy − x·⟨x, dy⟩/n²)
+                    da, db = factor * (da - a * shrink), factor * (db - b * shrink)
+                    dc, dd = factor * (dc - c * shrink), factor * (dd - d * shrink)
+                _store_quarters(write + part * heads * HEAD_DIM, da, db, dc, dd, mask, HEAD_DIM, BLOCK_QUARTER)
+    tl.store(partials_ptr + program * heads + head, tl.sum(droot) * 0.5 / root)

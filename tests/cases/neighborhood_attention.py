@@ -1,0 +1,93 @@
+"""Random cases of na2d and neighborhood_self_attention."""
+
+from __future__ import annotations
+
+import functools
+import random
+
+import torch
+
+import hdit_kernels
+from hdit_kernels import reference
+from tests.cases import Case, strided
+from tests.cases.rope import angles
+
+HEAD_DIMS = (16, 40, 64, 128)  # few compile keys: one a head_dim and dtype
+
+
+def _axis(sizes: random.Random, window: int, dilation: int) -> int:
+    """A length near the smallest allowed, where borders meet, or a few tiles long."""
+    return window * dilation + sizes.choice([0, 0, 1, 2, 3, sizes.randint(0, 30)])
+
+
+def na2d(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
+    window = tuple(sizes.choice([1, 2, 3, 4, 5, 7, 7, 7, 8, 9, 11, 13]) for _ in range(2))
+    window = sizes.choice([window, (window[0], window[0])])
+    dilation = sizes.choice([(1, 1), (1, 1), (2, 2), (1, 3), (2, 1)])
+    height, width = (_axis(sizes, w, d) for w, d in zip(window, dilation, strict=True))
+    batch, heads, head_dim = sizes.randint(1, 8), sizes.randint(1, 4), sizes.choice(HEAD_DIMS)
+    shape = (batch, height, width, heads, head_dim)
+    layout = sizes.randrange(3)
+    if layout == 0:  # slices of one packed projection
+        packed = torch.randn(*shape[:3], 3, *shape[3:], generator=values).to(dtype)
+        query, key, value = packed.unbind(3)
+    else:
+        query, key, value = (torch.randn(shape, generator=values).to(dtype) for _ in range(3))
+        if layout == 1:
+            query, key, value = (strided(t, sizes) for t in (query, key, value))
+    factor = sizes.choice([1.0, 1.0, 1.0, 4.0])  # sharper softmax
+    settings = dict(kernel_size=window, dilation=dilation, scale=factor * head_dim**-0.5)
+    return Case(
+        f"na2d {list(shape)} window {window} dilation {dilation} layout {layout}",
+        dict(query=query, key=key, value=value),
+        functools.partial(hdit_kernels.na2d, **settings, return_lse=True),
+        functools.partial(reference.na2d, **settings),
+    )
+
+
+def na2d_large_logits(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
+    """Logits up to ±1e4: the running maximum is what keeps the softmax finite."""
+    case = na2d(sizes, values, dtype, mixed)
+    query, key = case.tensors["query"], case.tensors["key"]
+    dim = query.shape[-1]
+    case.tensors["query"] = (query.float() / query.float().abs().max() * 100).to(dtype)
+    case.tensors["key"] = (key.float() / key.float().abs().max() * 100).to(dtype)
+    settings = {**case.call.keywords, "scale": 1.0 / dim}
+    case.call.keywords.update(settings)
+    case.reference.keywords.update(scale=1.0 / dim)
+    return case._replace(description=case.description + " large logits")
+
+
+def neighborhood_self_attention(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
+    window = sizes.choice([3, 4, 5, 7, 7, 7, 9])
+    shape = (
+        sizes.randint(1, 8),
+        _axis(sizes, window, 1),
+        _axis(sizes, window, 1),
+        3,
+        sizes.randint(1, 4),
+        sizes.choice(HEAD_DIMS),
+    )
+    scale = torch.empty(shape[4]).uniform_(2.0, 12.0, generator=values)
+    theta_y, theta_x = angles(shape, values)
+    settings = dict(kernel_size=(window, window))
+    return Case(
+        f"neighborhood_self_attention {list(shape)} window {window}",
+        dict(
+            qkv=strided(torch.randn(shape, generator=values).to(dtype), sizes),
+            scale=scale if mixed else scale.to(dtype),
+            theta_y=theta_y,
+            theta_x=theta_x,
+        ),
+        functools.partial(hdit_kernels.neighborhood_self_attention, **settings),
+        functools.partial(reference.neighborhood_self_attention, **settings),
+        frozen=frozenset({"theta_y", "theta_x"}),
+        pooled=frozenset({"scale"}),
+    )
+
+
+OPERATORS = {
+    "na2d": na2d,
+    "na2d_large_logits": na2d_large_logits,
+    "neighborhood_self_attention": neighborhood_self_attention,
+}

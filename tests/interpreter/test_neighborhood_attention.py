@@ -1,0 +1,77 @@
+"""na2d and neighborhood_self_attention: the launchers themselves, on tiny grids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hdit_kernels import reference
+from hdit_kernels.neighborhood_attention import self_attention_triton
+from hdit_kernels.neighborhood_attention.backward import na2d_backward
+from hdit_kernels.neighborhood_attention.forward import na2d_forward
+from tests.accuracy import FLOOR, relative_error
+from tests.lanes import kernels_only
+
+# grid, window, dilation, heads, head_dim: one tile, several, borders inside a tile, odd sizes, rectangles, even windows
+GRIDS = [
+    ((3, 3), (3, 3), (1, 1), 1, 16),
+    ((7, 9), (5, 3), (1, 1), 2, 24),
+    ((11, 17), (7, 7), (1, 1), 1, 8),
+    ((13, 10), (4, 6), (1, 1), 1, 16),
+    ((13, 9), (3, 2), (2, 3), 1, 8),
+    ((1, 12), (1, 9), (1, 1), 1, 8),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("grid", "window", "dilation", "heads", "dim"), GRIDS)
+def test_na2d(grid, window, dilation, heads, dim, dtype, seed) -> None:
+    packed = torch.randn(2, *grid, 3, heads, dim).to(dtype)
+    tensors = list(packed.unbind(3))
+    dout, dlse = torch.randn(2, *grid, heads, dim).to(dtype), torch.randn(2, *grid, heads)
+    exact = [t.double() for t in tensors]
+    out, lse = reference.na2d(*exact, window, dilation=dilation)
+    wanted = reference.na2d_backward(dout.double(), dlse.double(), *exact, window, dilation=dilation)[:3]
+
+    settings = ([*window], [1, 1], [*dilation], [False, False], dim**-0.5)
+    with kernels_only():
+        found, found_lse, stats = na2d_forward(*tensors, None, None, *settings, True)
+        gradients = na2d_backward(dout, dlse, *tensors, None, None, found, stats, *settings)[:3]
+    assert relative_error(found, out) <= FLOOR[dtype]
+    assert (found_lse.double() - lse).abs().max() < (1e-5 if dtype == torch.float32 else 1e-3)
+    for name, gradient, want in zip("qkv", gradients, wanted, strict=True):
+        assert relative_error(gradient, want) <= FLOOR[dtype], f"d{name}"
+
+
+def test_large_logits_stay_finite(seed) -> None:
+    query, key, value = (torch.randn(1, 6, 6, 1, 16) for _ in range(3))
+    query, key = query * 60, key * 60  # logits up to about 1e4
+    dout = torch.randn_like(query)
+    exact = [t.double() for t in (query, key, value)]
+    out, _ = reference.na2d(*exact, (5, 5), scale=0.25)
+    wanted = reference.na2d_backward(dout.double(), None, *exact, (5, 5), scale=0.25)[:3]
+    with kernels_only():
+        settings = ([5, 5], [1, 1], [1, 1], [False, False], 0.25)
+        found, _, stats = na2d_forward(query, key, value, None, None, *settings, False)
+        gradients = na2d_backward(dout, None, query, key, value, None, None, found, stats, *settings)[:3]
+    for result, want in [(found, out), *zip(gradients, wanted, strict=True)]:
+        assert relative_error(result, want) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_self_attention(dtype, seed) -> None:
+    qkv = torch.randn(2, 7, 10, 3, 2, 16).to(dtype)
+    scale, theta_y, theta_x = torch.tensor([10.0, 4.0]), torch.randn(7, 2, 2), torch.randn(10, 2, 2)
+    dout = torch.randn(2, 7, 10, 2, 16).to(dtype)
+    leaves = [qkv.double().requires_grad_(), scale.double().requires_grad_()]
+    out = reference.neighborhood_self_attention(*leaves, theta_y.double(), theta_x.double(), (5, 5))
+    dqkv, dscale = torch.autograd.grad(out, leaves, dout.double())
+    with kernels_only():
+        found, ready, stats = self_attention_triton.forward(qkv, scale, theta_y, theta_x, [5, 5], 1e-6)
+        found_dqkv, found_dscale = self_attention_triton.backward(
+            dout, qkv, scale, theta_y, theta_x, ready, found, stats, [5, 5], 1e-6
+        )
+    limit = 2 * FLOOR[dtype]  # q and k are rounded once more on the way
+    assert relative_error(found, out) <= limit
+    assert relative_error(found_dqkv, dqkv) <= 2 * limit
+    assert relative_error(found_dscale, dscale) <= (1e-5 if dtype == torch.float32 else 2e-2)

@@ -1,0 +1,150 @@
+"""The norms and gates: the launchers themselves, on tiny tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hdit_kernels import norms_triton, reference
+from tests import accuracy
+from tests.accuracy import relative_error
+from tests.lanes import kernels_only
+
+# Several blocks of rows, one channel, widths of no power of two and of no multiple of 8, more than a block holds.
+SHAPES = [(3, 7, 24), (2, 150, 16), (2, 3, 5, 33), (5, 64), (4, 1), (1, 2, 2, 3, 200), (1, 2, 2100)]
+# activations, parameters
+DTYPES = [
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float16),
+]
+# The interpreter cuts bfloat16 off where a GPU rounds: twice the error.
+LIMIT = accuracy.FLOOR | {torch.bfloat16: 2 * accuracy.FLOOR[torch.bfloat16]}
+FORWARD = {
+    "rms_norm": norms_triton.rms_norm_forward,
+    "ada_rms_norm": norms_triton.ada_rms_norm_forward,
+    "ada_layer_norm": norms_triton.ada_layer_norm_forward,
+    "gated_residual": norms_triton.gated_residual_forward,
+}
+BACKWARD = {
+    "rms_norm": norms_triton.rms_norm_backward,
+    "ada_rms_norm": norms_triton.ada_rms_norm_backward,
+    "ada_layer_norm": norms_triton.ada_layer_norm_backward,
+    "gated_residual": norms_triton.gated_residual_backward,
+}
+
+
+def check(name: str, inputs: dict[str, Tensor], dout: Tensor, eps: float = 1e-6) -> None:
+    """Output and gradients of the launchers against the reference in float64 (dx of gated_residual is dout itself)."""
+    settings = () if name == "gated_residual" else (eps,)
+    leaves = [t.double().detach().requires_grad_() for t in inputs.values()]
+    wanted = getattr(reference, name)(*leaves, *settings)
+    gradients = dict(zip(inputs, torch.autograd.grad(wanted, leaves, dout.double()), strict=True))
+    saved = list(inputs.values())
+    if name == "gated_residual":
+        saved, gradients = saved[1:], {k: g for k, g in gradients.items() if k != "x"}
+
+    with kernels_only():
+        out = FORWARD[name](*inputs.values(), *settings)
+        found = BACKWARD[name](dout, *saved, *settings)
+        again = BACKWARD[name](dout, *saved, *settings)
+    assert out.dtype == inputs["x"].dtype and out.is_contiguous() and out.shape == wanted.shape
+    assert relative_error(out, wanted) <= LIMIT[out.dtype], "out"
+    assert len(found) == len(gradients)
+    for (key, want), gradient, repeated in zip(gradients.items(), found, again, strict=True):
+        assert gradient.dtype == inputs[key].dtype and gradient.is_contiguous() and gradient.shape == want.shape
+        # Near-cancelling sums over rows are judged by what float32 rounding may do to their terms.
+        assert relative_error(gradient, want) <= (1 if key in ("x", "y") else 4) * LIMIT[gradient.dtype], f"d{key}"
+        assert torch.equal(gradient, repeated), f"d{key} is not deterministic"
+
+
+def inputs_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, parameter_dtype: torch.dtype) -> dict[str, Tensor]:
+    per_sample = [torch.randn(shape[0], shape[-1]).to(parameter_dtype) for _ in range(2)]
+    x, y = (torch.randn(shape) + 0.5).to(dtype), torch.randn(shape).to(dtype)
+    return {
+        "rms_norm": {"x": x, "weight": torch.randn(shape[-1]).to(parameter_dtype)},
+        "ada_rms_norm": {"x": x, "scale": per_sample[0]},
+        "ada_layer_norm": {"x": x, "shift": per_sample[0], "scale": per_sample[1]},
+        "gated_residual": {"x": x, "y": y, "gate": per_sample[0]},
+    }[name]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FORWARD)
+def test_shapes(name, shape, seed) -> None:
+    # With one channel and a small eps the gradient of x is nothing but cancellation.
+    eps = 1.0 if shape[-1] == 1 else 1e-6
+    check(name, inputs_of(name, shape, torch.float32, torch.float32), torch.randn(shape), eps)
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORWARD)
+def test_dtypes(name, dtype, parameter_dtype, seed) -> None:
+    for shape in [(2, 5, 3, 56), (3, 4, 37)]:
+        check(name, inputs_of(name, shape, dtype, parameter_dtype), torch.randn(shape).to(dtype))
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_several_runs_a_line(name, seed, monkeypatch) -> None:
+    """Partial sums of many programs: more blocks than one run holds, runs of unequal length."""
+    monkeypatch.setattr(norms_triton, "RUNS", 6)
+    monkeypatch.setattr(norms_triton, "BLOCK_ELEMENTS", 512)
+    inputs = inputs_of(name, (2, 11, 13, 40), torch.float32, torch.float32)
+    check(name, inputs, torch.randn(2, 11, 13, 40))
+
+
+def _gaps(tensor: Tensor, before: int, after: int) -> Tensor:
+    """The same values inside a wider tensor of NaN."""
+    return torch.nn.functional.pad(tensor, (before, after), value=float("nan"))[..., before : before + tensor.shape[-1]]
+
+
+LAYOUTS = {
+    "aligned gaps": lambda t: _gaps(t, 0, 8),
+    "unaligned rows": lambda t: _gaps(t, 0, 3),
+    "unaligned pointer": lambda t: _gaps(t, 1, 7),
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.ndim > 2 else t,
+    "last stride 2": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORWARD)
+def test_strides(name, layout, seed) -> None:
+    for shape in [(3, 4, 5, 24), (2, 9, 17)]:
+        inputs, dout = inputs_of(name, shape, torch.float32, torch.float32), torch.randn(shape)
+        check(name, {key: LAYOUTS[layout](t) for key, t in inputs.items()}, dout)
+        check(name, inputs, LAYOUTS[layout](dout))
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_expanded_and_many_dimensions(name, seed) -> None:
+    inputs = inputs_of(name, (2, 3, 2, 3, 2, 16), torch.float32, torch.float32)
+    inputs["x"] = inputs["x"].permute(0, 3, 2, 1, 4, 5)  # four leading dimensions that do not merge
+    if "y" in inputs:
+        inputs["y"] = inputs["y"].permute(0, 3, 2, 1, 4, 5)
+    check(name, inputs, torch.randn(2, 1, 2, 3, 1, 16).expand(2, 3, 2, 3, 2, 16))
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_no_rows(name, seed) -> None:
+    for shape in [(2, 0, 24), (0, 3, 24)]:
+        check(name, inputs_of(name, shape, torch.float32, torch.float32), torch.randn(shape))
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # in the padding, from numpy
+@pytest.mark.parametrize("name", ["rms_norm", "ada_rms_norm", "ada_layer_norm"])
+def test_eps_zero_and_wide_range(name, seed) -> None:
+    """Rows of very different size, and no eps: the rows that pad the last block must not spill NaN into the sums."""
+    inputs = inputs_of(name, (2, 5, 40), torch.float32, torch.float32)
+    inputs["x"] *= torch.logspace(-4, 4, 5)[:, None]
+    check(name, inputs, torch.randn(2, 5, 40), eps=0.0)
+    check(name, inputs, torch.randn(2, 5, 40), eps=1e-2)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_too_many_channels(name) -> None:
+    inputs = inputs_of(name, (1, 1, norms_triton.MAX_CHANNELS + 1), torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="x: expected at most 16384 channels on a GPU, got 16385"):
+        FORWARD[name](*inputs.values(), *(() if name == "gated_residual" else (1e-6,)))

@@ -4,6 +4,7 @@ test_interpreter.py in processes of their own), ahead-of-time compilation (test_
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 from collections.abc import Callable
@@ -61,12 +62,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    path, seen = session.config.getoption("--record"), session.config.stash[RECORD]
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config, seen = session.config, session.config.stash[RECORD]
+    if hasattr(config, "workeroutput"):  # a worker of pytest-xdist hands over what it saw
+        config.workeroutput["record"] = json.dumps(seen)
+        return
+    path = config.getoption("--record")
     if path is not None and seen:
-        counts = {"passed": session.testscollected - session.testsfailed, "failed": session.testsfailed}
+        stats = config.pluginmanager.get_plugin("terminalreporter").stats
+        counts = {outcome: len(stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")}
         header = {"environment": results.environment(), "source_sha256": results.source_hash(), "tests": counts}
-        results.write(path, header | {"seed": session.config.stash[SEED]} | seen)
+        results.write(path, header | {"seed": config.stash[SEED]} | seen)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Joins what the workers of pytest-xdist saw."""
+    seen = node.config.stash[RECORD]
+    for section, operators in json.loads(getattr(node, "workeroutput", {}).get("record", "{}")).items():
+        for operator, kinds in operators.items():
+            seen.setdefault(section, {}).setdefault(operator, {}).update(kinds)
 
 
 @pytest.fixture

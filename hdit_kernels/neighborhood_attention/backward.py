@@ -152,8 +152,9 @@ def _dq_kernel(
 
         after_y, after_x = key_y[None, :] - start_y[:, None], key_x[None, :] - start_x[:, None]
         seen = (after_y >= 0) & (after_y < window_y) & (after_x >= 0) & (after_x < window_x)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale
-        probability = tl.where(seen, tl.exp2(logits - maximum[:, None] - log_total[:, None]), 0.0)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        exponent = (products - maximum[:, None]) * logit_scale - log_total[:, None]
+        probability = tl.where(seen, tl.exp2(exponent), 0.0)
         dprobability = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         dlogits = probability * (dprobability - delta[:, None])
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -237,8 +238,9 @@ def _dkdv_kernel(
         after_y = key_y[:, None] - window_start(query_y, window_y, length_y)[None, :]
         after_x = key_x[:, None] - window_start(query_x, window_x, length_x)[None, :]
         seen = (after_y >= 0) & (after_y < window_y) & (after_x >= 0) & (after_x < window_x) & is_query[None, :]
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * logit_scale
-        probability = tl.where(seen, tl.exp2(logits - maximum[None, :] - log_total[None, :]), 0.0)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        exponent = (products - maximum[None, :]) * logit_scale - log_total[None, :]
+        probability = tl.where(seen, tl.exp2(exponent), 0.0)
         dv = tl.dot(probability.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dprobability = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         dlogits = probability * (dprobability - delta[None, :])

@@ -37,8 +37,8 @@ def na2d_forward(
     """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU.
 
     Returns out, lse (empty unless return_lse) and the softmax statistics for the backward [2, B, H, W, heads]: the
-    maximum of the logits and log2 of the sum of 2^(logit − maximum), logits in units of log2(e). Two numbers, because
-    at logits of 1e4 their sum, the lse, is only good to 1e-3 in float32.
+    largest query · key of the window, before scaling, and log2 of the sum of exp(logit − largest logit). Two numbers,
+    because at logits of 1e4 the lse is only good to 1e-3 in float32; unscaled, so that the difference is exact.
     """
     batch, height, width, heads, head_dim = query.shape
     out = query.new_empty(query.shape)
@@ -159,12 +159,11 @@ def _forward_kernel(
 
         after_y, after_x = key_y[None, :] - start_y[:, None], key_x[None, :] - start_x[:, None]
         seen = (after_y >= 0) & (after_y < window_y) & (after_x >= 0) & (after_x < window_x)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale
-        logits = tl.where(seen, logits, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        products = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(products, 1))
         finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # a query may see nothing of this box
-        probability = tl.exp2(logits - finite[:, None])
-        decay = tl.exp2(maximum - finite)
+        probability = tl.exp2((products - finite[:, None]) * logit_scale)
+        decay = tl.exp2((maximum - finite) * logit_scale)
         total = total * decay + tl.sum(probability, 1)
         acc = tl.dot(probability.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         maximum = new_maximum
@@ -174,7 +173,7 @@ def _forward_kernel(
     tl.store(stats_ptr + token, maximum, mask=is_query)
     tl.store(stats_ptr + rows + token, tl.log2(total), mask=is_query)
     if HAS_LSE:
-        tl.store(lse_ptr + token, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_query)
+        tl.store(lse_ptr + token, (maximum * logit_scale + tl.log2(total)) * 0.6931471805599453, mask=is_query)
     at = token[:, None] * HEAD_DIM + dim[None, :]
     tl.store(
         out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_query[:, None] & in_dim[None, :]

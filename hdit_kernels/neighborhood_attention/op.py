@@ -42,7 +42,7 @@ def na2d(
         stride: queries that share a window, at most kernel_size (1: each its own). More than 1: CPU only.
         dilation: the step between the keys of a window; the grid splits into dilation² interleaved ones.
         is_causal: per axis, see no later key. True: CPU only.
-        scale: factor of the logits, default head_dim ** -0.5.
+        scale: factor of the logits, positive, default head_dim ** -0.5.
         additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query. CPU only.
         return_lse: also return the logarithm of the softmax denominator.
 
@@ -90,6 +90,7 @@ def na2d(
         query=tensors[0], key=tensors[1], value=tensors[2], additional_keys=tensors[3], additional_values=tensors[4]
     )
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    checks.require(0 < scale < math.inf, f"scale: expected a positive finite number, got {scale}")
     settings = ([*window], [*strides], [*steps], [*causal], scale)
     if registration.needs_grad(*tensors):
         out, lse = _NA2D.apply(*tensors, settings, return_lse)
@@ -149,14 +150,12 @@ class _NA2D(torch.autograd.Function):
 
 def _reference_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse):
     out, lse = reference.na2d(query, key, value, window, stride, dilation, causal, scale, add_k, add_v)
-    return out, lse if return_lse else lse.new_empty(0), softmax_stats(lse)
+    return out, lse if return_lse else lse.new_empty(0), softmax_stats(lse, scale)
 
 
-def softmax_stats(lse: Tensor) -> Tensor:
-    """What the kernels keep of the softmax, [2, …]: a maximum and the logarithm of a sum that add up to the lse,
-    base 2.
-    """
-    return torch.stack([lse / math.log(2), torch.zeros_like(lse)])
+def softmax_stats(lse: Tensor, scale: float) -> Tensor:
+    """What the kernels keep of the softmax (see forward.na2d_forward), [2, …]; the reference keeps it in one number."""
+    return torch.stack([lse / scale, torch.zeros_like(lse)])
 
 
 def _reference_backward(

@@ -54,8 +54,10 @@ def test_large_logits_stay_finite(seed) -> None:
         settings = ([5, 5], [1, 1], [1, 1], [False, False], 0.25)
         found, _, stats = na2d_forward(query, key, value, None, None, *settings, False)
         gradients = na2d_backward(dout, None, query, key, value, None, None, found, stats, *settings)[:3]
-    for result, want in [(found, out), *zip(gradients, wanted, strict=True)]:
-        assert relative_error(result, want) <= 1e-3
+    assert relative_error(found, out) <= 1e-3
+    assert relative_error(gradients[2], wanted[2]) <= 1e-3
+    for gradient, want in zip(gradients[:2], wanted[:2], strict=True):  # of a softmax that is nearly one-hot: about zero
+        assert (gradient - want).abs().max() <= 0.05 * key.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

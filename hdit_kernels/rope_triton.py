@@ -27,7 +27,7 @@ def qk_norm_rope_into(ready: Tensor, qkv: Tensor, scale: Tensor, theta_y: Tensor
     """Fills ready [B, H, W, 2 or 3, heads, D], contiguous: q and k, and v too when there is room for it."""
     qkv, sizes, vector, constants = _layout(qkv)
     programs = triton.cdiv(sizes[0], TOKENS) * sizes[3]
-    _forward_kernel[(programs,)](
+    _qk_norm_rope_forward_kernel[(programs,)](
         ready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous(), eps, *sizes, *_strides(qkv, vector),
         VECTOR=vector, PARTS=ready.shape[3], TOKENS=TOKENS, **constants, num_warps=4,
     )  # fmt: skip
@@ -53,7 +53,7 @@ def qk_norm_rope_backward_into(
     parts = triton.cdiv(blocks, per_program)
     heads = sizes[3]
     partials = scale.new_empty((1, parts, heads), dtype=torch.float32)
-    _backward_kernel[(parts * heads,)](
+    _qk_norm_rope_backward_kernel[(parts * heads,)](
         dqkv, partials, dready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous(), eps,
         *sizes, per_program, *_strides(dready, dready_vector), *_strides(qkv, vector),
         DREADY_VECTOR=dready_vector, VECTOR=vector, COPY_VALUE=not in_place, TOKENS=TOKENS, **constants, num_warps=4,
@@ -124,7 +124,7 @@ def _dot4(a, b, c, d, e, f, g, h):
 
 
 @kernel
-def _forward_kernel(
+def _qk_norm_rope_forward_kernel(
     ready_ptr, qkv_ptr, scale_ptr, theta_y_ptr, theta_x_ptr, eps,
     tokens: tl.int32, height: tl.int32, width: tl.int32, heads: tl.int32,
     s_b: tl.int64, s_h: tl.int64, s_w: tl.int64, s_p: tl.int64, s_n: tl.int64,
@@ -148,7 +148,7 @@ def _forward_kernel(
 
 
 @kernel
-def _backward_kernel(
+def _qk_norm_rope_backward_kernel(
     dqkv_ptr, partials_ptr, dready_ptr, qkv_ptr, scale_ptr, theta_y_ptr, theta_x_ptr, eps,
     tokens: tl.int32, height: tl.int32, width: tl.int32, heads: tl.int32, per_program: tl.int32,
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_p: tl.int64, g_n: tl.int64,

@@ -1,4 +1,4 @@
-"""`token_merge` and `token_split`: the steps between levels, pixel-unshuffle and pixel-shuffle with their projections."""
+"""`token_merge` and `token_split`: the steps between levels, pixel-unshuffle and -shuffle with their projections."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def token_merge(x: Tensor, weight: Tensor, patch_size: Sequence[int] = (2, 2)) -
 
     Args:
         x: [B, H·h, W·w, C], bfloat16, float16 or float32 (float64 takes the reference); any strides, none is copied.
-        weight: [out, h·w·C], columns in the order (row of the patch, column of the patch, channel); may have another dtype than
-            x, and is then rounded to x's for the product.
+        weight: [out, h·w·C], columns in the order (row of the patch, column of the patch, channel); may have another
+            dtype than x, and is then rounded to x's for the product.
         patch_size: (h, w).
 
     Returns:
@@ -50,12 +50,12 @@ def token_split(
     skip: Tensor | None = None,
     fac: Tensor | None = None,
 ) -> Tensor:
-    """Each token becomes an h x w patch: projection without bias, pixel-shuffle, and with a skip skip + fac · (y − skip).
+    """Each token becomes an h x w patch: projection without bias y, pixel-shuffle; with a skip skip + fac · (y − skip).
 
     Args:
         x: [B, H, W, in], bfloat16, float16 or float32 (float64 takes the reference); any strides, none is copied.
-        weight: [h·w·C, in], rows in the order (row of the patch, column of the patch, channel); may have another dtype than x,
-            and is then rounded to x's for the product.
+        weight: [h·w·C, in], rows in the order (row of the patch, column of the patch, channel); may have another
+            dtype than x, and is then rounded to x's for the product.
         patch_size: (h, w).
         skip: [B, H·h, W·w, C] or None, any strides and floating dtype.
         fac: [1], given exactly when skip is: the weight of y. It is read on the device and stays in its own dtype.
@@ -79,7 +79,7 @@ def token_split(
     _check_sizes_and_float64(x, weight)
     if (skip is None) != (fac is None):
         missing, given = ("fac", "skip") if fac is None else ("skip", "fac")
-        raise ValueError(f"{missing}: expected a tensor when {given} is given, got None")
+        raise ValueError(f"{missing}: expected a tensor when {given} is, got None")
     if skip is not None and fac is not None:
         checks.shape("skip", skip, _split_shape(x.shape, weight.shape, (h, w)))
         checks.shape("fac", fac, [1])
@@ -149,7 +149,9 @@ def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor 
 # The operators. needed: which of the gradients to compute; the others come back empty.
 
 
-def _gradients(function: Any, inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]) -> tuple[Tensor, ...]:
+def _gradients(
+    function: Any, inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor, ...]:
     """The needed gradients of function(*inputs) by autograd, and empty tensors for the others."""
 
     def of_needed(*leaves: Tensor) -> Tensor:
@@ -168,7 +170,9 @@ def _fake_gradients(inputs: Sequence[Tensor | None], dout: Tensor, needed: Seque
     )
 
 
-def _reference_merge_backward(dout: Tensor, x: Tensor, weight: Tensor, patch_size: list[int], needed: list[bool]) -> Any:
+def _reference_merge_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, patch_size: list[int], needed: list[bool]
+) -> Any:
     return _gradients(lambda x, weight: reference.token_merge(x, weight, patch_size), (x, weight), dout, needed)
 
 

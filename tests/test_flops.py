@@ -37,7 +37,7 @@ def test_presets_equal_golden(name: str) -> None:
     assert counts(presets[name], "meta") == (golden["parameters"], 2 * golden["macs"])
 
 
-@pytest.mark.parametrize("name", PRESETS.keys() & {"imagenet-128", "imagenet-256", "ffhq-1024", "flowers-256"})
+@pytest.mark.parametrize("name", ["imagenet-128", "imagenet-256", "ffhq-1024", "flowers-256"])
 def test_preset_configurations_equal_golden(name: str) -> None:
     """Counts could agree by chance: so do the configurations, but for what they can't say."""
     ours, golden = presets[name].to_dict(), golden_files.model_config(PRESETS[name]["config"]).to_dict()

@@ -78,18 +78,18 @@ def na2d_backward_into(
         TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x,
         PRECISION=launch.input_precision(query.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    _dq_kernel[(programs,)](
+    _na2d_dq_kernel[(programs,)](
         dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta, scale, scale * LOG2_E,
         delta.numel(), *sizes, *strides, HAS_DLSE=dlse is not None, **constants,
     )  # fmt: skip
-    _dkdv_kernel[(programs,)](
+    _na2d_dkdv_kernel[(programs,)](
         dout, query, key, value, stats, delta, dk, dv, scale, scale * LOG2_E, delta.numel(),
         *sizes, *strides, **constants,
     )  # fmt: skip
 
 
 @launch.kernel
-def _dq_kernel(
+def _na2d_dq_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, dlse_ptr, dq_ptr, delta_ptr,
     scale, logit_scale, rows: tl.int64,
     height: tl.int32, width: tl.int32, heads: tl.int32, tiles_y: tl.int32, tiles_x: tl.int32,
@@ -178,7 +178,7 @@ def last_query(key, window, length):
 
 
 @launch.kernel
-def _dkdv_kernel(
+def _na2d_dkdv_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, scale, logit_scale, rows: tl.int64,
     height: tl.int32, width: tl.int32, heads: tl.int32, tiles_y: tl.int32, tiles_x: tl.int32,
     window_y: tl.int32, window_x: tl.int32, dilation_y: tl.int32, dilation_x: tl.int32,

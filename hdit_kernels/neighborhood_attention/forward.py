@@ -47,7 +47,7 @@ def na2d_forward(
     config = forward_config(launch.gpu_family(query.device), query.dtype, head_dim)
     vector, (query, key, value) = token_layout(query, key, value)
     programs, tiles = tile_grid(query.shape, dilation, config.tile_y, config.tile_x)
-    _forward_kernel[(programs,)](
+    _na2d_forward_kernel[(programs,)](
         query, key, value, out, stats, lse, scale * LOG2_E, stats.numel() // 2,
         height, width, heads, *tiles, *window, *dilation,
         *token_strides(query, vector), *token_strides(key, vector), *token_strides(value, vector),
@@ -108,7 +108,7 @@ def token_offset(y, x, stride_h, stride_w, residue_y, residue_x, dilation_y, dil
 
 
 @launch.kernel
-def _forward_kernel(
+def _na2d_forward_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, rows: tl.int64,
     height: tl.int32, width: tl.int32, heads: tl.int32, tiles_y: tl.int32, tiles_x: tl.int32,
     window_y: tl.int32, window_x: tl.int32, dilation_y: tl.int32, dilation_x: tl.int32,

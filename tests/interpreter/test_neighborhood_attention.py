@@ -43,6 +43,17 @@ def test_na2d(grid, window, dilation, heads, dim, dtype, seed) -> None:
         assert relative_error(gradient, want) <= FLOOR[dtype], f"d{name}"
 
 
+def test_a_window_of_one_key_returns_the_value(seed) -> None:
+    query, key, value, dout = (torch.randn(1, 9, 5, 1, 8) for _ in range(4))
+    settings = ([1, 1], [1, 1], [1, 1], [False, False], 1.0)
+    with kernels_only():
+        found, _, stats = na2d_forward(query, key, value, None, None, *settings, False)
+        dq, dk, dv = na2d_backward(dout, None, query, key, value, None, None, found, stats, *settings)[:3]
+    torch.testing.assert_close(found, value)
+    torch.testing.assert_close(dv, dout)
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+
+
 def test_large_logits_stay_finite(seed) -> None:
     query, key, value = (torch.randn(1, 6, 6, 1, 16) for _ in range(3))
     query, key = query * 60, key * 60  # logits up to about 1e4
@@ -56,7 +67,9 @@ def test_large_logits_stay_finite(seed) -> None:
         gradients = na2d_backward(dout, None, query, key, value, None, None, found, stats, *settings)[:3]
     assert relative_error(found, out) <= 1e-3
     assert relative_error(gradients[2], wanted[2]) <= 1e-3
-    for gradient, want in zip(gradients[:2], wanted[:2], strict=True):  # of a softmax that is nearly one-hot: about zero
+    for gradient, want in zip(
+        gradients[:2], wanted[:2], strict=True
+    ):  # of a softmax that is nearly one-hot: about zero
         assert (gradient - want).abs().max() <= 0.05 * key.abs().max()
 
 

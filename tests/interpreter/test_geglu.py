@@ -1,0 +1,62 @@
+"""geglu: the launchers themselves, on tiny tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hdit_kernels import reference
+from hdit_kernels.geglu_triton import geglu_backward, geglu_forward
+from tests.accuracy import FLOOR, relative_error
+from tests.lanes import kernels_only
+
+DTYPES = [torch.float32, torch.float16]  # not bfloat16: the interpreter's stores truncate it
+
+
+def check(x: Tensor, dout: Tensor) -> None:
+    leaf = x.double().requires_grad_()
+    out = reference.geglu(leaf)
+    (dx,) = torch.autograd.grad(out, leaf, dout.double())
+    with kernels_only():
+        found, found_dx = geglu_forward(x), geglu_backward(dout, x)
+    assert found.dtype == found_dx.dtype == x.dtype
+    assert found.is_contiguous() and found_dx.is_contiguous()
+    assert relative_error(found, out) <= FLOOR[x.dtype]
+    assert relative_error(found_dx, dx) <= FLOOR[x.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d_ff", [1, 5, 8, 32, 40, 129, 264])
+def test_geglu(d_ff: int, dtype: torch.dtype, seed: int) -> None:
+    check((torch.randn(3, 7, 2 * d_ff) * 2).to(dtype), torch.randn(3, 7, d_ff).to(dtype))
+
+
+@pytest.mark.parametrize("d_ff", [24, 27])
+@pytest.mark.parametrize("gap", [8, 3])
+def test_strided(d_ff: int, gap: int, seed: int) -> None:
+    """Gaps between rows, swapped dimensions, and x and dout laid out differently, wide (gap 8) and not."""
+    x = torch.randn(4, 3, 5, 2 * d_ff + gap).transpose(0, 2)[..., : 2 * d_ff]
+    dout = torch.randn(3, 5, 4, d_ff + gap).permute(1, 0, 2, 3)[..., :d_ff]
+    check(x, dout)
+
+
+def test_offset_start(seed: int) -> None:
+    """x begins in the middle of a 16-byte word, though its strides are multiples of one."""
+    check(torch.randn(5, 64)[:, 3:51], torch.randn(5, 24))
+
+
+def test_many_rows_and_large_values(seed: int) -> None:
+    x = torch.randn(300, 2 * 12) * torch.logspace(-3, 2, 300)[:, None]
+    check(x, torch.randn(300, 12))
+
+
+def test_expanded_gradient(seed: int) -> None:
+    """The gradient of a sum: every element the same one."""
+    check(torch.randn(6, 48), torch.ones(()).expand(6, 24))
+
+
+def test_empty() -> None:
+    with kernels_only():
+        assert geglu_forward(torch.randn(0, 8)).shape == (0, 4)
+        assert geglu_backward(torch.randn(0, 4), torch.randn(0, 8)).shape == (0, 8)

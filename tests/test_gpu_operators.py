@@ -1,0 +1,259 @@
+"""Every operator on a GPU against the float64 reference: random cases, poisoned outputs, determinism, compile keys,
+kernels run.
+
+`pytest -m gpu --record FILE` also writes what was seen (cases, worst errors) as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from hdit_kernels import reference
+from tests import accuracy
+from tests.cases import Case, Generator
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("few_large_tiles")]
+
+CASES = 60  # of each operator and kind of dtypes: 240 an operator
+KINDS = {
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32": (torch.float32, False),
+    "mixed": (torch.bfloat16, True),  # float32 parameters beside bfloat16 activations
+}
+
+
+def _operators() -> dict[str, Generator]:
+    modules = sorted(path.stem for path in (Path(__file__).parent / "cases").glob("[!_]*.py"))
+    families = [importlib.import_module(f"tests.cases.{name}").OPERATORS for name in modules]
+    return {name: generator for family in families for name, generator in family.items()}
+
+
+OPERATORS = _operators()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that a launcher allocates starts as NaN."""
+    allocate = torch.Tensor.new_empty
+
+    def poison(self, *args, **kwargs):
+        buffer = allocate(self, *args, **kwargs)
+        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+
+
+def on_gpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same values in the same layouts: `.cuda()` alone would close the gaps of a strided tensor."""
+    moved = {}
+    for name, tensor in tensors.items():
+        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        storage = torch.as_strided(tensor, (tensor.storage_offset() + extent,), (1,), 0).cuda()
+        moved[name] = storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return moved
+
+
+def run(case: Case, function, tensors: dict[str, torch.Tensor], cotangents: list[torch.Tensor] | None):
+    """Outputs, gradients by input name, and the cotangents used (drawn when not given)."""
+    leaves = {n: t if n in case.frozen else t.detach().requires_grad_() for n, t in tensors.items()}
+    outputs = function(**leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    cotangents = cotangents or [torch.randn_like(o, memory_format=torch.contiguous_format) for o in outputs]
+    learned = [n for n in leaves if n not in case.frozen]
+    cast = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, [leaves[n] for n in learned], cast)
+    return outputs, dict(zip(learned, gradients, strict=True)), cotangents
+
+
+def plain_inputs(case: Case, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: t if name in case.frozen else t.to(dtype) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_random_cases(operator: str, kind: str, seed: int, poisoned: None, record) -> None:
+    """Error of every output and gradient ≤ max(2 · plain PyTorch's in the same dtype, the dtype's floor)."""
+    dtype, mixed = KINDS[kind]
+    sizes, values = random.Random(f"{operator} {kind} {seed}"), torch.Generator().manual_seed(seed)
+    worst: tuple[float, float, str, str] = (0.0, 0.0, "", "")  # error over its limit, error, tensor, case
+    pools: dict[str, tuple[accuracy.Pool, accuracy.Pool]] = {}
+    for _ in range(CASES):
+        case = OPERATORS[operator](sizes, values, dtype, mixed)
+        tensors = on_gpu(case.tensors)
+        outputs, gradients, cotangents = run(case, case.call, tensors, None)
+        exact = {name: t.double() for name, t in tensors.items()}
+        wanted, wanted_gradients, _ = run(case, case.reference, exact, cotangents)
+        with accuracy.plain():
+            plain, plain_gradients, _ = run(case, case.reference, plain_inputs(case, tensors, dtype), cotangents)
+        found = {f"out{i}": (o, w, p) for i, (o, w, p) in enumerate(zip(outputs, wanted, plain, strict=True))}
+        for name, gradient in gradients.items():
+            assert gradient.dtype == tensors[name].dtype and gradient.shape == tensors[name].shape, case.description
+            triple = (gradient, wanted_gradients[name], plain_gradients[name])
+            if name in case.pooled:
+                ours, theirs = pools.setdefault(name, (accuracy.Pool(), accuracy.Pool()))
+                ours.add(triple[0], triple[1])
+                theirs.add(triple[2], triple[1])
+            else:
+                found["d" + name] = triple
+        for name, (result, want, simple) in found.items():
+            error = accuracy.relative_error(result, want)
+            limit = accuracy.allowed(dtype, accuracy.relative_error(simple, want))
+            worst = max(worst, (error / limit, error, name, case.description))
+    for name, (ours, theirs) in pools.items():
+        limit = accuracy.allowed(dtype, theirs.relative)
+        worst = max(worst, (ours.relative / limit, ours.relative, "d" + name, "pooled over the cases"))
+    ratio, error, tensor, where = worst
+    seen = dict(cases=CASES, worst_ratio=min(ratio, 1e9), error=min(error, 1e9), worst_tensor=tensor, case=where)
+    record("operators", operator, kind, seen)
+    assert ratio <= 1.0, f"{tensor} is {ratio:.2f} times its limit: {where}"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_deterministic(operator: str, seed: int, record) -> None:
+    """20 runs, forward and backward, bitwise equal."""
+    case = OPERATORS[operator](random.Random(seed), torch.Generator().manual_seed(seed), torch.bfloat16, True)
+    tensors = on_gpu(case.tensors)
+    first, first_gradients, cotangents = run(case, case.call, tensors, None)
+    for _ in range(19):
+        outputs, gradients, _ = run(case, case.call, tensors, cotangents)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, first, strict=True)), case.description
+        assert all(torch.equal(gradients[n], first_gradients[n]) for n in gradients), case.description
+    record("deterministic", operator, "bfloat16", dict(runs=20))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_runs_only_our_kernels(operator: str, seed: int, record) -> None:
+    """Forward and backward launch Triton kernels of ours and named cuBLAS products, and nothing else: no copies, no
+    casts.
+    """
+    generate = OPERATORS[operator]
+    case = generate(random.Random(seed), torch.Generator().manual_seed(seed), torch.bfloat16, True)
+    tensors = {n: t.contiguous().detach().requires_grad_(n not in case.frozen) for n, t in on_gpu(case.tensors).items()}
+    learned = [t for n, t in tensors.items() if n not in case.frozen]
+
+    def both_ways(cotangents):
+        outputs = case.call(**tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        cotangents = cotangents or [torch.randn_like(o) for o in outputs]
+        torch.autograd.grad(outputs, learned, cotangents)
+        return cotangents
+
+    cotangents = both_ways(None)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        both_ways(cotangents)
+        torch.cuda.synchronize()
+    names = sorted({event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA})
+    record("kernels", operator, "mixed", names)
+    assert names
+    foreign = [name for name in names if not name.startswith("_") and not is_cublas(name)]
+    assert not foreign, f"kernels that are not ours: {foreign}"
+
+
+def is_cublas(name: str) -> bool:
+    return any(word in name.lower() for word in ("gemm", "gemv", "cutlass", "cublas", "nvjet", "splitkreduce"))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compiles_whole_and_under_autocast(operator: str, seed: int) -> None:
+    """torch.compile(fullgraph=True) gives the same numbers forward and backward, with and without autocast."""
+    case = OPERATORS[operator](random.Random(seed), torch.Generator().manual_seed(seed), torch.bfloat16, True)
+    tensors = on_gpu(case.tensors)
+    outputs, gradients, cotangents = run(case, case.call, tensors, None)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **inputs: case.call(**inputs), fullgraph=True)
+    found, found_gradients, _ = run(case, compiled, tensors, cotangents)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, found, strict=True)), case.description
+    assert all(torch.equal(gradients[n], found_gradients[n]) for n in gradients), case.description
+    with torch.autocast("cuda", torch.bfloat16):
+        again, _, _ = run(case, case.call, tensors, cotangents)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True)), case.description
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compile_keys(operator: str, seed: int, record) -> None:
+    """Sizes, batches and strides compile nothing new: at most a dozen binaries of any one kernel over 30 cases of a
+    dtype.
+    """
+    from triton.runtime.jit import JITFunction
+
+    compiled: dict[str, int] = {}
+    do_compile = JITFunction._do_compile
+
+    def counting(self, *args, **kwargs):
+        compiled[self.fn.__name__] = compiled.get(self.fn.__name__, 0) + 1
+        return do_compile(self, *args, **kwargs)
+
+    sizes, values = random.Random(seed), torch.Generator().manual_seed(seed)
+    with mock.patch.object(JITFunction, "_do_compile", counting):
+        for function in _kernels_of_the_package():
+            function.device_caches.clear()
+        for _ in range(30):
+            case = OPERATORS[operator](sizes, values, torch.bfloat16, False)
+            run(case, case.call, on_gpu(case.tensors), None)
+    record("compile_keys", operator, "bfloat16", compiled)
+    assert compiled and max(compiled.values()) <= 12, compiled
+
+
+def _kernels_of_the_package():
+    from triton.runtime.jit import JITFunction
+
+    for path in Path(reference.__file__).parent.rglob("*.py"):
+        name = ".".join(path.relative_to(Path(reference.__file__).parent.parent).with_suffix("").parts)
+        if name.endswith(("_triton", "forward", "backward", "launch")):
+            module = importlib.import_module(name)
+            yield from (value for value in vars(module).values() if isinstance(value, JITFunction))
+
+
+def test_float64_takes_the_reference(seed: int) -> None:
+    for operator, generate in OPERATORS.items():
+        case = generate(random.Random(seed), torch.Generator().manual_seed(seed), torch.float32, False)
+        exact = {n: t.double() for n, t in on_gpu(case.tensors).items()}
+        outputs, gradients, cotangents = run(case, case.call, exact, None)
+        wanted, wanted_gradients, _ = run(case, case.reference, exact, cotangents)
+        for found, want in [
+            *zip(outputs, wanted, strict=True),
+            *((gradients[n], wanted_gradients[n]) for n in gradients),
+        ]:
+            assert accuracy.relative_error(found, want) <= accuracy.FLOOR[torch.float64], operator
+
+
+def test_tf32_only_when_torch_allows_it(seed: int) -> None:
+    """float32 products are IEEE unless torch's own setting says tf32, read at every call."""
+    from hdit_kernels import na2d
+
+    query, key, value = (torch.randn(1, 16, 16, 2, 64, device="cuda") for _ in range(3))
+    wanted, _ = reference.na2d(query.double(), key.double(), value.double(), (7, 7))
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee"
+        exact = accuracy.relative_error(na2d(query, key, value, 7), wanted)
+        matmul.fp32_precision = "tf32"
+        coarse = accuracy.relative_error(na2d(query, key, value, 7), wanted)
+    finally:
+        matmul.fp32_precision = before
+    assert exact < 2e-6 and 1e-5 < coarse < 3e-3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(stride=2), dict(is_causal=True), dict(additional=True)],
+    ids=["stride", "is_causal", "additional_keys"],
+)
+def test_not_on_a_gpu_yet(change: dict) -> None:
+    from hdit_kernels import na2d
+
+    grid = torch.randn(1, 8, 8, 1, 16, device="cuda")
+    extra = dict(additional_keys=grid[:, 0], additional_values=grid[:, 0]) if change.pop("additional", False) else {}
+    with pytest.raises(NotImplementedError, match="run on the CPU only"):
+        na2d(grid, grid, grid, 3, **change, **extra)
+    with pytest.raises(ValueError, match="multiple of 8, at most 128, on a GPU, got 136"):
+        na2d(*[torch.randn(1, 8, 8, 1, 136, device="cuda")] * 3, 3)

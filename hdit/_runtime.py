@@ -1,0 +1,114 @@
+"""What the command-line programs share: the device, errors in one line, and what to say about the machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hdit._extras import require
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turns what a user can mend into one line on stderr and exit status 2; bugs keep their traceback."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        message = f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --batch-size"
+    except (ValueError, ArithmeticError, OSError, ModuleNotFoundError) as error:
+        message = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    print(f"{program}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
+    """A tqdm bar, redrawn twice a second on a terminal and every ten seconds where its lines pile up in a log."""
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    return require("tqdm", "train").tqdm(iterable, mininterval=interval, **options)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: integers from minimum on."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
+        return number
+
+    parse.__name__ = "integer"  # argparse names it when int() fails
+    return parse
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name (ValueError if it isn't there); without one a GPU if torch can use it, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {name!r}: pass cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: {unusable_gpu() or 'torch finds no GPU'}; pass --device cpu")
+    return device
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 autocast on a GPU; nothing on the CPU, which runs in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def environment() -> list[str]:
+    """torch, CUDA, driver and device, a line each; and why, if torch can't use a GPU that the machine has."""
+    cuda = torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else "none in this torch")
+    lines = [f"torch   {torch.__version__}", f"CUDA    {cuda}", f"driver  {_driver() or 'no NVIDIA driver found'}"]
+    if torch.cuda.is_available():
+        lines.append(f"device  {torch.cuda.get_device_name()}")
+    else:
+        lines.append(f"device  CPU, {torch.get_num_threads()} threads")
+    reason = unusable_gpu()
+    return lines if reason is None else [*lines, f"There is a GPU, but torch can't use it: {reason}"]
+
+
+def unusable_gpu() -> str | None:
+    """Why torch can't use a GPU that this machine has; None if it can, or there is none."""
+    nvidia, amd = Path("/dev/nvidia0").exists() or _driver() is not None, Path("/dev/kfd").exists()
+    if torch.cuda.is_available() or not (nvidia or amd):
+        return None
+    hidden = [name for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if os.environ.get(name) in ("", "-1")]
+    if hidden:
+        return f"{hidden[0]} hides it"
+    if torch.version.cuda is None and torch.version.hip is None:
+        kind = "CUDA" if nvidia else "ROCm"
+        return f"torch {torch.__version__} is built without {kind}; install a build with it (make: TORCH_INDEX=…)"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())
+    return "torch gives no reason"
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, where nvidia-smi works."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.split("\n")[0].strip() or None if found.returncode == 0 else None

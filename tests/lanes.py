@@ -32,7 +32,7 @@ SHARED_MEMORY = {  # bytes a program may use
     "gfx942": 64 * 1024,
     "gfx1100": 64 * 1024,
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @contextmanager

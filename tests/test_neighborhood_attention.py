@@ -145,7 +145,7 @@ def test_compiles_whole(seed) -> None:
     inputs = (*tensors, qkv, scale, torch.randn(6, 2, 1), torch.randn(5, 2, 1))
     learned = inputs[:5]
     wanted = block(*inputs)
-    found = torch.compile(block, fullgraph=True)(*inputs)
+    found = torch.compile(block, fullgraph=True, backend="aot_eager")(*inputs)  # inductor would need a C++ compiler
     torch.testing.assert_close(found, wanted)
     cotangent = torch.randn_like(wanted)
     torch.testing.assert_close(

@@ -8,15 +8,18 @@ clamped windows of more queries end in the tile). Least traffic: q, k, v, out, d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention.configs import backward_config
+from hdit_kernels.neighborhood_attention.configs import Config, dkdv_config, dq_config
 from hdit_kernels.neighborhood_attention.forward import (
     LOG2_E,
+    NOWHERE,
+    is_within,
     tile_grid,
     tile_of_program,
     token_layout,
@@ -67,21 +70,27 @@ def na2d_backward_into(
     batch, height, width, heads, head_dim = query.shape
     delta = stats.new_empty(stats.shape[1:])
     dlse = dlse.contiguous() if dlse is not None else None
-    config = backward_config(launch.gpu_family(query.device), query.dtype, head_dim)
     vector, (dout, query, key, value) = token_layout(dout, query, key, value)
     vector = min(vector, token_layout(dq, dk, dv)[0])
-    programs, tiles = tile_grid(query.shape, dilation, config.tile_y, config.tile_x)
-    sizes = (height, width, heads, *tiles, *window, *dilation)
     strides = [s for t in (dout, query, key, value, dq) for s in token_strides(t, vector)]
-    constants = dict(
-        HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector,
-        TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x,
-        PRECISION=launch.input_precision(query.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+
+    def grid_of(config: Config) -> tuple[int, tuple[int, ...], dict[str, Any]]:
+        """Number of programs, size arguments and constants."""
+        programs, tiles = tile_grid(query.shape, dilation, config.tile_y, config.tile_x)
+        constants = dict(
+            HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector,
+            TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x,
+            PRECISION=launch.input_precision(query.dtype), **config.options,
+        )  # fmt: skip
+        return programs, (height, width, heads, *tiles, *window, *dilation), constants
+
+    target = (launch.gpu_family(query.device), query.dtype, head_dim)
+    programs, sizes, constants = grid_of(dq_config(*target))
     _na2d_dq_kernel[(programs,)](
         dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta, scale, scale * LOG2_E,
         delta.numel(), *sizes, *strides, HAS_DLSE=dlse is not None, **constants,
     )  # fmt: skip
+    programs, sizes, constants = grid_of(dkdv_config(*target))
     _na2d_dkdv_kernel[(programs,)](
         dout, query, key, value, stats, delta, dk, dv, scale, scale * LOG2_E, delta.numel(),
         *sizes, *strides, **constants,
@@ -137,27 +146,29 @@ def _na2d_dq_kernel(
     low_y, low_x = window_start(first_y, window_y, length_y), window_start(first_x, window_x, length_x)
     high_y = window_start(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + window_y
     high_x = window_start(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x) + window_x
-    boxes_x = tl.cdiv(high_x - low_x, BOX_X)
     in_box = tl.arange(0, BOX_Y * BOX_X)
+    row_in_box = in_box // BOX_X
 
     dq = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
-    for box in range(0, tl.cdiv(high_y - low_y, BOX_Y) * boxes_x):
-        key_y = low_y + box // boxes_x * BOX_Y + in_box // BOX_X
-        key_x = low_x + box % boxes_x * BOX_X + in_box % BOX_X
-        is_key = ((key_y < high_y) & (key_x < high_x))[:, None] & in_dim[None, :]
-        box_at = token_offset(key_y, key_x, k_h, k_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
-        k = tl.load(key_ptr + box_at[:, None] + dim[None, :], mask=is_key, other=0.0)
-        box_at = token_offset(key_y, key_x, v_h, v_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
-        v = tl.load(value_ptr + box_at[:, None] + dim[None, :], mask=is_key, other=0.0)
+    for first_column in range(low_x, high_x, BOX_X):  # masked as in the forward
+        key_x = first_column + in_box % BOX_X
+        sees_column = is_within(key_x[None, :] - start_x[:, None], window_x)
+        first_row = tl.where(sees_column, start_y[:, None] - row_in_box[None, :], NOWHERE)
+        key_x = tl.minimum(key_x, length_x - 1)
+        k_at = token_offset(row_in_box, key_x, k_h, k_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
+        v_at = token_offset(row_in_box, key_x, v_h, v_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
+        for y in range(low_y, high_y, BOX_Y):
+            is_key = (y + row_in_box < high_y)[:, None] & in_dim[None, :]
+            base = (y * dilation_y).to(tl.int64) * VECTOR
+            k = tl.load(key_ptr + base * k_h + k_at[:, None] + dim[None, :], mask=is_key, other=0.0)
+            v = tl.load(value_ptr + base * v_h + v_at[:, None] + dim[None, :], mask=is_key, other=0.0)
 
-        after_y, after_x = key_y[None, :] - start_y[:, None], key_x[None, :] - start_x[:, None]
-        seen = (after_y >= 0) & (after_y < window_y) & (after_x >= 0) & (after_x < window_x)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        exponent = (products - maximum[:, None]) * logit_scale - log_total[:, None]
-        probability = tl.where(seen, tl.exp2(exponent), 0.0)
-        dprobability = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        dlogits = probability * (dprobability - delta[:, None])
-        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            exponent = tl.math.fma(products, logit_scale, -maximum[:, None]) - log_total[:, None]
+            probability = tl.where(is_within(y - first_row, window_y), tl.exp2(exponent), 0.0)
+            dprobability = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            dlogits = probability * (dprobability - delta[:, None])
+            dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
 
     at = (batch * g_b + head * g_n) * VECTOR
     at += token_offset(query_y, query_x, g_h, g_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
@@ -215,36 +226,40 @@ def _na2d_dkdv_kernel(
     low_y, low_x = first_query(first_y, window_y), first_query(first_x, window_x)
     high_y = last_query(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + 1
     high_x = last_query(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x) + 1
-    boxes_x = tl.cdiv(high_x - low_x, BOX_X)
     in_box = tl.arange(0, BOX_Y * BOX_X)
+    row_in_box = in_box // BOX_X
 
     dk = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
     dv = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
-    for box in range(0, tl.cdiv(high_y - low_y, BOX_Y) * boxes_x):
-        query_y = low_y + box // boxes_x * BOX_Y + in_box // BOX_X
-        query_x = low_x + box % boxes_x * BOX_X + in_box % BOX_X
-        is_query = (query_y < high_y) & (query_x < high_x)
-        mask = is_query[:, None] & in_dim[None, :]
-        box_at = token_offset(query_y, query_x, q_h, q_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
-        q = tl.load(query_ptr + box_at[:, None] + dim[None, :], mask=mask, other=0.0)
-        box_at = token_offset(query_y, query_x, o_h, o_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
-        dout = tl.load(dout_ptr + box_at[:, None] + dim[None, :], mask=mask, other=0.0)
-        row, column = residue_y + query_y * dilation_y, residue_x + query_x * dilation_x
-        token = ((batch * height + row) * width + column) * heads + head
-        maximum = tl.load(stats_ptr + token, mask=is_query, other=0.0)
-        log_total = tl.load(stats_ptr + rows + token, mask=is_query, other=0.0)
-        delta = tl.load(delta_ptr + token, mask=is_query, other=0.0)
+    for first_column in range(low_x, high_x, BOX_X):
+        query_x = first_column + in_box % BOX_X
+        sees_column = is_within(key_x[:, None] - window_start(query_x, window_x, length_x)[None, :], window_x)
+        key_row = tl.where(sees_column & (query_x < high_x)[None, :], key_y[:, None], -NOWHERE)
+        query_x = tl.minimum(query_x, length_x - 1)
+        q_at = token_offset(row_in_box, query_x, q_h, q_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
+        o_at = token_offset(row_in_box, query_x, o_h, o_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
+        token_at = token_offset(row_in_box, query_x, width, 1, residue_y, residue_x, dilation_y, dilation_x, 1)
+        token_at = (batch * height * width + token_at) * heads + head
+        for y in range(low_y, high_y, BOX_Y):
+            query_y = y + row_in_box
+            is_query = query_y < high_y
+            mask = is_query[:, None] & in_dim[None, :]
+            base = (y * dilation_y).to(tl.int64)
+            q = tl.load(query_ptr + base * q_h * VECTOR + q_at[:, None] + dim[None, :], mask=mask, other=0.0)
+            dout = tl.load(dout_ptr + base * o_h * VECTOR + o_at[:, None] + dim[None, :], mask=mask, other=0.0)
+            token = base * width * heads + token_at
+            maximum = tl.load(stats_ptr + token, mask=is_query, other=0.0)
+            log_total = tl.load(stats_ptr + rows + token, mask=is_query, other=0.0)
+            delta = tl.load(delta_ptr + token, mask=is_query, other=0.0)
 
-        after_y = key_y[:, None] - window_start(query_y, window_y, length_y)[None, :]
-        after_x = key_x[:, None] - window_start(query_x, window_x, length_x)[None, :]
-        seen = (after_y >= 0) & (after_y < window_y) & (after_x >= 0) & (after_x < window_x) & is_query[None, :]
-        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        exponent = (products - maximum[None, :]) * logit_scale - log_total[None, :]
-        probability = tl.where(seen, tl.exp2(exponent), 0.0)
-        dv = tl.dot(probability.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dprobability = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        dlogits = probability * (dprobability - delta[None, :])
-        dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision=PRECISION)
+            start_y = tl.where(is_query, window_start(query_y, window_y, length_y), NOWHERE)
+            products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            exponent = tl.math.fma(products, logit_scale, -maximum[None, :]) - log_total[None, :]
+            probability = tl.where(is_within(key_row - start_y[None, :], window_y), tl.exp2(exponent), 0.0)
+            dv = tl.dot(probability.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dprobability = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dlogits = probability * (dprobability - delta[None, :])
+            dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision=PRECISION)
 
     at = (batch * g_b + head * g_n) * VECTOR
     at += token_offset(key_y, key_x, g_h, g_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)

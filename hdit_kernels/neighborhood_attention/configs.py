@@ -1,4 +1,4 @@
-"""Launch configurations of the neighborhood attention kernels: a plain function of GPU family, dtype and head_dim."""
+"""Launch configurations of the neighborhood attention kernels: plain functions of GPU family, dtype and head_dim."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 class Config(NamedTuple):
     """A program handles tile_y x tile_x queries (keys in the dK/dV kernel) and reads the other side in boxes of
-    box_y x box_x."""
+    box_y x box_x. max_registers a thread, where fewer than the compiler takes let more programs run at a time.
+    """
 
     tile_y: int
     tile_x: int
@@ -17,17 +18,32 @@ class Config(NamedTuple):
     box_x: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's launch takes as keywords (AMD's has no limit of registers)."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 def forward_config(family: str, dtype: torch.dtype, head_dim: int) -> Config:
     if dtype == torch.float32:
         return Config(4, 8, 1, 16, 4, 2 if head_dim <= 64 else 1)
-    stages = 3 if family == "hopper" else 2
-    return Config(8, 8, 2, 16, 4, stages)
+    if family == "hopper":
+        return Config(8, 8, 2, 16, 4, 3, 128 if head_dim <= 64 else 168)
+    return Config(8, 8, 2, 16, 4, 2)
 
 
-def backward_config(family: str, dtype: torch.dtype, head_dim: int) -> Config:
-    """For both backward kernels: dQ over tiles of queries, dK and dV over tiles of keys."""
+def dq_config(family: str, dtype: torch.dtype, head_dim: int) -> Config:
     if dtype == torch.float32:
         return Config(4, 8, 1, 16, 4, 1)
-    return Config(8, 8, 2, 16, 4, 2 if family == "hopper" or head_dim <= 64 else 1)
+    if family == "hopper":
+        return Config(8, 8, 2, 16, 4, 2, 128 if head_dim <= 64 else 168)
+    return Config(8, 8, 2, 16, 4, 2 if head_dim <= 64 else 1)
+
+
+def dkdv_config(family: str, dtype: torch.dtype, head_dim: int) -> Config:
+    if family == "hopper" and dtype != torch.float32 and head_dim <= 64:
+        return Config(8, 8, 1, 16, 4, 3, 128)
+    return dq_config(family, dtype, head_dim)._replace(max_registers=None)

@@ -37,8 +37,9 @@ def na2d_forward(
     """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU.
 
     Returns out, lse (empty unless return_lse) and the softmax statistics for the backward [2, B, H, W, heads]: the
-    largest query · key of the window, before scaling, and log2 of the sum of exp(logit − largest logit). Two numbers,
-    because at logits of 1e4 the lse is only good to 1e-3 in float32; unscaled, so that the difference is exact.
+    largest logit and the logarithm of the sum of exp(logit − largest), base 2. Two numbers, because at logits of 1e4
+    their sum is only good to 1e-3 in float32. With the fused multiply-add that forward and backward share, the
+    rounding of the largest cancels.
     """
     batch, height, width, heads, head_dim = query.shape
     out = query.new_empty(query.shape)
@@ -54,7 +55,7 @@ def na2d_forward(
         HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector,
         TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x,
         HAS_LSE=return_lse, PRECISION=launch.input_precision(query.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip
     return out, lse, stats
 
@@ -100,6 +101,15 @@ def window_start(query, window, length):
     return tl.minimum(tl.maximum(query - window // 2, 0), length - window)
 
 
+NOWHERE = tl.constexpr(2**30)  # a row that no window reaches
+
+
+@triton.jit
+def is_within(offset, length):
+    """0 <= offset < length in one comparison: a negative offset is a large unsigned number."""
+    return offset.to(tl.uint32, bitcast=True) < length.to(tl.uint32)
+
+
 @triton.jit
 def token_offset(y, x, stride_h, stride_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR: tl.constexpr):
     """Offset of the token at (y, x) of a dilation sub-grid within its image and head."""
@@ -142,38 +152,43 @@ def _na2d_forward_kernel(
     low_y, low_x = window_start(first_y, window_y, length_y), window_start(first_x, window_x, length_x)
     high_y = window_start(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + window_y
     high_x = window_start(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x) + window_x
-    boxes_x = tl.cdiv(high_x - low_x, BOX_X)
     in_box = tl.arange(0, BOX_Y * BOX_X)
+    row_in_box = in_box // BOX_X
 
     maximum = tl.full([TILE_Y * TILE_X], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Y * TILE_X], tl.float32)
     acc = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
-    for box in range(0, tl.cdiv(high_y - low_y, BOX_Y) * boxes_x):
-        key_y = low_y + box // boxes_x * BOX_Y + in_box // BOX_X
-        key_x = low_x + box % boxes_x * BOX_X + in_box % BOX_X
-        is_key = ((key_y < high_y) & (key_x < high_x))[:, None] & in_dim[None, :]
-        box_at = token_offset(key_y, key_x, k_h, k_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
-        k = tl.load(key_ptr + box_at[:, None] + dim[None, :], mask=is_key, other=0.0)
-        box_at = token_offset(key_y, key_x, v_h, v_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
-        v = tl.load(value_ptr + box_at[:, None] + dim[None, :], mask=is_key, other=0.0)
+    for first_column in range(low_x, high_x, BOX_X):
+        # What a query sees of a box changes from row to row only by the row; the columns it doesn't see get a row that
+        # never comes. So one subtraction, one comparison and one selection mask a product.
+        key_x = first_column + in_box % BOX_X
+        sees_column = is_within(key_x[None, :] - start_x[:, None], window_x)
+        first_row = tl.where(sees_column, start_y[:, None] - row_in_box[None, :], NOWHERE)
+        key_x = tl.minimum(key_x, length_x - 1)
+        k_at = token_offset(row_in_box, key_x, k_h, k_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
+        v_at = token_offset(row_in_box, key_x, v_h, v_w, residue_y, residue_x, dilation_y, dilation_x, VECTOR)
+        for y in range(low_y, high_y, BOX_Y):
+            is_key = (y + row_in_box < high_y)[:, None] & in_dim[None, :]
+            base = (y * dilation_y).to(tl.int64) * VECTOR
+            k = tl.load(key_ptr + base * k_h + k_at[:, None] + dim[None, :], mask=is_key, other=0.0)
+            v = tl.load(value_ptr + base * v_h + v_at[:, None] + dim[None, :], mask=is_key, other=0.0)
 
-        after_y, after_x = key_y[None, :] - start_y[:, None], key_x[None, :] - start_x[:, None]
-        seen = (after_y >= 0) & (after_y < window_y) & (after_x >= 0) & (after_x < window_x)
-        products = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(products, 1))
-        finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # a query may see nothing of this box
-        probability = tl.exp2((products - finite[:, None]) * logit_scale)
-        decay = tl.exp2((maximum - finite) * logit_scale)
-        total = total * decay + tl.sum(probability, 1)
-        acc = tl.dot(probability.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        maximum = new_maximum
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            products = tl.where(is_within(y - first_row, window_y), products, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(products, 1) * logit_scale)
+            finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # a query may see nothing of this box
+            probability = tl.exp2(tl.math.fma(products, logit_scale, -finite[:, None]))
+            decay = tl.exp2(maximum - finite)
+            total = total * decay + tl.sum(probability, 1)
+            acc = tl.dot(probability.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+            maximum = new_maximum
 
     row, column = residue_y + query_y * dilation_y, residue_x + query_x * dilation_x
     token = ((batch * height + row) * width + column) * heads + head
     tl.store(stats_ptr + token, maximum, mask=is_query)
     tl.store(stats_ptr + rows + token, tl.log2(total), mask=is_query)
     if HAS_LSE:
-        tl.store(lse_ptr + token, (maximum * logit_scale + tl.log2(total)) * 0.6931471805599453, mask=is_query)
+        tl.store(lse_ptr + token, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_query)
     at = token[:, None] * HEAD_DIM + dim[None, :]
     tl.store(
         out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_query[:, None] & in_dim[None, :]

@@ -150,12 +150,12 @@ class _NA2D(torch.autograd.Function):
 
 def _reference_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse):
     out, lse = reference.na2d(query, key, value, window, stride, dilation, causal, scale, add_k, add_v)
-    return out, lse if return_lse else lse.new_empty(0), softmax_stats(lse, scale)
+    return out, lse if return_lse else lse.new_empty(0), softmax_stats(lse)
 
 
-def softmax_stats(lse: Tensor, scale: float) -> Tensor:
+def softmax_stats(lse: Tensor) -> Tensor:
     """What the kernels keep of the softmax (see forward.na2d_forward), [2, …]; the reference keeps it in one number."""
-    return torch.stack([lse / scale, torch.zeros_like(lse)])
+    return torch.stack([lse / math.log(2), torch.zeros_like(lse)])
 
 
 def _reference_backward(

@@ -73,7 +73,7 @@ def _reference_forward(qkv, scale, theta_y, theta_x, window, eps):
     ready = reference.qk_norm_rope(wide, scale, theta_y, theta_x, eps)
     query, key, value = ready.unbind(3)
     out, lse = reference.na2d(query, key, value, window, scale=1.0)
-    return out.to(qkv.dtype), ready[:, :, :, :2].to(qkv.dtype), softmax_stats(lse, 1.0)
+    return out.to(qkv.dtype), ready[:, :, :, :2].to(qkv.dtype), softmax_stats(lse)
 
 
 def _reference_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, window, eps):

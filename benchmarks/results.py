@@ -84,7 +84,9 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """HEAD's hash, with "-dirty" after it when the tree differs; None outside a clone."""
+    """HEAD's hash, with "-dirty" after it when the tree differs; in a copy without .git what HDIT_COMMIT says, or None."""
+    if named := os.environ.get("HDIT_COMMIT"):
+        return named
     commit, changes = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
     return None if commit is None else commit + ("-dirty" if changes else "")
 

@@ -40,12 +40,14 @@ def shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> Non
 
     >>> shape("scale", torch.zeros(2, 3), ["B", 3])
     """
-    fits = tensor.ndim == len(expected) and all(
-        isinstance(want, str) or have == want for have, want in zip(tensor.shape, expected, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(want) for want in expected)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
+    sizes = tensor.shape
+    if len(sizes) == len(expected):
+        for size, wanted in zip(sizes, expected, strict=True):
+            if size != wanted and not isinstance(wanted, str):
+                break
+        else:
+            return
+    raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(sizes)}")
 
 
 def require(condition: bool, message: str) -> None:

@@ -15,8 +15,9 @@ sample's runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -182,36 +183,46 @@ class _Layout(NamedTuple):
 
 def _layout(tensors: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> _Layout:
     """Parameters are all [C], or all [B, C] with one row for each index of the first dimension, which then is n0."""
-    channels = tensors[0].shape[-1]
-    if channels > MAX_CHANNELS:
-        raise ValueError(f"x: expected at most {MAX_CHANNELS} channels on a GPU, got {channels}")
     tensors = [_dense(t) for t in tensors]
     parameters = [None if p is None else _dense(p) for p in parameters]
-    per_sample = any(p is not None and p.ndim == 2 for p in parameters)
-    sizes, strides = _merged(tensors, keep=1 if per_sample else 0)
-    if len(sizes) > 3:
+    given = [p for p in parameters if p is not None]
+    per_sample = given[0].ndim == 2
+    parameter_strides = tuple(p.stride(0) if p is not None and per_sample else 0 for p in parameters)
+    if len(_merged(tensors[0].shape, tuple(t.stride() for t in tensors), per_sample)[0]) > 3:
         tensors = [t.contiguous() for t in tensors]
-        sizes, strides = _merged(tensors, keep=1 if per_sample else 0)
-    parameter_strides = [p.stride(0) if p is not None and p.ndim == 2 else 0 for p in parameters]
-    given = [*tensors, *(p for p in parameters if p is not None)]
-    vector = min(launch.vector_width(t, channels, *strides, *parameter_strides) for t in given)
+    aligned = all(t.data_ptr() % 16 == 0 for t in (*tensors, *given))
+    strides = tuple(t.stride() for t in tensors)
+    return _Layout(tensors, parameters, *_plan(tensors[0].shape, strides, parameter_strides, per_sample, aligned))
+
+
+@functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
+def _plan(
+    shape: Sequence[int],
+    tensor_strides: tuple[Sequence[int], ...],
+    parameter_strides: Sequence[int],
+    per_sample: bool,
+    aligned: bool,
+) -> tuple[Any, ...]:
+    """The numbers of a `_Layout`."""
+    channels = shape[-1]
+    if channels > MAX_CHANNELS:
+        raise ValueError(f"x: expected at most {MAX_CHANNELS} channels on a GPU, got {channels}")
+    (n0, n1, n2), strides = _merged(shape, tensor_strides, per_sample)
+    vector = 8 if aligned and all(n % 8 == 0 for n in (channels, *strides, *parameter_strides)) else 1
     block = max(16, triton.next_power_of_2(channels))
     rows = max(1, BLOCK_ELEMENTS // block)
-    n0, n1, n2 = sizes
-    return _Layout(
-        tensors,
-        parameters,
-        strides=[s // vector for s in strides],
-        parameter_strides=[s // vector for s in parameter_strides],
-        n0=n0,
-        n1=n1,
-        n2=n2,
-        blocks=triton.cdiv(n2, rows),
-        channels=channels // vector,
-        rows=rows,
-        block=block,
-        vector=vector,
-        num_warps=min(16, rows * block // 512),
+    return (
+        [s // vector for s in strides],
+        [s // vector for s in parameter_strides],
+        n0,
+        n1,
+        n2,
+        triton.cdiv(n2, rows),
+        channels // vector,
+        rows,
+        block,
+        vector,
+        min(16, rows * block // 512),
     )
 
 
@@ -219,18 +230,22 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _merged(tensors: Sequence[Tensor], keep: int) -> tuple[list[int], list[int]]:
-    """Sizes (three or more) of the leading dimensions, neighbours merged where all tensors allow it and the first
-    `keep` kept apart; and the strides: those of the first tensor, then those of the second."""
+@functools.lru_cache(maxsize=4096)
+def _merged(
+    shape: Sequence[int], tensor_strides: tuple[Sequence[int], ...], keep_first: bool
+) -> tuple[list[int], list[int]]:
+    """Sizes (three or more) of the leading dimensions, neighbours merged where all tensors allow it and the first kept
+    apart if asked; and the strides: those of the first tensor, then those of the second."""
+    keep = int(keep_first)
     dims: list[tuple[int, list[int]]] = []
-    for index, size in enumerate(tensors[0].shape[:-1]):
-        strides = [t.stride(index) for t in tensors]
+    for index, size in enumerate(shape[:-1]):
+        strides = [s[index] for s in tensor_strides]
         if len(dims) > keep and dims[-1][1] == [s * size for s in strides]:
             dims[-1] = (dims[-1][0] * size, strides)
         elif size != 1 or index < keep:
             dims.append((size, strides))
-    dims[keep:keep] = [(1, [0] * len(tensors))] * (3 - len(dims))
-    return [size for size, _ in dims], [dim[1][t] for t in range(len(tensors)) for dim in dims]
+    dims[keep:keep] = [(1, [0] * len(tensor_strides))] * (3 - len(dims))
+    return [size for size, _ in dims], [dim[1][t] for t in range(len(tensor_strides)) for dim in dims]
 
 
 def _runs(at: _Layout) -> tuple[int, int]:

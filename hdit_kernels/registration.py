@@ -36,10 +36,10 @@ def define(
 ) -> Any:
     """Registers `hdit_kernels::name` and returns it as a callable.
 
-    signature: the schema after the name, e.g. "(Tensor x) -> Tensor". reference: plain PyTorch, same arguments; outputs
-    are made contiguous. launcher: "module:function" in this package, same arguments, for GPU tensors. fake: returns
-    empty outputs of the right shape and dtype, contiguous. flops: takes the arguments with shapes in place of tensors,
-    2 per multiply-accumulate.
+    signature: the schema after the name, e.g. "(Tensor x) -> Tensor", with a tensor first. reference: plain PyTorch,
+    same arguments; outputs are made contiguous. launcher: "module:function" in this package, same arguments, for GPU
+    tensors. fake: returns empty outputs of the right shape and dtype, contiguous. flops: takes the arguments with
+    shapes in place of tensors, 2 per multiply-accumulate.
     """
     LIBRARY.define(name + signature)
 
@@ -60,15 +60,12 @@ def define(
         return getattr(importlib.import_module(f"{__package__}.{module}"), function)
 
     def on_gpu(*args: Any) -> Any:
-        first = _first_tensor(args)
-        if not triton_available() or any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
+        if not triton_available():
             return portable(*args)
-        if torch.is_autocast_enabled("cuda"):  # the cuBLAS products inside a launcher have chosen their dtypes
-            with torch.autocast("cuda", enabled=False):
-                return launch(first.device.index, args)
-        return launch(first.device.index, args)
-
-    def launch(device: int, args: tuple[Any, ...]) -> Any:
+        for argument in args:
+            if isinstance(argument, torch.Tensor) and argument.dtype is torch.float64:
+                return portable(*args)
+        device = args[0].device.index
         if device != torch.cuda.current_device():  # a Triton launch goes to the current device
             with torch.cuda.device(device):
                 return load()(*args)

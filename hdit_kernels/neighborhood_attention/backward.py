@@ -8,23 +8,22 @@ clamped windows of more queries end in the tile). Least traffic: q, k, v, out, d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention.configs import Config, dkdv_config, dq_config
+from hdit_kernels.neighborhood_attention.configs import dkdv_config, dq_config
 from hdit_kernels.neighborhood_attention.forward import (
     LOG2_E,
     NOWHERE,
+    aligned,
+    dense,
     is_within,
-    tile_grid,
+    plan,
     tile_of_program,
-    token_layout,
     token_offset,
-    token_strides,
     window_start,
 )
 
@@ -67,34 +66,25 @@ def na2d_backward_into(
     scale: float,
 ) -> None:
     """Writes the gradients into dq, dk, dv, which share their strides (slices of one packed tensor, say)."""
-    batch, height, width, heads, head_dim = query.shape
+    dout, query, key, value = dense(dout), dense(query), dense(key), dense(value)
+    dlse = None if dlse is None else dlse.contiguous()
     delta = stats.new_empty(stats.shape[1:])
-    dlse = dlse.contiguous() if dlse is not None else None
-    vector, (dout, query, key, value) = token_layout(dout, query, key, value)
-    vector = min(vector, token_layout(dq, dk, dv)[0])
-    strides = [s for t in (dout, query, key, value, dq) for s in token_strides(t, vector)]
-
-    def grid_of(config: Config) -> tuple[int, tuple[int, ...], dict[str, Any]]:
-        """Number of programs, size arguments and constants."""
-        programs, tiles = tile_grid(query.shape, dilation, config.tile_y, config.tile_x)
-        constants = dict(
-            HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector,
-            TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x,
-            PRECISION=launch.input_precision(query.dtype), **config.options,
-        )  # fmt: skip
-        return programs, (height, width, heads, *tiles, *window, *dilation), constants
-
-    target = (launch.gpu_family(query.device), query.dtype, head_dim)
-    programs, sizes, constants = grid_of(dq_config(*target))
+    strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
+    place = (
+        launch.gpu_family(query.device), query.dtype, query.shape, strides,
+        aligned(dout, query, key, value, dq, dk, dv), tuple(window), tuple(dilation),
+    )  # fmt: skip
+    scales = (scale, scale * LOG2_E, delta.numel())
+    precision = launch.input_precision(query.dtype)
+    programs, integers, constants = plan(dq_config, *place)
     _na2d_dq_kernel[(programs,)](
-        dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta, scale, scale * LOG2_E,
-        delta.numel(), *sizes, *strides, HAS_DLSE=dlse is not None, **constants,
+        dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta, *scales, *integers,
+        HAS_DLSE=dlse is not None, PRECISION=precision, **constants,
     )  # fmt: skip
-    programs, sizes, constants = grid_of(dkdv_config(*target))
+    programs, integers, constants = plan(dkdv_config, *place)
     _na2d_dkdv_kernel[(programs,)](
-        dout, query, key, value, stats, delta, dk, dv, scale, scale * LOG2_E, delta.numel(),
-        *sizes, *strides, **constants,
-    )  # fmt: skip
+        dout, query, key, value, stats, delta, dk, dv, *scales, *integers, PRECISION=precision, **constants
+    )
 
 
 @launch.kernel

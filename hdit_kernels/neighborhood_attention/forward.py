@@ -7,8 +7,10 @@ once, out written once.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention.configs import forward_config
+from hdit_kernels.neighborhood_attention.configs import Config, forward_config
 
 LOG2_E = math.log2(math.e)
 
@@ -41,40 +43,56 @@ def na2d_forward(
     their sum is only good to 1e-3 in float32. With the fused multiply-add that forward and backward share, the
     rounding of the largest cancels.
     """
-    batch, height, width, heads, head_dim = query.shape
+    query, key, value = dense(query), dense(key), dense(value)
     out = query.new_empty(query.shape)
     stats = query.new_empty((2, *query.shape[:-1]), dtype=torch.float32)
     lse = query.new_empty(query.shape[:-1] if return_lse else 0, dtype=torch.float32)
-    config = forward_config(launch.gpu_family(query.device), query.dtype, head_dim)
-    vector, (query, key, value) = token_layout(query, key, value)
-    programs, tiles = tile_grid(query.shape, dilation, config.tile_y, config.tile_x)
+    programs, integers, constants = plan(
+        forward_config, launch.gpu_family(query.device), query.dtype, query.shape,
+        (query.stride(), key.stride(), value.stride()), aligned(query, key, value), tuple(window), tuple(dilation),
+    )  # fmt: skip
     _na2d_forward_kernel[(programs,)](
-        query, key, value, out, stats, lse, scale * LOG2_E, stats.numel() // 2,
-        height, width, heads, *tiles, *window, *dilation,
-        *token_strides(query, vector), *token_strides(key, vector), *token_strides(value, vector),
-        HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector,
-        TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x,
-        HAS_LSE=return_lse, PRECISION=launch.input_precision(query.dtype),
-        **config.options,
+        query, key, value, out, stats, lse, scale * LOG2_E, stats.numel() // 2, *integers,
+        HAS_LSE=return_lse, PRECISION=launch.input_precision(query.dtype), **constants,
     )  # fmt: skip
     return out, lse, stats
 
 
-def token_layout(*tensors: Tensor) -> tuple[int, list[Tensor]]:
-    """[B, H, W, heads, head_dim] tensors with last stride 1, and the vector width that holds for all."""
-    ready = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
-    return min(launch.vector_width(t, *t.stride()[:-1]) for t in ready), ready
+def dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def token_strides(tensor: Tensor, vector: int) -> list[int]:
-    return [stride // vector for stride in tensor.stride()[:-1]]
+def aligned(*tensors: Tensor) -> bool:
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
-def tile_grid(shape: Sequence[int], dilation: Sequence[int], tile_y: int, tile_x: int) -> tuple[int, tuple[int, int]]:
-    """Number of programs, and tiles along y and x of the largest dilation sub-grid."""
-    batch, height, width, heads = shape[:4]
-    tiles = triton.cdiv(triton.cdiv(height, dilation[0]), tile_y), triton.cdiv(triton.cdiv(width, dilation[1]), tile_x)
-    return batch * dilation[0] * dilation[1] * tiles[0] * tiles[1] * heads, tiles
+@functools.lru_cache(maxsize=4096)
+def plan(
+    configure: Callable[[str, torch.dtype, int], Config],
+    family: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    all_aligned: bool,
+    window: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, list[int], dict[str, Any]]:
+    """Number of programs, integer arguments and constants of a launch over tiles of [B, H, W, heads, head_dim] tensors.
+
+    Cached, since it costs as much host time as the launch itself.
+    """
+    batch, height, width, heads, head_dim = shape
+    config = configure(family, dtype, head_dim)
+    tiles_y = triton.cdiv(triton.cdiv(height, dilation[0]), config.tile_y)  # of the largest dilation sub-grid
+    tiles_x = triton.cdiv(triton.cdiv(width, dilation[1]), config.tile_x)
+    tokens = [stride for tensor in strides for stride in tensor[:-1]]
+    vector = 8 if all_aligned and all(stride % 8 == 0 for stride in tokens) else 1
+    integers = [height, width, heads, tiles_y, tiles_x, *window, *dilation, *(stride // vector for stride in tokens)]
+    constants = dict(
+        HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector,
+        TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x, **config.options,
+    )  # fmt: skip
+    return batch * dilation[0] * dilation[1] * tiles_y * tiles_x * heads, integers, constants
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """HEAD's hash, with "-dirty" after it when the tree differs; in a copy without .git what HDIT_COMMIT says, or None."""
+    """HEAD's hash, with "-dirty" after it when the tree differs. In a copy without .git: HDIT_COMMIT, or None."""
     if named := os.environ.get("HDIT_COMMIT"):
         return named
     commit, changes = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")

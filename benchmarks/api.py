@@ -1,0 +1,258 @@
+"""The benchmark suite as functions, for a notebook; `python -m benchmarks list` and `kernels` call the same ones.
+
+    from benchmarks import api
+
+    data = api.run_cases(cases=["na2d 4x256*"], contestants=["ours", "natten"], budget_seconds=120)
+    api.print_table(data)
+    for row in data["rows"]:
+        print(row["case"], row["contestant"], row["pass"], row["status"], row["gpu_us"] or row["wall_us"])
+
+A run's data is what SCHEMA.md describes; benchmarks.runs reads, merges and writes such data.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ceilings, results, runs, timing
+from benchmarks.kernels import PASSES, Case, all_cases
+from benchmarks.measure import DeviceLost, Session, measure
+from benchmarks.peers import Contestant, all_contestants, case_contestants
+from hdit._extras import require
+
+QUICK_SECONDS = 45
+
+
+def device() -> torch.device:
+    """What is measured on: the current GPU, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name contains one of the patterns; those with *, ? or [ are shell patterns of the whole name."""
+    return any(fnmatch.fnmatchcase(name, p) if set(p) & set("*?[") else p in name for p in patterns)
+
+
+def select_cases(patterns: Sequence[str] = (), quick: bool = False) -> list[Case]:
+    """The cases that a pattern matches: those of real use on a GPU, the small ones on a CPU (a GPU runs them too, where
+    nothing else matches). quick: the first of each operator.
+
+    Raises runs.RunError if none is left.
+    """
+    on_gpu = torch.cuda.is_available()
+    found = [case for case in all_cases() if not patterns or matches(case.name, patterns)]
+    if not found:
+        raise runs.RunError(_no_case(patterns))
+    usable = [case for case in found if case.full_size == on_gpu] or [case for case in found if on_gpu]
+    if not usable:
+        raise runs.RunError(f"{found[0].name} and the others that match need a GPU, and torch finds none here")
+    if quick:
+        usable = list({case.operator: case for case in reversed(usable)}.values())[::-1]
+    return usable
+
+
+def select_contestants(patterns: Sequence[str] = ()) -> list[Contestant]:
+    """Those that a pattern matches; all without patterns. Raises runs.RunError for a pattern that matches none."""
+    every = all_contestants()
+    for pattern in patterns:
+        if not any(matches(contestant.name, [pattern]) for contestant in every):
+            names = ", ".join(contestant.name for contestant in every)
+            raise runs.RunError(f"no contestant matches {pattern!r}; they are: {names}")
+    return [c for c in every if not patterns or matches(c.name, patterns)]
+
+
+def run_cases(
+    cases: Sequence[str | Case] = (),
+    contestants: Sequence[str | Contestant] = (),
+    *,
+    output: Path | str | None = None,
+    budget_seconds: float | None = None,
+    quick: bool = False,
+    command: Sequence[str] = (),
+    on_line: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures cases and returns the run's data; with output, also writes it there after every contestant of a case.
+
+    cases, contestants: themselves, or patterns as in matches(); none means all that make sense here. output: a run
+    file; if it exists, what it holds already is left out, and it must be of the same device, versions and sources.
+    budget_seconds: for all together; what it doesn't suffice for becomes rows "not measured". quick: one case an
+    operator, without what compiles for long, in QUICK_SECONDS. command: recorded in the data. on_line: called with each
+    line of progress.
+
+    Raises runs.RunError for what the caller has to change. What fails in a case is a row of the data, not an exception,
+    except measure.DeviceLost, when the GPU no longer answers.
+    """
+    chosen = [c for c in cases if isinstance(c, Case)]
+    patterns = [c for c in cases if isinstance(c, str)]
+    if patterns or not chosen:
+        chosen += select_cases(patterns, quick)
+    rivals = [c for c in contestants if isinstance(c, Contestant)]
+    patterns = [c for c in contestants if isinstance(c, str)]
+    if patterns or not rivals:
+        rivals += select_contestants(patterns)
+    if quick and budget_seconds is None:
+        budget_seconds = QUICK_SECONDS
+
+    began = time.monotonic()
+    run = runs.Run.open(output, "kernels", command or ["benchmarks.api.run_cases"])
+    if run.data["rows"]:
+        on_line(f"{run.path} holds {len(run.data['rows'])} rows: what is missing is measured")
+    with timing.side_stream(device()):
+        if not run.data["ceilings"]:
+            run.data["ceilings"] = ceilings.measure(device(), on_line)
+            run.data["clocks"] = ceilings.clocks(device())
+            run.save()
+        session = Session(device(), run.data["ceilings"], compiling=not quick)
+        if budget_seconds is not None:
+            session.deadline = began + budget_seconds
+        for case in chosen:
+            own = case_contestants(case, rivals)
+            for contestant in random.sample(own, len(own)):
+                missing = [p for p in PASSES if not run.done(case.name, contestant.name, p)]
+                if not missing:
+                    continue
+                try:
+                    rows = _measured(case, contestant, session, missing, budget_seconds)
+                except DeviceLost as error:  # what was under way is the culprit: a run that goes on leaves it out
+                    run.put(*error.rows)
+                    run.save()
+                    raise
+                run.put(*rows)
+                run.save()
+                for line in describe(rows):
+                    on_line(f"[{time.monotonic() - began:6.1f} s] {line}")
+            session.forget()
+    return run.data
+
+
+def _measured(
+    case: Case, contestant: Contestant, session: Session, passes: Sequence[str], budget: float | None
+) -> list[runs.Row]:
+    if session.left() > 0 or contestant.peer.available():  # why a peer can't run is told at no cost
+        return measure(case, contestant, session, passes)
+    reason = f"the budget of {budget:,.0f} s is spent"
+    common = {"family": case.family, "operator": case.operator, "settings": case.settings, "reason": reason}
+    return [runs.row(case.name, contestant.name, direction, "not measured", **common) for direction in passes]
+
+
+def describe(rows: Sequence[runs.Row]) -> list[str]:
+    """The rows of a case and contestant in a line each, or in one if nothing was measured for one reason."""
+    outcomes = {(row["status"], row["reason"]) for row in rows}
+    if len(outcomes) == 1 and rows[0]["status"] != "ok":
+        return [f"{rows[0]['case']} · {rows[0]['contestant']}: {_outcome(rows[0])}"]
+    return [f"{row['case']} · {row['contestant']} · {row['pass']}: {_outcome(row)}" for row in rows]
+
+
+def _outcome(row: runs.Row) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['reason']}"
+    words = []
+    if row["gpu_us"]:
+        words.append(f"GPU {duration(row['gpu_us']['median'])} ({row['ratio_to_floor']:.2f}x floor)")
+    words.append(f"wall {duration(row['wall_us']['median'])}")
+    if row["first_call_s"] is not None:
+        words.append(f"first call {row['first_call_s']:.2f} s")
+    if row["detail"]:
+        words.append(row["detail"])
+    return ", ".join(words)
+
+
+def duration(microseconds: float) -> str:
+    for unit, factor in (("µs", 1.0), ("ms", 1e3)):
+        if microseconds < 1000 * factor:
+            return f"{_three_digits(microseconds / factor)} {unit}"
+    return f"{_three_digits(microseconds / 1e6)} s"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def print_table(data: dict[str, Any]) -> None:
+    """The rows of a run as a table in the terminal; beneath it, what could not be measured, grouped by its reason."""
+    on_gpu = data["environment"]["device_type"] == "cuda"
+    table = require("rich.table", "bench").Table(title=f"{data['kind']} on {data['environment']['device']}")
+    table.add_column("case", overflow="fold")
+    for name in ("contestant", "pass"):
+        table.add_column(name, no_wrap=True)
+    for name in [*(("GPU", "p20 … p80", "x floor") if on_gpu else ()), "wall", "error"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    before = ""
+    tried = [row for row in data["rows"] if row["status"] not in runs.UNFINISHED]
+    for row in sorted(tried, key=_order(tried)):
+        cells = [row["case"] if row["case"] != before else "", row["contestant"], row["pass"]]
+        before = row["case"]
+        if on_gpu:
+            cells += _gpu_cells(row)
+        cells.append(duration(row["wall_us"]["median"]) if row["wall_us"] else "")
+        cells.append("" if row["error"] is None else f"{row['error']:.1e}")
+        remark = row["detail"] or ""
+        cells.append(remark if row["status"] == "ok" else f"{row['status']}: {row['reason']}")
+        table.add_row(*cells, style=None if row["status"] == "ok" else "red")
+    console = require("rich.console", "bench").Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    if tried:
+        console.print(table)
+    absent: dict[tuple[str, str, str], dict[str, None]] = {}
+    for row in data["rows"]:
+        if row["status"] in runs.UNFINISHED:
+            absent.setdefault((row["contestant"], row["status"], row["reason"]), {})[row["case"]] = None
+    for (contestant, status, reason), cases in absent.items():
+        where = next(iter(cases)) if len(cases) == 1 else f"{len(cases)} cases"
+        print(f"{contestant}, {where}: {status}: {reason}")
+
+
+def _order(rows: Sequence[runs.Row]) -> Callable[[runs.Row], tuple[int, int, int]]:
+    """By case, in the order of appearance, then pass, then contestant."""
+    cases = {name: i for i, name in enumerate(dict.fromkeys(row["case"] for row in rows))}
+    names = {c.name: i for i, c in enumerate(all_contestants())}
+    return lambda row: (cases[row["case"]], runs.PASSES.index(row["pass"]), names.get(row["contestant"], len(names)))
+
+
+def _gpu_cells(row: runs.Row) -> list[str]:
+    found = row["gpu_us"]
+    if not found:
+        return ["", "", ""]
+    interval = f"{duration(found['p20'])} … {duration(found['p80'])}"
+    return [duration(found["median"]), interval, f"{row['ratio_to_floor']:.2f}" if row["ratio_to_floor"] else ""]
+
+
+def listing(patterns: Sequence[str] = ()) -> list[str]:
+    """What could be measured, in lines: every kernel case under its operator, the contestants of each, and which of
+    them can run here or why not. Raises runs.RunError if a pattern matches no case."""
+    every = [case for case in all_cases() if not patterns or matches(case.name, patterns)]
+    if not every:
+        raise runs.RunError(_no_case(patterns))
+    lines, involved = [f"kernels, on {results.environment()['device']}"], {}
+    for operator in dict.fromkeys(case.operator for case in every):
+        own = [case for case in every if case.operator == operator]
+        rivals = case_contestants(own[0])
+        involved |= {contestant.name: contestant for contestant in rivals}
+        lines.append(f"  {operator}: {', '.join(contestant.name for contestant in rivals)}")
+        lines += [f"    {case.name}{_where(case)}" for case in own]
+    lines.append("contestants")
+    for contestant in involved.values():
+        lines.append(f"  {contestant.name}: {_can_run(contestant.peer.available())}")
+    return lines
+
+
+def _no_case(patterns: Sequence[str]) -> str:
+    return f"no case matches {', '.join(map(repr, patterns))}: `python -m benchmarks list` shows them all"
+
+
+def _where(case: Case) -> str:
+    if case.full_size:
+        return "" if torch.cuda.is_available() else "  (needs a GPU)"
+    return "  (small: what a CPU runs)"
+
+
+def _can_run(reason: str | None) -> str:
+    return "runs here" if reason is None else f"can't run here: {reason}"

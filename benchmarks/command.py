@@ -1,0 +1,83 @@
+"""What the measuring commands have in common: their options, the run that they open and what they print at the end."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import api, ceilings, runs, timing
+from hdit._extras import require
+
+
+def add_options(parser: argparse.ArgumentParser, quick: str) -> None:
+    """quick: what --quick measures, for its help."""
+    matching = "contains PATTERN, or is matched by it if it has *, ? or [; can be given more than once"
+    parser.add_argument("--case", action="append", default=[], metavar="PATTERN", help=f"cases whose name {matching}")
+    parser.add_argument(
+        "--contestant", action="append", default=[], metavar="NAME", help=f"contestants whose name {matching}"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="run file (JSON) to write, or to continue")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
+    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="for everything together (default: no limit)")
+    parser.add_argument("--quick", action="store_true", help=quick)
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a positive number."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+seconds.__name__ = "number of seconds"  # argparse names it when it fails
+
+
+def deadline(args: argparse.Namespace) -> float:
+    """By time.monotonic(), of what the options allow from now on."""
+    allowed = args.budget or (api.QUICK_SECONDS if args.quick else math.inf)
+    return time.monotonic() + allowed
+
+
+def check(args: argparse.Namespace) -> None:
+    """Ahead of measuring: that finish() will find what it needs. Raises ModuleNotFoundError or runs.RunError."""
+    for module in ("rich.table", "rich.console"):
+        require(module, "bench")
+    if args.csv is not None:
+        runs.check_writable(args.csv)
+
+
+def open_run(args: argparse.Namespace, kind: str) -> runs.Run:
+    """The run to add rows to, its ceilings measured. Raises runs.RunError for what the user has to change."""
+    check(args)
+    run = runs.Run.open(args.output, kind, ["python", "-m", "benchmarks", *sys.argv[1:]])
+    if run.data["rows"]:
+        say(f"{run.path} holds {len(run.data['rows'])} rows: what is missing is measured")
+    if not run.data["ceilings"]:
+        with timing.side_stream(api.device()):
+            run.data["ceilings"] = ceilings.measure(api.device(), say)
+        run.data["clocks"] = ceilings.clocks(api.device())
+    return run
+
+
+def finish(run: runs.Run, args: argparse.Namespace) -> int:
+    """Prints the rows, writes the files; 0, or 1 if a contestant failed or ran out of memory."""
+    run.save()
+    api.print_table(run.data)
+    if run.data["environment"]["device_type"] == "cpu":
+        say("On a CPU: wall time only; GPU times, memory, and peers that need a GPU are left out.")
+    if args.csv is not None:
+        runs.write_csv(run.data, args.csv)
+    counts = {status: sum(row["status"] == status for row in run.data["rows"]) for status in runs.STATUSES}
+    say(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+    for path in (args.output, args.csv):
+        if path is not None:
+            say(f"Written: {path}")
+    return 1 if counts["failed"] or counts["out of memory"] else 0
+
+
+def say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,156 @@
+"""Whole models: the presets beside the reference HDiT (k-diffusion) and a DiT of about as many parameters.
+
+Forward pass, and forward and backward, at batch 1 and at a batch that fills a GPU. The reference HDiT gets our weights;
+outputs and gradients of both are compared with float64 before their times count, as DiT's are. Models are built one
+at a time, so that each one's peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import api, command, networks, runs
+from benchmarks.networks import Network
+from benchmarks.peers import kdiffusion
+from hdit import HDiTConfig, presets
+
+BATCHES = {"flowers-256": (1, 32), "ffhq-1024": (1, 4), "imagenet-128": (1, 32), "imagenet-256": (1, 16)}
+SMALLEST = {"flowers-256": (1,)}
+"""Presets and batches: all of them, and what --quick, or a CPU that is not asked for more, measures."""
+PASSES = ("forward", "forward+backward")
+
+Batches = Mapping[str, Sequence[int]]
+
+
+def measure(
+    run: runs.Run,
+    batches: Batches,
+    passes: Sequence[str] = PASSES,
+    contestants: Sequence[str] = (),
+    *,
+    device: torch.device,
+    k_diffusion: Path | None = None,
+    seconds: float = 2.0,
+    deadline: float = math.inf,
+    configs: Mapping[str, HDiTConfig] = presets,
+    on_step: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Measures what the run has no row of yet, and saves it after every row.
+
+    batches: by the names of configs. passes: of runs.PASSES. contestants: patterns as in api.matches; none means all.
+    k_diffusion: a folder, see peers/kdiffusion.py. seconds: for measuring a pass. deadline: by time.monotonic(); what
+    it leaves out becomes rows "not measured". on_step: called with a line of text before each piece of work.
+    """
+    absent = kdiffusion.available(k_diffusion)
+    for name in batches:
+        config = configs[name]
+        own, reference, dit = (
+            networks.hdit(config),
+            networks.k_diffusion(config, k_diffusion),
+            networks.dit_like(config),
+        )
+        rivals = [n for n in (own, reference, dit) if not contestants or api.matches(n.name, contestants)]
+        missing = {
+            (batch, direction): [n for n in rivals if not run.done(case_name(name, batch), n.name, direction)]
+            for batch in batches[name]
+            for direction in passes
+        }
+        wanted = {network.name for found in missing.values() for network in found}
+        checks: dict[str, networks.Check | str] = {}
+        for group in ([own] if absent else [own, reference], [dit]):
+            if any(network.name in wanted for network in group) and time.monotonic() < deadline:
+                on_step(f"{name}: checking {' and '.join(network.name for network in group)} against float64")
+                checks |= networks.check(group, device)
+        for (batch, direction), found in missing.items():
+            for network in random.sample(found, len(found)):
+                row = blank(name, network, batch, direction, device)
+                if network is reference and absent:
+                    row |= {"status": "unavailable", "reason": f"{absent}: {kdiffusion.INSTALL}"}
+                elif network.name not in checks or time.monotonic() >= deadline:
+                    row["reason"] = "the budget is spent"
+                else:
+                    on_step(f"{row['case']}, {direction}: {network.name}")
+                    networks.attempt(row, network, checks[network.name], run, device, seconds)
+                    continue
+                run.put(row)
+                run.save()
+
+
+def case_name(name: str, batch: int) -> str:
+    return f"{name} batch {batch}"
+
+
+def blank(name: str, network: Network, batch: int, direction: str, device: torch.device) -> runs.Row:
+    """A row with what is known before measuring."""
+    return runs.row(
+        case_name(name, batch),
+        network.name,
+        direction,
+        "not measured",
+        family="model",
+        operator=name,
+        settings={"preset": name, "batch": batch, "precision": networks.precision(device)},
+        flops=networks.flops(network, batch, backward=direction != "forward"),
+        parameters=networks.parameters(network),
+    )
+
+
+def select(patterns: Sequence[str], every: Batches, default: Batches) -> Batches:
+    """The presets and batches whose cases a pattern matches (RunError if none); the default without patterns."""
+    if not patterns:
+        return default
+    found = {name: [b for b in every[name] if api.matches(case_name(name, b), patterns)] for name in every}
+    if not any(found.values()):
+        names = ", ".join(case_name(name, batch) for name in every for batch in every[name])
+        raise runs.RunError(f"no case matches {', '.join(map(repr, patterns))}; they are: {names}")
+    return {name: chosen for name, chosen in found.items() if chosen}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    command.add_options(parser, f"{case_name('flowers-256', 1)} only, {api.QUICK_SECONDS} s")
+    text = "a checkout of crowsonkb/k-diffusion, for the reference HDiT (default: the installed package)"
+    parser.add_argument("--k-diffusion", type=Path, metavar="FOLDER", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    return run_passes(args, "model", PASSES, BATCHES)
+
+
+def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batches: Batches) -> int:
+    """A command that measures these passes of these presets; shared with benchmarks/train.py."""
+    device = api.device()
+    chosen = select(args.case, BATCHES, SMALLEST if args.quick or device.type == "cpu" else batches)
+    found = command.open_run(args, kind)
+    measure(
+        found,
+        chosen,
+        passes,
+        args.contestant,
+        device=device,
+        k_diffusion=args.k_diffusion,
+        seconds=0.5 if args.quick else 2.0,
+        deadline=command.deadline(args),
+        on_step=command.say,
+    )
+    return command.finish(found, args)
+
+
+def listing() -> list[str]:
+    """Lines for `python -m benchmarks list`."""
+    return list_passes("model", PASSES)
+
+
+def list_passes(kind: str, passes: Sequence[str]) -> list[str]:
+    rivals = {name: networks.dit_like(presets[name]).name for name in BATCHES}
+    lines = [f"{kind}: {', '.join(passes)}"]
+    lines += [f"  {case_name(name, b)}: ours, k-diffusion, {rivals[name]}" for name in BATCHES for b in BATCHES[name]]
+    absent = kdiffusion.available()
+    reason = f"needs --k-diffusion FOLDER here ({absent}: {kdiffusion.INSTALL})" if absent else "runs here"
+    return [*lines, f"  k-diffusion: {reason}"]

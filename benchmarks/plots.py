@@ -1,0 +1,412 @@
+"""The pictures of a run, as matplotlib figures in one style.
+
+Colours are Okabe and Ito's, told apart in every colour vision; each contestant has a mark of its own.
+Solid lines and filled marks are measured or counted; what is dashed and hollow is extrapolated and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows as reading
+from benchmarks.fits import PowerLaw, power_law
+from benchmarks.rows import MEASURES
+from benchmarks.runs import Row
+from hdit._extras import require
+
+BLACK, ORANGE, SKY, GREEN, YELLOW = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
+# By how a contestant's name begins, in lower case; one colour and mark throughout all pictures.
+LOOKS = {
+    "ours": (BLUE, "o"),
+    "hdit": (BLUE, "o"),
+    "natten hopper": (VERMILION, "s"),
+    "dit": (VERMILION, "s"),
+    "natten": (ORANGE, "D"),
+    "k-diffusion": (ORANGE, "D"),
+    "flex": (GREEN, "^"),
+    "sdpa": (PURPLE, "v"),
+    "liger": (SKY, "P"),
+    "quack": (YELLOW, "X"),
+    "compile": (BLACK, "*"),
+    "torch.compile": (BLACK, "*"),
+}
+OTHERS = (GREY, "h")
+FAMILIES = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW)
+FAMILY_MARKS = "osD^vPX*"
+STYLE = {
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": "medium",
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": "small",
+    "lines.markersize": 5,
+    "savefig.dpi": 120,
+    "svg.hashsalt": "hdit-kernels",  # the same data make the same file
+}
+LABEL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # the box of a text over lines
+ROOFS = {  # ceilings by the dtype of a case
+    "bfloat16": "matmul_bf16_tflop_s",
+    "float16": "matmul_bf16_tflop_s",
+    "float32": "matmul_fp32_tflop_s",
+    "float32 tf32": "matmul_tf32_tflop_s",
+}
+MOST_CASES = 10  # in one picture of bars
+ANNOTATED = 1024  # the size, in pixels, of the paper's claim
+FULL = "out of memory"  # the status of a row
+PASSES = {"forward": "forward pass", "step": "training step"}
+WIDEST = 1  # of an exponent's interval that a legend shows
+FITTED = 4  # a power law is fitted to this many of the largest sizes: small ones cost launches, not pixels
+
+
+def digest(run: dict[str, Any]) -> str:
+    """sha256 of a run's data, which ties a picture to the JSON that it shows."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def save(run: dict[str, Any], stem: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:
+    """Writes all pictures of a run, `<stem>-<name><suffix>` for each name of pictures(run); returns the files."""
+    written = []
+    for name in pictures(run):
+        paths = [stem.with_name(f"{stem.name}-{name}{suffix}") for suffix in suffixes]
+        save_picture(run, name, *paths)
+        written += paths
+    return written
+
+
+def save_picture(run: dict[str, Any], name: str, *paths: Path) -> None:
+    """Writes one of pictures(run), as PNG or SVG by each path's suffix; their "Description" is the run's digest."""
+    with require("matplotlib", "bench").rc_context(STYLE):
+        figure = pictures(run)[name]()
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            metadata = {"Description": digest(run)} | ({"Date": None} if path.suffix == ".svg" else {})
+            figure.savefig(path, metadata=metadata)
+
+
+def pictures(run: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """The pictures that a run has data for, by name: functions that draw a matplotlib Figure."""
+    rows = run["rows"]
+    found: dict[str, Callable[[], Any]] = {}
+    if run["kind"] == "scaling":
+        models, attention = ([row for row in rows if row["family"] == name] for name in ("model", "attention"))
+        if models:
+            found["scaling"] = partial(scaling, run, models)
+        if reading.best(attention, reading.measure(attention)):
+            found["attention"] = partial(attention_grids, run, attention)
+    if run["kind"] == "kernels":
+        for operator in reading.distinct(rows, lambda row: row["operator"]):
+            own = [row for row in rows if row["operator"] == operator]
+            if any(reading.ratio_to_floor(row, reading.measure(own)) for row in own):
+                found[operator.replace("_", "-")] = partial(ratios, run, own)
+        if _on_roofline(run):
+            found["roofline"] = partial(roofline, run)
+    return found
+
+
+# Lines: models and attention as sizes grow
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One contestant's cost at sizes in ascending order. extrapolated: beyond the last measured one, never measured.
+
+    full: the sizes at which memory did not suffice. law: of cost against the square of size (pixels, tokens), fitted to
+    the largest measured sizes, None with fewer than three.
+    """
+
+    contestant: str
+    measured: list[tuple[float, float]]
+    extrapolated: list[tuple[float, float]]
+    full: tuple[int, ...]
+    law: PowerLaw | None
+
+    @property
+    def legend(self) -> str:
+        """Its name, and the exponent where the fit determines one."""
+        known = self.law is not None and self.law.high - self.law.low <= WIDEST
+        return f"{self.contestant}: exponent {self.law}" if known else self.contestant
+
+    def at(self, size: float) -> tuple[float, bool] | None:
+        """(cost, whether it was extrapolated) at a size, None where the curve has no such point."""
+        for points, guessed in ((self.measured, False), (self.extrapolated, True)):
+            for x, y in points:
+                if x == size:
+                    return y, guessed
+        return None
+
+
+def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -> Curve:
+    """cost: "flops", "peak_bytes", "gpu_us" or "wall_us" (seconds then); size: the name of the setting.
+
+    Times are extrapolated to larger sizes whose FLOPs are counted, at the FLOP rate of the largest measured size, where
+    two or more were measured.
+    """
+    own = sorted((row for row in rows if row["contestant"] == contestant), key=lambda row: row["settings"][size])
+    if cost in MEASURES:
+        measured = [(row, row[cost]["median"] / 1e6) for row in own if row["status"] == "ok" and row[cost]]
+    else:
+        measured = [(row, row[cost]) for row in own if row[cost] and (cost == "flops" or row["status"] == "ok")]
+    points = [(row["settings"][size], value) for row, value in measured]
+    extrapolated = []
+    if cost in MEASURES and len(measured) >= 2 and measured[-1][0]["flops"]:
+        last, seconds = measured[-1]
+        beyond = [row for row in own if row["settings"][size] > points[-1][0] and row["flops"]]
+        extrapolated = [(row["settings"][size], seconds * row["flops"] / last["flops"]) for row in beyond]
+    fitted = points[-FITTED:]
+    law = power_law([x**2 for x, _ in fitted], [y for _, y in fitted]) if len(fitted) >= 3 else None
+    full = tuple(row["settings"][size] for row in own if row["status"] == FULL)
+    return Curve(contestant, points, extrapolated, full, law)
+
+
+def scaling_panels(rows: Sequence[Row]) -> dict[str, tuple[str, list[Curve]]]:
+    """{panel: (the cost's axis label, a curve for each contestant)} at batch 1, for what the rows have data on."""
+    rows = [row for row in rows if not row["settings"]["largest"]]
+    names = reading.contestants(rows)
+    forward = [row for row in rows if row["pass"] == "forward"]
+    panels = {"FLOPs of a forward pass (counted)": ("FLOPs", [curve(name, forward, "flops") for name in names])}
+    memory = {}
+    for key, direction in PASSES.items():
+        own = [row for row in rows if row["pass"] == key]
+        which = reading.measure(own)
+        if reading.best(own, which):
+            title = f"{MEASURES[which]}, {direction}"
+            panels[title[0].upper() + title[1:]] = "seconds", [curve(name, own, which) for name in names]
+        if any(row["peak_bytes"] for row in own if row["status"] == "ok"):
+            memory = {f"Peak memory, {direction}": ("bytes", [curve(name, own, "peak_bytes") for name in names])}
+    return panels | memory  # a training step's memory where that is measured, else a forward pass's
+
+
+def scaling(run: dict[str, Any], rows: Sequence[Row]) -> Any:
+    """HDiT and DiT against the image's size, log-log: FLOPs, time, memory; the ratio is noted at 1024²."""
+    panels = scaling_panels(rows)
+    columns = min(len(panels), 2)
+    lines = math.ceil(len(panels) / columns)
+    figure = _figure(11, 4.2 * lines + 0.8)
+    sizes = sorted({row["settings"]["size"] for row in rows if not row["settings"]["largest"]})
+    for axes, (title, (label, curves)) in zip(
+        figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False
+    ):
+        _lines(axes, curves, sizes, "image, pixels")
+        axes.set(title=title, ylabel=label)
+        _annotate(axes, curves)
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    figure.suptitle(f"Cost of one image as it grows: HDiT and DiT at batch 1\n{_machine(run)}")
+    figure.supxlabel(
+        "1 multiply-accumulate = 2 FLOPs; patches of 4x4 pixels. Exponents: cost ∝ pixels^exponent over the largest "
+        f"{FITTED} sizes measured, with 95% intervals.\nThe HDiT-B/4 family is our reading of a sentence of the paper "
+        "(arXiv 2401.11605): each doubling adds a neighborhood level, 384 wide and 2 deep, in front.",
+        fontsize="small",
+    )
+    return figure
+
+
+def attention_panels(rows: Sequence[Row]) -> dict[str, tuple[str, list[Curve]]]:
+    """As scaling_panels, for the attention operator alone: a panel for each pass that was timed."""
+    panels = {}
+    for name in reading.distinct(rows, lambda row: row["pass"]):
+        own = [row for row in rows if row["pass"] == name]
+        which = reading.measure(own)
+        if reading.best(own, which):
+            curves = [curve(contestant, own, which, "grid") for contestant in reading.contestants(own)]
+            panels[f"{MEASURES[which]}, {name}"] = "seconds", curves
+    return panels
+
+
+def attention_grids(run: dict[str, Any], rows: Sequence[Row]) -> Any:
+    """The attention operator alone against the grid's side, log-log, a panel for each pass."""
+    panels = attention_panels(rows)
+    figure = _figure(6 * len(panels), 5)
+    sizes = sorted({row["settings"]["grid"] for row in rows})
+    for axes, (title, (label, curves)) in zip(
+        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+    ):
+        _lines(axes, curves, sizes, "grid, tokens")
+        axes.set(title=title, ylabel=label)
+    figure.suptitle(f"Attention alone as the grid grows\n{_machine(run)}")
+    return figure
+
+
+def _lines(axes: Any, curves: Sequence[Curve], sizes: Sequence[int], label: str) -> None:
+    for found in curves:
+        color, mark = look(found.contestant)
+        if found.measured:
+            known = dict(found.measured)
+            # Not a number breaks the line: no stroke passes over a size that was not measured.
+            costs = [known.get(size, math.nan) for size in sizes]
+            axes.plot(sizes, costs, color=color, marker=mark, label=found.legend)
+        if found.extrapolated:
+            points = [found.measured[-1], *found.extrapolated]
+            options = {"color": color, "marker": mark, "linestyle": "--", "markerfacecolor": "white", "zorder": 1.5}
+            axes.plot(*zip(*points, strict=True), label=f"{found.contestant}: extrapolated, not measured", **options)
+            place = next((point for point in found.extrapolated if point[0] in found.full), None)
+            if place:
+                offset = {"xytext": (-8, 2), "textcoords": "offset points", "ha": "right"}
+                axes.annotate(FULL, place, fontsize="small", color=color, **offset)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [f"{size}²" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
+    axes.set_xlabel(label)
+    axes.legend(loc="upper left")
+
+
+def _annotate(axes: Any, curves: Sequence[Curve]) -> None:
+    """An arrow from the first curve to the second at ANNOTATED and what one is of the other."""
+    if len(curves) != 2:
+        return
+    ends = [end for found in curves if (end := found.at(ANNOTATED))]
+    if len(ends) != 2:
+        return
+    (own, own_guessed), (other, other_guessed) = ends
+    arrow = {"arrowstyle": "<->", "color": "0.3", "shrinkA": 6, "shrinkB": 6}
+    axes.annotate("", (ANNOTATED, own), (ANNOTATED, other), arrowprops=arrow)
+    text = f"{share(own / other)} of {curves[1].contestant}\nat {ANNOTATED}²"
+    text += " (extrapolated)" if own_guessed or other_guessed else ""
+    place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": "small", "bbox": LABEL}
+    axes.annotate(text, (ANNOTATED, math.sqrt(own * other)), **place)
+
+
+def share(ratio: float) -> str:
+    return f"{ratio:.2%}" if ratio < 0.1 else f"{ratio:.0%}"
+
+
+# Bars: kernels
+
+
+def ratios(run: dict[str, Any], rows: Sequence[Row]) -> Any:
+    """One operator's time over its floor: a group of bars for each case, a panel for each pass, whiskers p20 to p80.
+
+    Of many cases the first are shown, and of passes those that are not the sum of others.
+    """
+    which = reading.measure(rows)
+    timed = [row for row in rows if reading.ratio_to_floor(row, which)]
+    every = reading.distinct(timed, lambda row: row["case"])
+    cases = every[:MOST_CASES]
+    passes = reading.distinct(timed, lambda row: row["pass"])
+    if {"forward", "backward"} <= set(passes):
+        passes = ["forward", "backward"]
+    shown = [row for row in rows if row["case"] in cases and row["pass"] in passes]
+    names = reading.contestants(row for row in shown if row["status"] in ("ok", "failed"))
+    spans = [reading.ratio_to_floor(row, which) or 1 for row in shown]
+
+    figure = _figure(3.4 + 4.2 * len(passes), max(2.8, 1.6 + len(cases) * (0.14 * len(names) + 0.12)))
+    panels = figure.subplots(1, len(passes), squeeze=False, sharey=True, sharex=True)[0]
+    for axes, name in zip(panels, passes, strict=True):
+        _bars(axes, [row for row in shown if row["pass"] == name], names, cases, which)
+        axes.set(xscale="log", xlabel=f"{MEASURES[which]} / floor", title=name)
+        axes.grid(axis="y", visible=False)
+        _plain_ticks(axes.xaxis)
+    operator = rows[0]["operator"]
+    panels[0].set_xlim(min(0.95, 0.95 * min(spans)), max(2.2, 1.6 * max(spans)))
+    panels[0].set_yticks(range(len(cases)), [case.removeprefix(operator).strip() or case for case in cases])
+    panels[0].set_ylim(len(cases) - 0.5, -0.5)
+    patch = require("matplotlib.patches", "bench").Patch
+    handles = [patch(facecolor=look(name)[0], edgecolor="0.2", label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 3 * len(passes)))
+    some = f" ({len(cases)} of {len(every)} cases)" if len(cases) < len(every) else ""
+    figure.suptitle(f"{operator}: time over its floor, whiskers p20 to p80{some}\n{_machine(run)}")
+    return figure
+
+
+def _bars(axes: Any, rows: Sequence[Row], names: Sequence[str], cases: Sequence[str], which: str) -> None:
+    """A bar begins at the floor, 1x: on a logarithmic axis its length is the distance from it."""
+    height = 0.8 / len(names)
+    axes.axvline(1, color="0.2", linewidth=1)
+    for row in rows:
+        if row["contestant"] not in names:
+            continue
+        y = cases.index(row["case"]) + (names.index(row["contestant"]) - (len(names) - 1) / 2) * height
+        low, ratio, high = (reading.ratio_to_floor(row, which, name) for name in ("p20", "median", "p80"))
+        if low and ratio and high:
+            color, _ = look(row["contestant"])
+            axes.barh(y, ratio - 1, height * 0.92, 1, color=color, edgecolor="0.2", linewidth=0.3)
+            axes.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], color="0.4", elinewidth=0.8, fmt="none")
+            axes.text(max(high, 1), y, f" {ratio:.3g}", va="center", fontsize="x-small")
+        elif row["status"] == "failed":
+            axes.text(1, y, f" {row['contestant']}: failed", va="center", fontsize="x-small")
+
+
+# Roofline
+
+
+def _on_roofline(run: dict[str, Any]) -> list[tuple[Row, float, float]]:
+    """(row, FLOPs a byte, FLOPs a second) of the timed rows that have FLOPs, bytes and a measured ceiling."""
+    which, ceilings = reading.measure(run["rows"]), run["ceilings"]
+    timed = [row for row in run["rows"] if row["status"] == "ok" and row[which] and row["flops"] and row["bytes"]]
+    under = [row for row in timed if ceilings.get("copy_tb_s") and ceilings.get(_roof(row))]
+    return [(row, row["flops"] / row["bytes"], row["flops"] / (row[which]["median"] / 1e6)) for row in under]
+
+
+def _roof(row: Row) -> str:
+    """The name of the ceiling that a row's products are under."""
+    return ROOFS.get(row["settings"].get("dtype"), ROOFS["bfloat16"])
+
+
+def roofline(run: dict[str, Any]) -> Any:
+    """Arithmetic intensity against the rate reached, under the copy and matmul rates that the run measured."""
+    points = _on_roofline(run)
+    bandwidth = run["ceilings"]["copy_tb_s"] * 1e12
+    peaks = {name: run["ceilings"][name] * 1e12 for name in reading.distinct((row for row, _, _ in points), _roof)}
+    figure = _figure(8.5, 6)
+    axes = figure.subplots()
+    intensities = [x for _, x, _ in points]
+    low, high = min(intensities) / 2, 2 * max(*intensities, *(2 * peak / bandwidth for peak in peaks.values()))
+    small = {"textcoords": "offset points", "ha": "right", "fontsize": "small", "zorder": 3, "bbox": LABEL}
+    for name, peak in peaks.items():
+        knee = peak / bandwidth
+        axes.plot([min(low, knee), knee, high], [min(low, knee) * bandwidth, peak, peak], color="0.2", linewidth=1.2)
+        kind = name.split("_")[1]
+        axes.annotate(f"{peak / 1e12:.3g} TFLOP/s, {kind} matmul", (high, peak), (0, 4), **small)
+    middle = math.sqrt(low * max(peaks.values()) / bandwidth)
+    axes.annotate(f"{bandwidth / 1e12:.3g} TB/s, copy", (middle, middle * bandwidth), (-4, 4), **small)
+    for i, family in enumerate(reading.distinct((row for row, _, _ in points), lambda row: row["family"])):
+        color, mark = FAMILIES[i % len(FAMILIES)], FAMILY_MARKS[i % len(FAMILY_MARKS)]
+        for ours, fill, size in ((False, "none", 14), (True, color, 26)):
+            own = [point for point in points if point[0]["family"] == family]
+            places = [(x, y) for row, x, y in own if reading.is_ours(row["contestant"]) == ours]
+            if places:
+                options = {"marker": mark, "facecolors": fill, "edgecolors": color, "linewidths": 0.8, "s": size}
+                label = f"{family}, {'ours' if ours else 'peers'}"
+                axes.scatter(*zip(*places, strict=True), label=label, alpha=0.9, **options)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOPs / byte", ylabel="FLOPs / second")
+    _plain_ticks(axes.xaxis)
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.suptitle(f"Roofline: every operator that multiplies\n{_machine(run)}")
+    return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, … on a logarithmic axis."""
+    ticker = require("matplotlib.ticker", "bench")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def look(contestant: str) -> tuple[str, str]:
+    """(colour, mark) of a contestant."""
+    name = contestant.lower()
+    return next((found for start, found in LOOKS.items() if name.startswith(start)), OTHERS)
+
+
+def _figure(width: float, height: float) -> Any:
+    return require("matplotlib.figure", "bench").Figure(figsize=(width, height), layout="constrained")
+
+
+def _machine(run: dict[str, Any]) -> str:
+    environment = run["environment"]
+    return f"{environment['device']}, torch {environment['torch']}, {environment['date']}"

@@ -1,0 +1,696 @@
+"""Recorded runs as Markdown with tables and pictures.
+
+    python -m benchmarks report FOLDER [--output DIR]   a folder of run JSON (SCHEMA.md) becomes DIR/report.md
+    python -m benchmarks report                         the measured parts of README.md and docs/ anew
+
+The first draws pictures as PNG and SVG. The second writes everything between `<!-- generated: NAME -->` and its end
+mark anew, and docs/pictures (SVG, which a repository stores small). It is due after a new measurement, and after a
+change of the sources, which makes the old ones "measured on an earlier version"; tests/test_docs.py says when.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots, results, runs
+from benchmarks import rows as reading
+from benchmarks.rows import MEASURES, NOISE
+from benchmarks.runs import Row
+
+EARLIER = "measured on an earlier version of the sources"
+NOTHING = "No run is recorded yet."
+PICTURES = Path("docs") / "pictures"
+PAGE = "report.md"
+TITLES = {
+    "machines": "Machines",
+    "scaling-details": "Scaling with the size of the image",
+    "attention": "Attention alone",
+    "kernels": "Kernels",
+    "models": "Models",
+    "training": "Training",
+    "gpu-tests": "Correctness on a GPU",
+    "measurements": "Every measurement",
+}
+_BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end of \1 -->\n", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Column:
+    """number: row -> what the first contestant's share of the second is told of, None where that says nothing."""
+
+    label: str
+    text: Callable[[Row], str]
+    number: Callable[[Row], float | None] | None = None
+
+
+@dataclass(frozen=True)
+class Records:
+    """What was recorded, seen from a document.
+
+    runs: run files by path, those of a GPU first, then the newest. gpu_tests: files of `pytest -m gpu --record`.
+    pictures: the folder that holds the runs' pictures. root: the clone whose sources are "the present ones".
+    """
+
+    runs: dict[Path, dict[str, Any]]
+    gpu_tests: dict[Path, dict[str, Any]]
+    pictures: Path
+    document: Path
+    root: Path
+
+    def of(self, kind: str, family: str | None = None) -> list[tuple[Path, dict[str, Any]]]:
+        """The runs of a kind, those with rows of a family if one is given."""
+        found = [(path, run) for path, run in self.runs.items() if run["kind"] == kind]
+        return [(p, run) for p, run in found if family is None or any(row["family"] == family for row in run["rows"])]
+
+    def link(self, path: Path) -> str:
+        return Path(os.path.relpath(path, self.document.parent)).as_posix()
+
+
+def load(folder: Path, pictures: Path, document: Path, root: Path = results.ROOT) -> Records:
+    """Reads a folder's JSON files; those that are neither runs nor GPU tests are left out.
+
+    Raises OSError when the folder can't be read, ValueError on a file that is no JSON or no run of this schema.
+    """
+    found, gpu_tests = {}, {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix == ".json"):
+        data = _json(path)
+        if "schema" in data:
+            found[path] = runs.read(path)
+        elif "operators" in data:
+            gpu_tests[path] = data
+    newest = sorted(found.items(), key=lambda item: item[1]["environment"]["date"], reverse=True)
+    ordered = sorted(newest, key=lambda item: item[1]["environment"]["device_type"] == "cpu")
+    return Records(dict(ordered), gpu_tests, pictures, document, root)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    return data if isinstance(data, dict) else {}
+
+
+def render(text: str, records: Records) -> str:
+    """The Markdown text of records.document with its generated blocks written anew.
+
+    Raises ValueError on a block that has no end mark or an unknown name.
+    """
+    opened = re.findall(r"<!-- generated: ([\w-]+) -->", text)
+    closed = [match["name"] for match in _BLOCK.finditer(text)]
+    if opened != closed:
+        raise ValueError(f"{records.document}: blocks {opened} are opened, but {closed} have an end mark")
+
+    def body(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"{records.document}: no block is called {name!r}, only {sorted(BLOCKS)}")
+        return f"<!-- generated: {name} -->\n{BLOCKS[name](records)}\n<!-- end of {name} -->\n"
+
+    return _BLOCK.sub(body, text)
+
+
+def documents(root: Path = results.ROOT) -> list[Path]:
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def recorded(document: Path, root: Path = results.ROOT) -> Records:
+    """The clone's own records, seen from one of its documents."""
+    return load(root / "benchmarks" / "results", root / PICTURES, document, root)
+
+
+def write_documents(root: Path = results.ROOT) -> list[Path]:
+    """Writes the generated blocks of README.md and docs/ anew, and docs/pictures; returns the files written."""
+    written = []
+    for document in documents(root):
+        old = document.read_text(encoding="utf-8")
+        new = render(old, recorded(document, root))
+        if new != old:
+            document.write_text(new, encoding="utf-8")
+            written.append(document)
+    records = recorded(root / "README.md", root)
+    pictures = save_pictures(records, [".svg"])
+    for stale in set((root / PICTURES).glob("*")) - set(pictures):
+        stale.unlink()
+    return written + pictures
+
+
+def write_page(folder: Path, output: Path) -> list[Path]:
+    """Writes output/report.md and its pictures from the JSON files in a folder; returns the files written.
+
+    Raises OSError or ValueError as load does, and ValueError when the folder holds no run.
+    """
+    records = load(folder, output, output / PAGE)
+    if not records.runs:
+        raise ValueError(
+            f"{folder} holds no run: a run is a JSON file that `python -m benchmarks kernels` or the like wrote"
+        )
+    kinds = {run["kind"] for run in records.runs.values()}
+    needs = {"scaling-details": "scaling", "attention": "scaling", "models": "model", "training": "train"}
+    names = [name for name in TITLES if needs.get(name, name) in kinds or name in ("machines", "measurements")]
+    names += ["gpu-tests"] if records.gpu_tests else []
+    parts = [f"## {TITLES[name]}\n\n{BLOCKS[name](records)}\n" for name in names]
+    output.mkdir(parents=True, exist_ok=True)
+    records.document.write_text("\n".join(["# Benchmarks\n", *parts]), encoding="utf-8")
+    return [records.document, *save_pictures(records, [".png", ".svg"])]
+
+
+def save_pictures(records: Records, suffixes: Sequence[str]) -> list[Path]:
+    saved = [plots.save(run, records.pictures / path.stem, suffixes) for path, run in records.runs.items()]
+    return [path for paths in saved for path in paths]
+
+
+# Blocks: one function each, Records -> Markdown
+
+
+def _machines(records: Records) -> str:
+    head = ["run", "device", "versions", "ceilings", "clocks while timing", "commit", "sources"]
+    body = []
+    for path, run in records.runs.items():
+        environment, ceilings, clocks = run["environment"], run["ceilings"], run["clocks"] or {}
+        rates = [f"copy {ceilings['copy_tb_s']:.2f} TB/s"] if ceilings.get("copy_tb_s") else []
+        rates += [f"bf16 {ceilings['matmul_bf16_tflop_s']:.0f} TFLOP/s"] if ceilings.get("matmul_bf16_tflop_s") else []
+        seen = [
+            f"{name} {clocks[key]} MHz" for name, key in (("SM", "sm_mhz"), ("memory", "memory_mhz")) if clocks.get(key)
+        ]
+        row = [f"[{path.name}]({records.link(path)})", environment["device"], ", ".join(_versions(environment))]
+        commit = (environment["commit"] or "")[:12]
+        body.append([*row, ", ".join(rates), ", ".join(seen), commit, _sources(records, run)])
+    return _table(head, body, left=len(head)) if body else NOTHING
+
+
+def _scaling_picture(records: Records) -> str:
+    """The first machine's."""
+    found = records.of("scaling", "model")
+    return _picture(records, *found[0], "scaling", "Cost of HDiT-B/4 and DiT-B/4 as images grow") if found else NOTHING
+
+
+def _scaling(records: Records) -> str:
+    """What a newcomer wants to know: FLOPs and times on the first machine."""
+    return _joined([_scaling_cost(records, *found) for found in records.of("scaling", "model")[:1]])
+
+
+def _scaling_details(records: Records) -> str:
+    parts = []
+    for path, run in records.of("scaling", "model"):
+        rows = [row for row in run["rows"] if row["family"] == "model"]
+        parts.append(_picture(records, path, run, "scaling", "Cost of HDiT-B/4 and DiT-B/4 as images grow"))
+        parts += [_scaling_cost(records, path, run), _scaling_resources(rows)]
+        parts += [_exponents(rows, plots.scaling_panels(rows), "pixels"), _largest_batch(rows)]
+    return _joined(parts)
+
+
+def forward_rows(run: dict[str, Any]) -> list[Row]:
+    """The rows of a scaling run's forward passes at batch 1."""
+    rows = [row for row in run["rows"] if row["family"] == "model" and row["pass"] == "forward"]
+    return [row for row in rows if not row["settings"]["largest"]]
+
+
+def scaling_table(run: dict[str, Any]) -> list[list[str]]:
+    """A scaling run's forward passes at batch 1 as a table, its head first: FLOPs and times by size, and what the first
+    contestant takes of the second's."""
+    rows = forward_rows(run)
+    which = reading.measure(rows)
+    columns = [
+        Column("GFLOP", lambda row: f"{row['flops'] / 1e9:,.0f}" if row["flops"] else "", lambda row: row["flops"]),
+        _time_column(which),
+    ]
+    return _by_size(rows, reading.contestants(rows), columns)
+
+
+def _scaling_cost(records: Records, path: Path, run: dict[str, Any]) -> str:
+    names = reading.contestants(forward_rows(run))
+    intro = "A forward pass, batch 1" + (f" (share: of {names[1]}'s, what {names[0]} takes)" if len(names) == 2 else "")
+    return _joined([f"{intro}:", _lines(scaling_table(run)), claim(forward_rows(run)), _source(records, path, run)])
+
+
+def _scaling_resources(rows: Sequence[Row]) -> str:
+    """Parameters, memory and training steps at batch 1."""
+    single = [row for row in rows if not row["settings"]["largest"]]
+    names = reading.contestants(single)
+    memory = [Column("peak memory", _memory, lambda row: row["peak_bytes"])]
+    parts = []
+    for direction, intro in (("forward", "Parameters and memory of a forward pass"), ("step", "A training step")):
+        own = [row for row in single if row["pass"] == direction]
+        which = reading.measure(own)
+        columns = [_time_column(which)] if direction == "step" else [Column("parameters", _parameters)]
+        columns += memory if any(row["peak_bytes"] for row in own) else []
+        if own:
+            parts += [f"{intro}, batch 1:", _lines(_by_size(own, names, columns))]
+    return _joined(parts)
+
+
+def _by_size(rows: Sequence[Row], names: Sequence[str], columns: Sequence[Column]) -> list[list[str]]:
+    """A table, its head first, with a line for each size and the columns of each contestant."""
+    at = {(row["contestant"], row["settings"]["size"]): row for row in rows}
+    shared = len(names) == 2
+    head, body = ["image"], []
+    for column in columns:
+        head += [f"{name} {column.label}" for name in names]
+        head += ["share"] if shared and column.number else []
+    for size in sorted({row["settings"]["size"] for row in rows}):
+        line, found = [f"{size}²"], [at.get((name, size)) for name in names]
+        for column in columns:
+            line += [column.text(row) if row else "" for row in found]
+            if shared and column.number:
+                first, second = (row and column.number(row) for row in found)
+                line.append(plots.share(first / second) if first and second else "")
+        body.append(line)
+    return [head, *body]
+
+
+def claim(rows: Sequence[Row]) -> str:
+    """What the first contestant costs of the second at 1024², and whether that is measured; empty if it isn't known.
+
+    rows: as forward_rows gives them.
+    """
+    names, which = reading.contestants(rows), reading.measure(rows)
+    if len(names) != 2:
+        return ""
+    facts = []
+    for label, cost in (("the FLOPs", "flops"), (f"the {MEASURES[which]}", which)):
+        own, other = (plots.curve(name, rows, cost).at(plots.ANNOTATED) for name in names)
+        if own and other:
+            how = ("extrapolated" if own[1] or other[1] else "measured") if cost != "flops" else "counted"
+            facts.append(f"{plots.share(own[0] / other[0])} of {label} ({how})")
+    if not facts:
+        return ""
+    return f"At {plots.ANNOTATED}² {names[0]} takes {' and '.join(facts)} that {names[1]} takes."
+
+
+def _exponents(rows: Sequence[Row], panels: dict[str, tuple[str, list[plots.Curve]]], what: str) -> str:
+    """what: what cost is a power of. panels: as plots.scaling_panels gives them."""
+    names, body = reading.contestants(rows), []
+    for title, (_, curves) in panels.items():
+        found = {curve.contestant: curve for curve in curves if curve.law}
+        body.append([title, *(_law(found[name]) if name in found else "too few points" for name in names)])
+    intro = f"Cost grows as the number of {what} to the power of (95% interval, over the largest sizes measured):"
+    return _joined([intro, _table(["cost", *names], body)]) if body else ""
+
+
+def _law(curve: plots.Curve) -> str:
+    sizes = [size for size, _ in curve.measured[-plots.FITTED :]]
+    return f"{curve.law} from {sizes[0]}² to {sizes[-1]}²"
+
+
+def _largest_batch(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        if row["settings"]["largest"] and row["status"] == "ok":
+            size, batch = (row["settings"][name] for name in ("size", "batch"))
+            rate = f"{_digits(batch / (row['wall_us']['median'] / 1e6))}"
+            line = [f"{size}²", row["contestant"], row["pass"], str(batch), rate, _memory(row), row["detail"] or ""]
+            body.append(line)
+    head = ["image", "model", "pass", "batch", "images/s (wall)", "peak memory", ""]
+    return _joined(["The largest batch that fits:", _table(head, body, left=3)]) if body else ""
+
+
+def _attention(records: Records) -> str:
+    parts = []
+    for path, run in records.of("scaling", "attention"):
+        rows = [row for row in run["rows"] if row["family"] == "attention"]
+        names = reading.contestants(rows)
+        if "attention" in plots.pictures(run):
+            parts.append(_picture(records, path, run, "attention", "Time of attention alone as the grid grows"))
+        for direction in reading.distinct(rows, lambda row: row["pass"]):
+            own = [row for row in rows if row["pass"] == direction]
+            which = reading.measure(own)
+            at = {(row["settings"]["grid"], row["contestant"]): row for row in own}
+            body = []
+            for grid in sorted({row["settings"]["grid"] for row in own}):
+                found = [at.get((grid, name)) for name in names]
+                floor = next((row["floor_us"] for row in found if row and row["floor_us"]), None)
+                body.append([f"{grid}²", _microseconds(floor), *(_time(row, which) if row else "" for row in found)])
+            parts += [f"{MEASURES[which]}, {direction}:", _table(["tokens", "floor", *names], body)]
+        parts.append(_exponents(rows, plots.attention_panels(rows), "tokens"))
+        parts += [_lost(rows), _source(records, path, run)]
+    return _joined(parts)
+
+
+def _kernels_summary(records: Records) -> str:
+    """A line for each operator and pass on one machine."""
+    found = records.of("kernels")
+    if not found:
+        return NOTHING
+    path, run = found[0]
+    body = []
+    for operator, direction in reading.distinct(run["rows"], lambda row: (row["operator"], row["pass"])):
+        own = [row for row in run["rows"] if (row["operator"], row["pass"]) == (operator, direction)]
+        which = reading.measure(own)
+        timed = [row for row in own if reading.is_ours(row["contestant"]) and row["status"] == "ok"]
+        ratios = [ratio for row in timed if (ratio := reading.ratio_to_floor(row, which))]
+        rivals = [(row, _rival(own, row, which)) for row in timed]
+        words = [_beside(row, rival, which) for row, rival in rivals if rival]
+        gains = [rival[which]["median"] / row[which]["median"] for row, rival in rivals if rival]
+        span, gain = _span(ratios, ""), _span(gains, "x") + (" as fast" if gains else "")
+        same = sum(word == "same within noise" for word in words)
+        body.append(
+            [f"`{operator}`", direction, str(len(timed)), span, gain + (f", {same} within noise" if same else "")]
+        )
+    head = ["operator", "pass", "cases", "time / floor", "beside the fastest other"]
+    return _joined([_table(head, body, left=2), _source(records, path, run)])
+
+
+def _span(values: Sequence[float], unit: str) -> str:
+    """The least and the greatest, one of them where they look the same; nothing of nothing."""
+    ends = [f"{value:.2f}{unit}" for value in (min(values), max(values))] if values else []
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _kernels(records: Records) -> str:
+    parts = []
+    for path, run in records.of("kernels"):
+        rows = run["rows"]
+        if "roofline" in plots.pictures(run):
+            parts.append(_picture(records, path, run, "roofline", "Roofline of the operators that multiply"))
+        for operator in reading.distinct(rows, lambda row: row["operator"]):
+            own = [row for row in rows if row["operator"] == operator]
+            name = operator.replace("_", "-")
+            parts.append(f"### `{operator}`")
+            if name in plots.pictures(run):
+                parts.append(_picture(records, path, run, name, f"Time of {operator} over its floor"))
+            parts += [_kernel_table(own), "\n".join(filter(None, (_notes(own), _lost(own))))]
+        parts.append(_source(records, path, run))
+    return _joined(parts)
+
+
+def _kernel_table(rows: Sequence[Row]) -> str:
+    """A line for each case and pass: ours beside the fastest other."""
+    which, body = reading.measure(rows), []
+    for case, direction in reading.distinct(rows, lambda row: (row["case"], row["pass"])):
+        own = [row for row in rows if (row["case"], row["pass"]) == (case, direction)]
+        ours = next((row for row in own if reading.is_ours(row["contestant"])), None)
+        line = [_short(own[0]), direction, _microseconds(own[0]["floor_us"])]
+        if ours is None or ours["status"] != "ok":
+            body.append([*line, "" if ours is None else ours["status"], "", "", "", "", "", ""])
+            continue
+        ratio, rival = reading.ratio_to_floor(ours, which), _rival(own, ours, which)
+        line += [_time(ours, which), f"{ratio:.2f}" if ratio else "", _time(ours, "wall_us")]
+        if rival:
+            line += [rival["contestant"], _time(rival, which), _time(rival, "wall_us"), _beside(ours, rival, which)]
+        body.append([*line, *[""] * (10 - len(line))])
+    time = MEASURES[which]
+    head = [
+        "case",
+        "pass",
+        "floor",
+        f"ours, {time}",
+        "/ floor",
+        "wall",
+        "fastest other",
+        f"its {time}",
+        "wall",
+        "ours is",
+    ]
+    return _table(head, body, left=2)
+
+
+def _notes(rows: Sequence[Row]) -> str:
+    """What one has to know of the others that were timed: a line for each contestant with its different details."""
+    timed = [row for row in rows if row["status"] == "ok" and row["detail"] and not reading.is_ours(row["contestant"])]
+    lines = []
+    for name in reading.contestants(timed):
+        details = reading.distinct((r for r in timed if r["contestant"] == name), lambda row: row["detail"])
+        lines.append(f"- {name}: {' · '.join(details)}.")
+    return "\n".join(lines)
+
+
+def _short(row: Row) -> str:
+    """A case's name without its operator's."""
+    return row["case"].removeprefix(row["operator"]).strip() or row["case"]
+
+
+def _rival(rows: Sequence[Row], ours: Row, which: str) -> Row | None:
+    """The fastest timed contestant of ours' case that is not ours."""
+    same = [row for row in rows if row["case"] == ours["case"] and not reading.is_ours(row["contestant"])]
+    return reading.best(same, which)
+
+
+def _beside(ours: Row, rival: Row, which: str) -> str:
+    word = reading.verdict(rival[which], ours[which], NOISE[which])
+    if word == "same within noise":
+        return word
+    quick, slow = sorted((ours[which]["median"], rival[which]["median"]))
+    return f"{slow / quick:.2f}x {word}"
+
+
+def _models(records: Records) -> str:
+    return _joined([part for found in records.of("model") for part in _model_run(records, *found)])
+
+
+def _training(records: Records) -> str:
+    return _joined([part for found in records.of("train") for part in _model_run(records, *found)])
+
+
+def _model_run(records: Records, path: Path, run: dict[str, Any]) -> list[str]:
+    rows, body = run["rows"], []
+    for case, direction in reading.distinct(rows, lambda row: (row["case"], row["pass"])):
+        own = [row for row in rows if (row["case"], row["pass"]) == (case, direction)]
+        ours = next((row for row in own if reading.is_ours(row["contestant"]) and row["status"] == "ok"), None)
+        for row in sorted(own, key=lambda row: not reading.is_ours(row["contestant"])):
+            beside = []
+            if ours and row is not ours and row["status"] == "ok":
+                shared = [which for which in MEASURES if ours[which] and row[which]]
+                beside = [f"{_beside(ours, row, which)} ({MEASURES[which]})" for which in shared]
+            wall = _time(row, "wall_us") if row["status"] == "ok" else row["status"]
+            gpu = _time(row, "gpu_us") if row["status"] == "ok" else ""
+            launches = str(row["kernels"]) if row.get("kernels") else ""
+            line = [case, direction, row["contestant"], gpu, wall, launches, _memory(row), ", ".join(beside)]
+            body.append(line)
+    head = ["model", "pass", "contestant", "GPU time", "wall time", "kernels", "peak memory", "ours is"]
+    return [_table(head, body, left=3), _lost(rows), _source(records, path, run)]
+
+
+def _measurements(records: Records) -> str:
+    """Every row of every run, folded away."""
+    parts = []
+    for path, run in records.runs.items():
+        body = [[text(row) for text in MEASUREMENT.values()] for row in run["rows"]]
+        summary = f"<details><summary>{path.name}: {len(body)} measurements</summary>"
+        parts += [summary, _table(list(MEASUREMENT), body, left=3), "</details>"]
+    return _joined(parts)
+
+
+def _gpu_tests(records: Records) -> str:
+    found = [_gpu_test(records, path, data) for path, data in records.gpu_tests.items()]
+    return "\n\n".join(found) or "No run on a GPU is recorded yet."
+
+
+def _gpu_test(records: Records, path: Path, data: dict[str, Any]) -> str:
+    """One file of `pytest -m gpu --record`, whose sections are {operator: {dtype: value}}; a section may be missing."""
+    operators = data["operators"]
+    dtypes = list(dict.fromkeys(dtype for found in operators.values() for dtype in found))
+    body = [[f"`{name}`", *(_worst(found.get(dtype)) for dtype in dtypes)] for name, found in sorted(operators.items())]
+    cases = sum(found["cases"] for found in _values(operators))
+    intro = (
+        f"Kernels against the float64 reference on {data['environment']['device']}, {cases:,} random cases: the worst "
+        "error of an output or gradient, as a share of what is allowed (more than 1 fails), and where it was."
+    )
+    facts = [f"- GPU tests: {data['tests']['passed']} passed, {data['tests']['failed']} failed."]
+    if large := _values(data.get("large_offsets", {})):
+        worst = max(found["worst_error"] for found in large)
+        facts.append(
+            f"- Tensors of more than 2³¹ elements: worst relative error {worst:.2g} over {len(large)} operators."
+        )
+    if equal := _values(data.get("deterministic", {})):
+        facts.append(f"- Operators bitwise equal over {equal[0]['runs']} runs, forward and backward: {len(equal)}.")
+    for tool, found in data.get("sanitizer", {}).items():
+        (seen,) = found.values()
+        facts.append(f"- compute-sanitizer, {tool}: {seen['errors']} errors over {len(seen['operators'])} operators.")
+    for model, found in data.get("model_parity", {}).items():
+        facts.append(f"- Model parity, {model}: {_fact(found)}.")
+    parts = [intro, _table(["operator", *dtypes], body), "\n".join(facts)]
+    return _joined([*parts, f"Recorded: {_source(records, path, data)}"])
+
+
+def _values(section: dict[str, dict[str, Any]]) -> list[Any]:
+    return [value for found in section.values() for value in found.values()]
+
+
+def _worst(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"{found['worst_ratio']:.2f} ({found['worst_tensor']})"
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+BLOCKS: dict[str, Callable[[Records], str]] = {
+    "machines": _machines,
+    "scaling-picture": _scaling_picture,
+    "scaling": _scaling,
+    "scaling-details": _scaling_details,
+    "attention": _attention,
+    "kernels-summary": _kernels_summary,
+    "kernels": _kernels,
+    "models": _models,
+    "training": _training,
+    "measurements": _measurements,
+    "gpu-tests": _gpu_tests,
+}
+
+
+# Cells and lines
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Markdown paragraphs; NOTHING without any."""
+    return "\n\n".join(part for part in parts if part) or NOTHING
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
+    """left: how many columns are words, not figures."""
+    rule = [":--" if i < left else "--:" for i in range(len(head))]
+    lines = (head, rule, *([cell.replace("|", "\\|") for cell in row] for row in body))
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def _lines(table: Sequence[Sequence[str]]) -> str:
+    return _table(table[0], table[1:])
+
+
+def _microseconds(value: float | None) -> str:
+    """Three digits and the unit that suits."""
+    if value is None:
+        return ""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if value >= size:
+            return f"{_digits(value / size)} {unit}"
+    return f"{_digits(value)} µs"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _time(row: Row, which: str) -> str:
+    """The median, or why there is none."""
+    return _microseconds(row[which]["median"]) if row["status"] == "ok" and row[which] else _absent(row)
+
+
+def _time_column(which: str) -> Column:
+    return Column(MEASURES[which], lambda row: _time(row, which), lambda row: row[which] and row[which]["median"])
+
+
+def _absent(row: Row) -> str:
+    return "" if row["status"] == "ok" else row["status"]
+
+
+def _interval(stats: dict[str, Any] | None) -> str:
+    return (
+        ""
+        if not stats
+        else " ".join(
+            (_microseconds(stats["median"]), f"[{_microseconds(stats['p20'])},", f"{_microseconds(stats['p80'])}]")
+        )
+    )
+
+
+def _memory(row: Row) -> str:
+    return f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else _absent(row)
+
+
+def _parameters(row: Row) -> str:
+    return f"{row['parameters'] / 1e6:.1f}M" if row.get("parameters") else ""
+
+
+def _count(value: int | None) -> str:
+    if value is None:
+        return ""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{_digits(value / size)}{unit}"
+    return str(value)
+
+
+def _lost(rows: Sequence[Row]) -> str:
+    """Who wasn't timed and why, a line for each reason."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            words = row["status"] + (f" ({row['reason']})" if row["reason"] else "")
+            found.setdefault((row["contestant"], words), []).append(row)
+    lines = []
+    for (contestant, words), lost in found.items():
+        where = f"{lost[0]['case']}, {lost[0]['pass']}" if len(lost) == 1 else f"{len(lost)} measurements"
+        lines.append(f"- {contestant}: {words}: {where}.")
+    return "\n".join(lines)
+
+
+def _ratio(row: Row) -> str:
+    ratio = reading.ratio_to_floor(row, "gpu_us" if row["gpu_us"] else "wall_us")
+    return f"{ratio:.2f}" if ratio else ""
+
+
+def _error(row: Row) -> str:
+    return "" if row["error"] is None else f"{row['error']:.1e}"
+
+
+MEASUREMENT: dict[str, Callable[[Row], str]] = {
+    "case": lambda row: row["case"],
+    "pass": lambda row: row["pass"],
+    "contestant": lambda row: row["contestant"],
+    "GPU time [p20, p80]": lambda row: _interval(row["gpu_us"]) or _absent(row),
+    "wall time [p20, p80]": lambda row: _interval(row["wall_us"]),
+    "bytes": lambda row: _count(row["bytes"]),
+    "FLOPs": lambda row: _count(row["flops"]),
+    "floor": lambda row: _microseconds(row["floor_us"]),
+    "/ floor": _ratio,
+    "error": _error,
+    "peak memory": lambda row: _memory(row) if row["status"] == "ok" else "",
+    "detail": lambda row: row["reason"] or row["detail"] or "",
+}
+
+
+def _picture(records: Records, path: Path, run: dict[str, Any], name: str, words: str) -> str:
+    return f"![{words}, {run['environment']['device']}]({records.link(records.pictures / f'{path.stem}-{name}.svg')})"
+
+
+def _versions(environment: dict[str, Any]) -> list[str]:
+    return [f"{key} {environment[key]}" for key in ("torch", "triton", "cuda", "hip", "driver") if environment.get(key)]
+
+
+def _source(records: Records, path: Path, data: dict[str, Any]) -> str:
+    """Which file, machine, versions and sources a figure comes from, and whether the sources have changed since."""
+    inside = path.is_relative_to(records.root)
+    name = path.relative_to(records.root).as_posix() if inside else path.name
+    environment = data["environment"]
+    words = [f"[{name}]({records.link(path)})", environment["device"], *_versions(environment), environment["date"]]
+    return f"{', '.join(words)}, sources {_sources(records, data)}."
+
+
+def _sources(records: Records, data: dict[str, Any]) -> str:
+    digest = data["source_sha256"]
+    return digest[:12] + ("" if digest == results.source_hash(records.root) else f" ({EARLIER})")
+
+
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    help_folder = "folder of run JSON; without it README.md and docs/ of this clone are written from benchmarks/results"
+    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help=help_folder)
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"where {PAGE} and its pictures go (default: FOLDER)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        if args.folder is None and args.output is not None:
+            raise ValueError("--output needs a FOLDER: without one the clone's own documents are written")
+        written = write_documents() if args.folder is None else write_page(args.folder, args.output or args.folder)
+    except (OSError, ValueError) as error:
+        raise runs.RunError(" ".join(str(error).split())) from error
+    for path in written:
+        print(f"Written: {path}")
+    return 0

@@ -1,0 +1,58 @@
+"""Questions about the rows of a run: what plots, reports and comparisons share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.runs import Row
+
+Stats = dict[str, Any]  # median, p20, p80 in microseconds, repeats
+
+MEASURES = {"gpu_us": "GPU time", "wall_us": "wall time"}
+NOISE = {"gpu_us": 0.03, "wall_us": 0.10}  # medians of two processes on one machine differ by about this much
+
+
+def is_ours(contestant: str) -> bool:
+    return contestant.startswith(("ours", "HDiT"))
+
+
+def distinct(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Any]:
+    """The values of key(row), each once, in order of appearance."""
+    return list(dict.fromkeys(map(key, rows)))
+
+
+def contestants(rows: Iterable[Row]) -> list[str]:
+    """Their names, ours first: in an order that doesn't depend on that of measuring, which is random."""
+    return sorted({row["contestant"] for row in rows}, key=lambda name: (not is_ours(name), name))
+
+
+def measure(rows: Iterable[Row]) -> str:
+    """The time that all timed rows can be judged by: "gpu_us" where every one has it, else "wall_us"."""
+    timed = [row for row in rows if row["status"] == "ok"]
+    return "gpu_us" if timed and all(row["gpu_us"] for row in timed) else "wall_us"
+
+
+def ratio_to_floor(row: Row, which: str, quantile: str = "median") -> float | None:
+    """Time over the least time that the run's own ceilings allow; None without either."""
+    if row["status"] != "ok" or not row[which] or not row["floor_us"]:
+        return None
+    return row[which][quantile] / row["floor_us"]
+
+
+def verdict(a: Stats, b: Stats, noise: float) -> str:
+    """What b is beside a: "faster", "slower" or "same within noise".
+
+    A difference counts only where the p20..p80 intervals don't overlap and the medians differ by more than noise · a's.
+    """
+    apart = b["p80"] < a["p20"] or a["p80"] < b["p20"]
+    if not apart or abs(b["median"] - a["median"]) <= noise * a["median"]:
+        return "same within noise"
+    return "faster" if b["median"] < a["median"] else "slower"
+
+
+def best(rows: Sequence[Row], which: str) -> Row | None:
+    """The fastest timed row."""
+    return min(
+        (row for row in rows if row["status"] == "ok" and row[which]), key=lambda r: r[which]["median"], default=None
+    )

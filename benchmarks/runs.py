@@ -1,0 +1,239 @@
+"""Run files: what `python -m benchmarks kernels|model|train|scaling --output FILE` writes. SCHEMA.md describes them.
+
+A file is written anew, atomically, after every case, so an interrupted run is taken up by giving the same file again.
+Rows are only ever put together when device, versions and sources are the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+
+Row = dict[str, Any]
+
+SCHEMA = 1
+KINDS = ("kernels", "model", "train", "scaling")
+PASSES = ("forward", "backward", "forward+backward", "step")
+STATUSES = ("ok", "failed", "unavailable", "out of memory", "not measured")
+UNFINISHED = ("unavailable", "not measured")  # a run that is taken up tries these again
+
+# What must be equal for rows to stand in one file: of the environment, and source_sha256 beside it.
+SAME = ("device", "device_type", "python", "torch", "triton", "cuda", "hip", "driver")
+
+_NUMBER, _NULL = (int, float), type(None)
+FIELDS: dict[str, tuple[type, ...]] = {
+    "case": (str,),
+    "family": (str,),
+    "operator": (str,),
+    "settings": (dict,),
+    "contestant": (str,),
+    "detail": (str, _NULL),
+    "pass": (str,),
+    "status": (str,),
+    "reason": (str, _NULL),
+    "gpu_us": (dict, _NULL),
+    "wall_us": (dict, _NULL),
+    "host_us": (dict, _NULL),
+    "first_call_s": (*_NUMBER, _NULL),
+    "bytes": (int, _NULL),
+    "flops": (int, _NULL),
+    "floor_us": (*_NUMBER, _NULL),
+    "ratio_to_floor": (*_NUMBER, _NULL),
+    "error": (*_NUMBER, _NULL),
+    "allowed_error": (*_NUMBER, _NULL),
+    "peak_bytes": (int, _NULL),
+    "parameters": (int, _NULL),
+    "kernels": (int, _NULL),
+    "images_per_s": (*_NUMBER, _NULL),
+}
+OPTIONAL = ("host_us", "first_call_s", "parameters", "kernels", "images_per_s")
+STATS = {"median": _NUMBER, "p20": _NUMBER, "p80": _NUMBER, "repeats": (int,)}
+HEADER: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "kind": (str,),
+    "environment": (dict,),
+    "source_sha256": (str,),
+    "command": (list,),
+    "clocks": (dict,),
+    "ceilings": (dict,),
+    "rows": (list,),
+}
+
+
+class RunError(ValueError):
+    """What the user has to change, in one line."""
+
+
+def row(case: str, contestant: str, direction: str, status: str, **fields: Any) -> Row:
+    """A row with null in every field not given; direction: its "pass"."""
+    found: Row = {name: None for name in FIELDS if name not in OPTIONAL}
+    found |= {"case": case, "contestant": contestant, "pass": direction, "status": status}
+    found |= {"family": "", "operator": "", "settings": {}}
+    return found | fields
+
+
+def key(row: Row) -> tuple[str, str, str]:
+    return row["case"], row["contestant"], row["pass"]
+
+
+def validate(data: Any) -> None:
+    """Raises ValueError, naming the place, unless data is a run as SCHEMA.md has it."""
+    _fields("the run", data, HEADER, required=HEADER)
+    _expect(data["schema"] == SCHEMA, f"schema {data['schema']!r}, expected {SCHEMA}")
+    _expect(data["kind"] in KINDS, f"kind {data['kind']!r}, expected one of {KINDS}")
+    for i, found in enumerate(data["rows"]):
+        where = f"row {i}"
+        _fields(where, found, FIELDS, required=[name for name in FIELDS if name not in OPTIONAL])
+        _expect(set(found) <= set(FIELDS), f"{where}: unknown fields {sorted(set(found) - set(FIELDS))}")
+        _expect(found["pass"] in PASSES, f"{where}: pass {found['pass']!r}, expected one of {PASSES}")
+        _expect(found["status"] in STATUSES, f"{where}: status {found['status']!r}, expected one of {STATUSES}")
+        timed = False
+        for name in ("gpu_us", "wall_us", "host_us"):
+            if found.get(name) is not None:
+                timed = True
+                _fields(f"{where}, {name}", found[name], STATS, required=STATS)
+        ok = found["status"] == "ok"
+        _expect(ok or not timed, f"{where}: a time, though its status is {found['status']!r}")
+        _expect(ok or bool(found["reason"]), f"{where}: status {found['status']!r} without a reason")
+    keys = [key(found) for found in data["rows"]]
+    twice = next((k for k in keys if keys.count(k) > 1), None) if len(set(keys)) < len(keys) else None
+    _expect(twice is None, f"two rows of {twice}")
+
+
+def _fields(where: str, data: Any, types: dict[str, tuple[type, ...]], required: Iterable[str]) -> None:
+    _expect(isinstance(data, dict), f"{where}: expected an object")
+    missing = [name for name in required if name not in data]
+    _expect(not missing, f"{where}: {missing} missing")
+    for name, kinds in types.items():
+        right = name not in data or (isinstance(data[name], kinds) and not isinstance(data[name], bool))
+        _expect(right, f"{where}: {name} is {data.get(name)!r}")
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """A run file. Raises RunError if it can't be read, or is none."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        validate(data)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RunError(f"{path} is not a run file of schema {SCHEMA}: {error}") from error
+    return data
+
+
+def check_writable(path: Path | str) -> None:
+    """Raises RunError unless a file can be written there; its folder is made."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise RunError(f"can't write {path}: it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.parent / f".{path.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Why the rows of two runs can't stand in one file; empty if they can."""
+    pairs = [("kind", first["kind"], second["kind"])]
+    pairs += [(name, first["environment"].get(name), second["environment"].get(name)) for name in SAME]
+    pairs.append(("sources", first["source_sha256"][:12], second["source_sha256"][:12]))
+    return [f"{name} {a} and {b}" for name, a, b in pairs if a != b]
+
+
+def merge(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """One run with the rows of all: of two rows of a case, contestant and pass, the later one that was measured.
+
+    Header and ceilings are the first's. Raises RunError unless kind, device, versions and sources are equal.
+    """
+    rows = {key(found): found for found in first["rows"]}
+    for other in others:
+        if unequal := differences(first, other):
+            raise RunError(f"these runs can't be merged: {', '.join(unequal)}")
+        for found in other["rows"]:
+            if key(found) not in rows or found["status"] not in UNFINISHED:
+                rows[key(found)] = found
+    return {**first, "rows": list(rows.values())}
+
+
+def write_csv(data: dict[str, Any], path: Path | str) -> None:
+    """A line a row; a Stats is four columns (gpu_us_median, …), settings are JSON."""
+    nested = ("gpu_us", "wall_us", "host_us")
+    columns = [c for name in FIELDS for c in ([f"{name}_{part}" for part in STATS] if name in nested else [name])]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for found in data["rows"]:
+            line = {name: value for name, value in found.items() if name not in nested}
+            line["settings"] = json.dumps(found["settings"])
+            for name in nested:
+                line |= {f"{name}_{part}": value for part, value in (found.get(name) or {}).items()}
+            writer.writerow(line)
+
+
+class Run:
+    """A run in the making, and its file if it has one."""
+
+    def __init__(self, data: dict[str, Any], path: Path | None = None) -> None:
+        self.data, self.path = data, path
+        self._rows = {key(found): found for found in data["rows"]}
+
+    @classmethod
+    def open(cls, path: Path | str | None, kind: str, command: Sequence[str]) -> Run:
+        """A new run; or the one that path already holds, to be continued.
+
+        Raises RunError if path can't be written or holds something else: another kind, device, versions or sources.
+        """
+        data = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "environment": results.environment(),
+            "source_sha256": results.source_hash(),
+            "command": list(command),
+            "clocks": {"sm_mhz": None, "memory_mhz": None, "seen": None},
+            "ceilings": {},
+            "rows": [],
+        }
+        if path is None:
+            return cls(data)
+        path = Path(path)
+        check_writable(path)
+        if path.exists() and path.stat().st_size:
+            old = read(path)
+            if unequal := differences(old, data):
+                raise RunError(f"{path} can't be continued, choose another --output: {', '.join(unequal)}")
+            data = old
+        return cls(data, path)
+
+    def done(self, case: str, contestant: str, direction: str) -> bool:
+        """Whether this has been measured, or has failed: what a run that is taken up leaves out."""
+        found = self._rows.get((case, contestant, direction))
+        return found is not None and found["status"] not in UNFINISHED
+
+    def put(self, *rows: Row) -> None:
+        """Adds rows, in place of those of the same case, contestant and pass. save() writes them."""
+        for found in rows:
+            self._rows[key(found)] = found
+        self.data["rows"] = list(self._rows.values())
+
+    def save(self) -> None:
+        """Raises RunError if the file can't be written (any more)."""
+        validate(self.data)
+        if self.path is None:
+            return
+        try:
+            results.write(self.path, self.data)
+        except OSError as error:
+            raise RunError(f"can't write {self.path}: {error.strerror or error}") from error

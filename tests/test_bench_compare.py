@@ -1,0 +1,303 @@
+"""benchmarks.compare: verdicts of made-up runs, and revisions of a made-up repository."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import compare, results, rows, runs
+from benchmarks.__main__ import main
+from tests import made_up_runs
+from tests.made_up_runs import stats
+
+
+def command(*arguments: str) -> int:
+    return main(["compare", *arguments])
+
+
+def faster(run: dict[str, Any], factor: float, contestant: str = "ours", which: str = "gpu_us") -> dict[str, Any]:
+    """The same run with one contestant's times divided by a factor."""
+    found = copy.deepcopy(run)
+    for row in found["rows"]:
+        if row["contestant"] == contestant and row[which]:
+            row[which] = {k: v if k == "repeats" else v / factor for k, v in row[which].items()}
+    return found
+
+
+def words(verdicts: list[compare.Verdict], contestant: str = "ours") -> set[str]:
+    return {v.word for v in verdicts if v.contestant == contestant}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "noise", "word"),
+    [
+        (stats(100, 0.01), stats(80, 0.01), 0.03, "faster"),
+        (stats(80, 0.01), stats(100, 0.01), 0.03, "slower"),
+        (stats(100, 0.0), stats(100, 0.0), 0.0, "same within noise"),
+        (stats(100, 0.15), stats(80, 0.15), 0.03, "same within noise"),  # the intervals overlap
+        (stats(100, 0.001), stats(98, 0.001), 0.03, "same within noise"),  # apart, but inside the band
+        (stats(100, 0.001), stats(98, 0.001), 0.01, "faster"),
+        (stats(100, 0.001), stats(102, 0.001), 0.01, "slower"),
+        ({"median": 100, "p20": 90, "p80": 101}, {"median": 120, "p20": 101, "p80": 130}, 0.03, "same within noise"),
+        ({"median": 100, "p20": 90, "p80": 101}, {"median": 120, "p20": 102, "p80": 130}, 0.03, "slower"),
+    ],
+)
+def test_a_difference_counts_beyond_the_spread_only(a: rows.Stats, b: rows.Stats, noise: float, word: str) -> None:
+    assert rows.verdict(a, b, noise) == word
+
+
+def test_a_run_is_the_same_as_itself() -> None:
+    run = made_up_runs.kernels()
+    verdicts = compare.compare_runs(run, copy.deepcopy(run))
+    timed = [row for row in run["rows"] if row["status"] == "ok"]
+    assert len(verdicts) == len(timed) and {v.word for v in verdicts} == {"same within noise"}
+    assert not any(v.regression for v in verdicts) and {v.which for v in verdicts} == {"gpu_us"}
+
+
+def test_only_ours_regresses() -> None:
+    run = made_up_runs.kernels()
+    slower = compare.compare_runs(run, faster(run, 0.8))
+    assert words(slower) == {"slower"} and all(v.regression == (v.contestant == "ours") for v in slower)
+    assert all(v.change == pytest.approx(0.25) for v in slower if v.contestant == "ours")
+    peer = compare.compare_runs(run, faster(run, 0.8, "flex"))
+    assert words(peer, "flex") == {"slower"} and not any(v.regression for v in peer)
+    hdit = made_up_runs.scaling()
+    assert any(v.regression for v in compare.compare_runs(hdit, faster(hdit, 0.8, "HDiT-B/4")))
+
+
+def test_the_band_is_the_caller_s() -> None:
+    run = made_up_runs.run("kernels", [made_up_runs.row("rms_norm 1", "ours", stats(100, 0.001), 120)])
+    slow = faster(run, 1 / 1.02)
+    assert words(compare.compare_runs(run, slow)) == {"same within noise"}
+    assert words(compare.compare_runs(run, slow, {"gpu_us": 0.01, "wall_us": 0.1})) == {"slower"}
+
+
+def test_wall_time_decides_where_there_is_no_gpu_time() -> None:
+    run = made_up_runs.run("kernels", [made_up_runs.row("rms_norm 1", "ours", None, stats(100, 0.01))])
+    (found,) = compare.compare_runs(run, faster(run, 0.5, which="wall_us"))
+    assert (found.word, found.which) == ("slower", "wall_us")
+    (found,) = compare.compare_runs(run, faster(run, 0.93, which="wall_us"))
+    assert found.word == "same within noise"  # 7.5%, inside wall time's wider band
+
+
+def test_what_breaks_is_a_regression() -> None:
+    run = made_up_runs.kernels()
+    broken = copy.deepcopy(run)
+    for row in broken["rows"]:
+        if row["contestant"] == "ours":
+            row.update(status="failed", reason="out: error 1e-1", gpu_us=None, wall_us=None)
+    found = compare.compare_runs(run, broken)
+    assert words(found) == {"broken"} and all(v.regression for v in found if v.contestant == "ours")
+    assert {v.reason for v in found if v.word == "broken"} == {"failed out: error 1e-1"}
+    mended = compare.compare_runs(broken, run)
+    assert words(mended) == {"new"} and not any(v.regression for v in mended)
+
+
+@pytest.mark.parametrize("name", ["device", "torch", "triton", "cuda", "driver", "python"])
+def test_other_machines_are_refused_unless_said(name: str) -> None:
+    a, b = made_up_runs.kernels(), made_up_runs.kernels()
+    b["environment"][name] = "another"
+    with pytest.raises(ValueError, match=f"{name} .* and another.*--allow-different"):
+        compare.compare_runs(a, b)
+    assert compare.compare_runs(a, b, allow_different=True)
+
+
+def test_other_kinds_and_strangers_are_refused() -> None:
+    with pytest.raises(ValueError, match="A is a run of kernels, B of model"):
+        compare.compare_runs(made_up_runs.kernels(), made_up_runs.models(), allow_different=True)
+    a, b = made_up_runs.kernels(), made_up_runs.kernels()
+    b["rows"] = [row | {"case": f"other {row['case']}"} for row in b["rows"]]
+    with pytest.raises(ValueError, match="no timed measurement in common"):
+        compare.compare_runs(a, b)
+
+
+# The command
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str, dict[str, Any]], str]:
+    def write(name: str, run: dict[str, Any]) -> str:
+        results.write(tmp_path / name, run)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_exit_status_and_words(file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_up_runs.kernels()
+    a, same, better, worse = file("a.json", run), file("b.json", run), faster(run, 1.5), faster(run, 0.5)
+    assert command(a, same) == 0
+    printed = capsys.readouterr().out
+    assert "22 same within noise" in printed and "no regression of ours" in printed
+    assert command(a, file("c.json", better)) == 0
+    assert "5 faster" in capsys.readouterr().out
+    assert command(a, file("d.json", worse)) == 1
+    printed = capsys.readouterr().out
+    assert "+100.0%" in printed and "5 slower" in printed and "5 regressions of ours" in printed
+    peer = file("e.json", faster(run, 0.5, "flex"))
+    assert command(a, peer) == 0
+
+
+def test_says_what_only_one_run_measured(file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_up_runs.kernels()
+    less = run | {"rows": [row for row in run["rows"] if row["operator"] == "na2d"]}
+    assert command(file("a.json", run), file("b.json", less)) == 0
+    assert "measured in A only: 2" in capsys.readouterr().out
+    assert command(file("b.json", less), file("a.json", run)) == 0
+    assert "measured in B only: 2" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_status_2(file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    good, other = file("a.json", made_up_runs.kernels()), made_up_runs.kernels()
+    other["environment"]["torch"] = "2.9"
+    bad = file("bad.json", made_up_runs.kernels() | {"schema": 99})
+    Path(bad).with_name("text.json").write_text("{")
+    for arguments, words in [
+        ((good, file("b.json", other)), "--allow-different"),
+        ((good, bad), "schema 99"),
+        ((good, str(Path(bad).with_name("text.json"))), "text.json"),
+        ((good, str(Path(bad).with_name("absent.json"))), "absent.json"),
+        ((good, "HEAD"), "two JSON files or two git revisions"),
+        ((good, good, "--quick"), "revisions"),
+        ((good, good, "--case", "na2d"), "revisions"),
+        (("no-such-revision", "no-such-revision"), "no-such-revision"),
+    ]:
+        assert command(*arguments) == 2, arguments
+        out, err = capsys.readouterr()
+        assert err.startswith("python -m benchmarks: ") and err.count("\n") == 1 and words in err, err
+        assert not out
+    assert command(good, file("b.json", other), "--allow-different") == 0
+
+
+@pytest.mark.parametrize("noise", ["-0.1", "1", "much"])
+def test_the_band_is_a_share(noise: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command("a.json", "b.json", "--noise", noise)
+    assert stopped.value.code == 2 and "--noise" in capsys.readouterr().err
+
+
+# Revisions
+
+HARNESS = """
+import importlib, json, sys
+from pathlib import Path
+header = json.loads(Path(__file__).with_name("header.json").read_text())
+import hdit_kernels
+assert Path(hdit_kernels.__file__).parent.parent == Path.cwd(), hdit_kernels.__file__
+out = Path(sys.argv[sys.argv.index("--output") + 1])
+log = Path(header.pop("log"))
+with log.open("a") as file:
+    file.write(json.dumps([sys.argv[1:], hdit_kernels.TIME]) + "\\n")
+turn = log.read_text().count(str(hdit_kernels.TIME))
+for row in header["rows"]:
+    time = hdit_kernels.TIME
+    row["gpu_us"] = {"median": time + turn, "p20": time, "p80": time + 3, "repeats": 5}
+out.write_text(json.dumps(header))
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A clone with two revisions, "old" (100 µs) and "new" (200 µs); its benchmarks are in neither."""
+    root = tmp_path / "clone"
+    (root / "hdit_kernels").mkdir(parents=True)
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True)
+
+    git("init", "--quiet")
+    for tag, time in (("old", 100), ("new", 200)):
+        (root / "hdit_kernels" / "__init__.py").write_text(f"TIME = {time}\n")
+        git("add", ".")
+        git("commit", "--quiet", "-m", tag)
+        git("tag", tag)
+    (root / "benchmarks").mkdir()
+    header = made_up_runs.run("kernels", [made_up_runs.row("rms_norm 1", "ours", 1, 120)])
+    (root / "benchmarks" / "__main__.py").write_text(HARNESS)
+    (root / "benchmarks" / "header.json").write_text(json.dumps(header | {"log": str(tmp_path / "log")}))
+    return root
+
+
+def test_a_difference_that_goes_away_is_none(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = made_up_runs.run("kernels", [made_up_runs.row("rms_norm 1", "ours", 100, 120)])
+    turns: list[Path] = []
+
+    def measure(tree: Path, *_: Any) -> dict[str, Any]:
+        turns.append(tree)
+        return faster(base, 1.5) if len(turns) in (2, 3) else copy.deepcopy(base)  # B's first two
+
+    monkeypatch.setattr(compare, "_measure", measure)
+    verdicts = compare.compare_runs(*compare.measure_revisions("old", "new", root=repository))
+    assert words(verdicts) == {"same within noise"} and [tree.name for tree in turns] == list("abbaba")
+
+
+def worktrees(root: Path) -> int:
+    listed = subprocess.run(["git", "worktree", "list"], cwd=root, check=True, capture_output=True, text=True)
+    return len(listed.stdout.splitlines())
+
+
+def test_revisions_are_measured_in_turns(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = compare.measure_revisions("old", "old", "kernels", ["rms_norm"], root=repository)
+    lines = [json.loads(line) for line in (repository.parent / "log").read_text().splitlines()]
+    assert [time for _, time in lines] == [100] * 4  # nothing differs
+    assert all(
+        arguments[0] == "kernels" and arguments[3:] == ["--contestant=ours", "--case=rms_norm"]
+        for arguments, _ in lines
+    )
+    # medians 101 and 104 of A's turns, 102 and 103 of B's; their intervals are equal
+    assert a["rows"][0]["gpu_us"] == b["rows"][0]["gpu_us"] == {"median": 102.5, "p20": 100, "p80": 103, "repeats": 10}
+    assert worktrees(repository) == 1
+
+
+def test_what_differs_is_measured_again(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = compare.measure_revisions("old", "new", root=repository)
+    lines = [json.loads(line) for line in (repository.parent / "log").read_text().splitlines()]
+    assert [time for _, time in lines] == [100, 200, 200, 100] + [200, 100] * 3
+    assert [arguments[4:] for arguments, _ in lines] == [[]] * 4 + [["--case=rms_norm 1"]] * 6
+    assert [run["rows"][0]["gpu_us"]["median"] for run in (a, b)] == [103, 203]
+    assert a["rows"][0]["gpu_us"]["repeats"] == 25
+
+    monkeypatch.setattr(results, "ROOT", repository)
+    assert command("old", "new", "--case", "rms_norm", "--case", "geglu", "--quick") == 1
+    assert "1 slower" in capsys.readouterr().out
+    asked = [json.loads(line)[0][3:] for line in (repository.parent / "log").read_text().splitlines()[-10:]]
+    options = ["--contestant=ours", "--quick", f"--budget={compare.QUICK_SECONDS}"]
+    assert asked[:4] == [[*options, "--case=rms_norm", "--case=geglu"]] * 4
+    assert asked[4:] == [[*options, "--case=rms_norm 1"]] * 6
+    assert command("new", "old", "--kind", "scaling") == 0
+    arguments = json.loads((repository.parent / "log").read_text().splitlines()[-1])[0]
+    assert arguments[0] == "scaling" and arguments[3:] == [
+        "--contestant=ours",
+        "--contestant=HDiT",
+        "--case=rms_norm 1",
+    ]
+
+
+def test_a_revision_that_cannot_run(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (repository / "benchmarks" / "__main__.py").write_text("raise SystemExit(2)")
+    with pytest.raises(ValueError, match="exit status 2 and wrote nothing"):
+        compare.measure_revisions("old", "new", root=repository)
+    assert worktrees(repository) == 1
+
+
+def test_joins_turns() -> None:
+    first, second = made_up_runs.kernels(), faster(made_up_runs.kernels(), 1.1)
+    lost = second["rows"][1]
+    lost.update(status="failed", reason="wrong", gpu_us=None, wall_us=None)
+    found = compare.joined([first, second])
+    runs.validate(found)
+    one, two, both = (run["rows"][0]["gpu_us"] for run in (first, second, found))
+    assert both["p20"] == two["p20"] and both["p80"] == one["p80"]
+    assert both["median"] == pytest.approx((one["median"] + two["median"]) / 2)
+    assert found["rows"][1] == lost and len(found["rows"]) == len(first["rows"])

@@ -1,0 +1,804 @@
+"""benchmarks model, train and scaling, and the reference HDiT as a peer: on a CPU, with tiny networks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks import __main__, api, model, networks, plots, report, runs, scaling, train
+from benchmarks.measure import DeviceLost
+from benchmarks.networks import Check, Network
+from benchmarks.peers import kdiffusion
+from hdit import HDiT, HDiTConfig, presets
+from hdit.config import Attention, GlobalAttention, Level, NeighborhoodAttention, NoAttention, ShiftedWindowAttention
+from tests import golden_files
+from tests.made_up_runs import stats
+from tests.tiny import CONFIG
+
+CPU = torch.device("cpu")
+TINY = {"tiny": CONFIG}
+CEILINGS = {"copy_tb_s": 0.01, "matmul_bf16_tflop_s": 0.05, "matmul_fp32_tflop_s": 0.05}
+
+
+def new_run(kind: str, path: Path | None = None) -> runs.Run:
+    run = runs.Run.open(path, kind, ["test"])
+    run.data["ceilings"] = dict(CEILINGS)
+    return run
+
+
+def by_name(run: runs.Run) -> dict[tuple[str, str, str], runs.Row]:
+    runs.validate(run.data)
+    return {runs.key(row): row for row in run.data["rows"]}
+
+
+@pytest.fixture
+def small_dit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "DIT_SIZES", {"S": (32, 1, 2), "B": (64, 2, 2)})
+
+
+# The reference HDiT, from a made-up checkout that has the modules and imports of k-diffusion's
+
+
+CHECKOUT = {
+    "__init__.py": "raise ImportError('the whole package is not needed')",
+    "sampling.py": "import torchsde_which_is_not_here",
+    "layers.py": "from dctorch import functional as df\nfrom . import sampling, utils\nclass FourierFeatures: pass",
+    "models/__init__.py": "from . import image_v1",
+    "models/flags.py": "",
+    "models/image_transformer_v2.py": """
+from dataclasses import dataclass
+import hdit
+from . import flags
+from .. import layers
+try:
+    import natten
+except ImportError:
+    natten = None
+
+@dataclass
+class GlobalAttentionSpec:
+    d_head: int
+@dataclass
+class NeighborhoodAttentionSpec:
+    d_head: int
+    kernel_size: int
+@dataclass
+class ShiftedWindowAttentionSpec:
+    d_head: int
+    window_size: int
+@dataclass
+class NoAttentionSpec:
+    pass
+@dataclass
+class LevelSpec:
+    depth: int
+    width: int
+    d_ff: int
+    self_attn: object
+    dropout: float
+@dataclass
+class MappingSpec:
+    depth: int
+    width: int
+    d_ff: int
+    dropout: float
+
+KINDS = {
+    GlobalAttentionSpec: hdit.GlobalAttention,
+    NeighborhoodAttentionSpec: hdit.NeighborhoodAttention,
+    ShiftedWindowAttentionSpec: hdit.ShiftedWindowAttention,
+    NoAttentionSpec: hdit.NoAttention,
+}
+
+class ImageTransformerDenoiserModelV2(hdit.HDiT):
+    def __init__(self, levels, mapping, in_channels, out_channels, patch_size, num_classes=0, mapping_cond_dim=0):
+        assert layers.FourierFeatures
+        made = [
+            hdit.Level(l.depth, l.width, l.d_ff, KINDS[type(l.self_attn)](*vars(l.self_attn).values()), l.dropout)
+            for l in levels
+        ]
+        mapping = hdit.Mapping(mapping.depth, mapping.width, mapping.d_ff, mapping.dropout)
+        super().__init__(hdit.HDiTConfig(tuple(made), mapping, in_channels=in_channels, out_channels=out_channels,
+            patch_size=patch_size, num_classes=num_classes, mapping_cond_dim=mapping_cond_dim))
+
+    def forward(self, x, sigma, aug_cond=None, class_cond=None, mapping_cond=None):
+        assert natten.has_fused_na()
+        out = super().forward(x, sigma, aug_cond, class_cond, mapping_cond)
+        return natten.functional.na2d(out)
+""",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    for name, text in CHECKOUT.items():
+        path = tmp_path / "clone" / "k_diffusion" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    natten = ModuleType("natten")  # as it is from version 0.20 on: without has_fused_na
+    natten.na2d = lambda x: x  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "natten", natten)
+    yield tmp_path / "clone"
+    kdiffusion._load.cache_clear()
+
+
+def test_reference_is_built_as_configured(checkout: Path) -> None:
+    kinds: list[Attention] = [
+        NeighborhoodAttention(8, 3), ShiftedWindowAttention(16, 4), NoAttention(), GlobalAttention(8)
+    ]  # fmt: skip
+    levels = tuple(Level(i + 1, 16 * (i + 1), 40 + i, kind, i / 10) for i, kind in enumerate(kinds))
+    config = replace(CONFIG, levels=levels, image_size=(256, 256), out_channels=5, mapping_cond_dim=6)
+    for path in (checkout, checkout / "k_diffusion"):
+        built = kdiffusion.build(config, path)
+        assert built.config == config
+    assert "dctorch" not in sys.modules and "k_diffusion" not in sys.modules
+
+
+def test_reference_runs_on_present_natten_and_leaves_it_alone(checkout: Path) -> None:
+    assert kdiffusion.available(checkout) is None
+    built, (x, sigma, class_cond) = kdiffusion.build(CONFIG, checkout), networks.draw(CONFIG, 8, 2)
+    assert built(x, sigma, class_cond=class_cond).shape == x.shape
+    assert not hasattr(sys.modules["natten"], "has_fused_na") and not hasattr(sys.modules["natten"], "functional")
+
+
+def test_reference_that_is_not_there(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kdiffusion.available() == "k-diffusion's image_transformer_v2.py is not installed"
+    assert kdiffusion.available(tmp_path) == f"k-diffusion's image_transformer_v2.py is not at {tmp_path}"
+    monkeypatch.setitem(sys.modules, "natten", None)
+    assert "NATTEN" in (kdiffusion.available(checkout) or "")
+    monkeypatch.syspath_prepend(str(checkout))
+    monkeypatch.setitem(sys.modules, "natten", SimpleNamespace(na2d=None))
+    assert kdiffusion.available() is None  # installed
+
+
+# Networks
+
+
+def test_the_dit_beside_a_preset() -> None:
+    found = {name: networks.dit_like(presets[name]).name for name in model.BATCHES}
+    assert found == {
+        "flowers-256": "DiT-S/4", "ffhq-1024": "DiT-B/4", "imagenet-128": "DiT-B/4", "imagenet-256": "DiT-XL/4"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "millions"), [("S", 32.9), ("B", 130.4), ("L", 457.9), ("XL", 674.9)])
+def test_sizes_of_dit(size: str, millions: float) -> None:
+    """As published (Peebles & Xie 2023, table 1: 33M, 130M, 458M, 675M)."""
+    assert networks.parameters(networks.dit(size, presets["imagenet-256"])) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_flops_are_those_of_the_batch_and_the_pass() -> None:
+    own = networks.hdit(presets["imagenet-128"])
+    golden = golden_files.read_json("flops_full_size.json")["models"]["imagenet128_ablation"]
+    assert networks.flops(own, 1, backward=False) == 2 * golden["macs"]
+    assert networks.flops(own, 3, backward=False) == 6 * golden["macs"]
+    assert networks.flops(own, 1, backward=True) / golden["macs"] == pytest.approx(6, rel=0.01)
+    assert networks.parameters(own) == golden["parameters"]
+
+
+def test_smallest_side() -> None:
+    assert networks.smallest_side(CONFIG) == 8
+    assert networks.smallest_side(presets["ffhq-1024"]) == 128
+    assert networks.smallest_side(presets["hdit-b4-4096"]) == 1024
+
+
+def test_check_of_right_networks(checkout: Path, small_dit: None) -> None:
+    found = networks.check([networks.hdit(CONFIG), networks.k_diffusion(CONFIG, checkout)], CPU)
+    found |= networks.check([networks.dit("S", CONFIG)], CPU, backward=False)
+    assert list(found) == ["ours", "k-diffusion", "DiT-S/4"]
+    for name, check in found.items():
+        assert isinstance(check, Check) and 0 < check.output <= check.allowed_output < 1e-4
+        errors = check.errors("step")
+        assert list(errors) == (["output"] if name.startswith("DiT") else ["output", "gradient"])
+        assert all(0 < error <= allowed < 1e-4 for error, allowed in errors.values())
+
+
+class Wrong(HDiT):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs) * 1.001
+
+
+class WrongBackward(HDiT):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        out = super().forward(*args, **kwargs)
+        return out.detach() + 1.001 * (out - out.detach())
+
+
+def broken(side: int) -> nn.Module:
+    raise RuntimeError("no such\n  kernel")
+
+
+def test_check_of_wrong_networks(tmp_path: Path) -> None:
+    own = networks.hdit(CONFIG)
+    rivals = [
+        replace(own, name=name, build=build, counted=own.build)
+        for name, build in {
+            "wrong": lambda side: Wrong(CONFIG),
+            "backward": lambda side: WrongBackward(CONFIG),
+            "narrow": lambda side: HDiT(replace(CONFIG, in_channels=3, out_channels=1)),
+            "broken": broken,
+        }.items()
+    ]
+    found = networks.check([own, *rivals], CPU)
+    assert "size mismatch" in str(found["narrow"]) and found["broken"] == "RuntimeError: no such kernel"
+    run = new_run("model", tmp_path / "run.json")
+    for network in (own, *rivals):
+        for direction in ("forward", "forward+backward"):
+            blank = model.blank("tiny", network, 1, direction, CPU)
+            networks.attempt(blank, network, found[network.name], run, CPU, 0.01)
+    rows = by_name(run)
+    failed = {key[1:]: row["reason"] for key, row in rows.items() if row["status"] == "failed"}
+    assert failed.keys() == {
+        ("backward", "forward+backward"),
+        *((name, direction) for name in ("wrong", "narrow", "broken") for direction in model.PASSES),
+    }
+    assert "wrong output: error 1.0e-03, allowed" in failed["wrong", "forward"]
+    assert "wrong gradient: error 1.0e-03, allowed" in failed["backward", "forward+backward"]
+    assert len(json.loads((tmp_path / "run.json").read_text())["rows"]) == 10
+
+    assert networks.check([rivals[3], own], CPU) == dict.fromkeys(
+        ("broken", "ours"), "not checked against float64: RuntimeError: no such kernel"
+    )
+
+
+def test_errors_that_are_not_finite_fail() -> None:
+    wanted = {"a": torch.ones(2).double(), "b": torch.zeros(1).double()}
+    assert networks._relative({"a": torch.tensor([1.0, 1.5]), "b": torch.zeros(1)}, wanted) == pytest.approx(0.125**0.5)
+    assert networks._relative({"a": torch.tensor([1.0, math.nan]), "b": torch.zeros(1)}, wanted) == math.inf
+    assert networks._relative({"a": torch.ones(2)}, wanted) == math.inf
+    check = Check(0.0, 1e-6, math.inf, 1e-6)
+    own, run = networks.hdit(CONFIG), new_run("train")
+    row = networks.attempt(model.blank("tiny", own, 1, "step", CPU), own, check, run, CPU, 0.01)
+    assert row["status"] == "failed" and row["error"] is None and "inf" in row["reason"]
+    by_name(run)
+
+
+def test_measured_row(tmp_path: Path) -> None:
+    own, run = networks.hdit(CONFIG), new_run("train", tmp_path / "run.json")
+    row = networks.attempt(model.blank("tiny", own, 2, "step", CPU), own, Check(1e-7, 1e-6), run, CPU, 0.05)
+    assert row["status"] == "ok" and row["gpu_us"] is None and row["peak_bytes"] is None and row["kernels"] is None
+    median = row["wall_us"]["median"]
+    assert row["images_per_s"] == pytest.approx(2e6 / median) and row["first_call_s"] > 0
+    assert row["floor_us"] == pytest.approx(row["flops"] / 0.05e6)
+    assert row["ratio_to_floor"] == pytest.approx(median / row["floor_us"])
+    assert runs.read(tmp_path / "run.json")["rows"] == [row]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+        (RuntimeError("shapes\ndiffer"), "failed"),
+    ],
+)
+def test_an_error_is_one_row(error: Exception, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(networks, "measure", raises)
+    own, run = networks.hdit(CONFIG), new_run("model")
+    row = networks.attempt(model.blank("tiny", own, 1, "forward", CPU), own, Check(0.0, 1.0), run, CPU, 1)
+    assert row["status"] == status and "\n" not in row["reason"] and row["wall_us"] is None
+    by_name(run)
+
+
+def test_a_gpu_that_is_lost_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(networks, "measure", dead)
+    monkeypatch.setattr(networks.timing, "synchronize", dead)
+    own, run = networks.hdit(CONFIG), new_run("model")
+    with pytest.raises(DeviceLost, match="tiny batch 1, ours: the GPU no longer answers"):
+        networks.attempt(model.blank("tiny", own, 1, "forward", CPU), own, Check(0.0, 1.0), run, CPU, 1)
+    assert [row["status"] for row in run.data["rows"]] == ["failed"]
+
+
+def test_passes_do_what_they_say(monkeypatch: pytest.MonkeyPatch, small_dit: None) -> None:
+    built: list[nn.Module] = []
+
+    def randomise(made: nn.Module, kept: Callable[[nn.Module], nn.Module] = networks.randomise) -> nn.Module:
+        built.append(kept(made))
+        return built[-1]
+
+    monkeypatch.setattr(networks, "randomise", randomise)
+    for network in (networks.hdit(CONFIG), networks.dit("S", CONFIG)):
+        for direction in ("forward", "forward+backward", "step"):
+            call = networks.prepare(network, direction, 2, CPU)
+            own = built[-1]
+            before = {name: p.detach().clone() for name, p in own.named_parameters()}
+            call()
+            call()
+            changed = [name for name, p in own.named_parameters() if not torch.equal(p, before[name])]
+            with_gradient = [name for name, p in own.named_parameters() if p.grad is not None and p.grad.any()]
+            assert own.training == (direction != "forward")
+            assert bool(changed) == (direction == "step")
+            assert bool(with_gradient) == (direction != "forward")
+            if direction == "step":
+                assert len(changed) > 0.9 * len(before)
+
+
+def test_a_slow_first_call_stands_on_a_cpu() -> None:
+    called: list[int] = []
+
+    def slow() -> None:
+        called.append(1)
+        time.sleep(0.05)
+
+    assert networks.measure(slow, CPU, 0.01).wall_us.repeats == 1 and len(called) == 1
+    found = networks.measure(slow, CPU, 0.3)
+    assert found.wall_us.repeats >= 3 and found.wall_us.median == pytest.approx(5e4, rel=0.5)
+
+
+def test_profile_sums_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = torch.autograd.DeviceType
+
+    def event(device: Any, elapsed: float, annotation: bool = False) -> Any:
+        span = SimpleNamespace(elapsed_us=lambda: elapsed)
+        return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=annotation)
+
+    class Profile:
+        events_seen = [event(kind.CUDA, 10), event(kind.CUDA, 2.5), event(kind.CUDA, 99, True), event(kind.CPU, 50)]
+
+        def __init__(self, **_: Any) -> None: ...
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def events(self) -> list[Any]:
+            return self.events_seen
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert networks.profile(lambda: None, CPU) == (12.5, 2)
+    Profile.events_seen = [event(kind.CPU, 50)]
+    with pytest.raises(RuntimeError, match="nothing on the GPU"):
+        networks.profile(lambda: None, CPU)
+
+
+# model and train
+
+
+def test_models_beside_their_peers(checkout: Path, small_dit: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run("model")
+    options: dict[str, Any] = {"device": CPU, "seconds": 0.01, "configs": TINY, "k_diffusion": checkout}
+    model.measure(run, {"tiny": (1, 2)}, contestants=["ours", "DiT"], **options)
+    assert len(by_name(run)) == 8
+    model.measure(run, {"tiny": (1, 2)}, **options)
+    rows = by_name(run)
+    assert rows.keys() == {
+        (f"tiny batch {batch}", name, direction)
+        for batch in (1, 2)
+        for name in ("ours", "k-diffusion", "DiT-S/4")
+        for direction in ("forward", "forward+backward")
+    }
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    one, two = (rows[f"tiny batch {batch}", "k-diffusion", "forward"] for batch in (1, 2))
+    assert two["flops"] == 2 * one["flops"] and one["settings"] == {
+        "preset": "tiny", "batch": 1, "precision": "float32"
+    }  # fmt: skip
+    assert one["parameters"] == sum(p.numel() for p in HDiT(CONFIG).parameters())
+
+    monkeypatch.setattr(networks, "check", None)  # nothing is left to do
+    model.measure(run, {"tiny": (1, 2)}, **options)
+
+
+def test_training_steps_and_what_is_unavailable(small_dit: None, tmp_path: Path) -> None:
+    run = new_run("train", tmp_path / "train.json")
+    options: dict[str, Any] = {"device": CPU, "seconds": 0.01, "configs": TINY, "k_diffusion": tmp_path}
+    model.measure(run, {"tiny": (2,)}, train.PASSES, **options)
+    found = {name: row["status"] for (_, name, _), row in by_name(run).items()}
+    assert found == {"ours": "ok", "k-diffusion": "unavailable", "DiT-S/4": "ok"}
+    assert "git clone" in by_name(run)["tiny batch 2", "k-diffusion", "step"]["reason"]
+    assert all(row["images_per_s"] > 0 for row in run.data["rows"] if row["status"] == "ok")
+    assert runs.read(tmp_path / "train.json")["rows"] == run.data["rows"]
+
+
+def test_a_spent_budget_leaves_rows_not_measured(small_dit: None) -> None:
+    run = new_run("model")
+    model.measure(run, {"tiny": (1,)}, device=CPU, configs=TINY, deadline=time.monotonic())
+    assert {row["contestant"]: row["reason"] for row in run.data["rows"] if row["status"] == "not measured"} == {
+        "ours": "the budget is spent", "DiT-S/4": "the budget is spent"
+    }  # fmt: skip
+
+
+def test_cases_are_selected_by_pattern() -> None:
+    assert model.select([], model.BATCHES, model.SMALLEST) == {"flowers-256": (1,)}
+    assert model.select(["imagenet", "ffhq-1024 batch 4"], model.BATCHES, {}) == {
+        "ffhq-1024": [4], "imagenet-128": [1, 32], "imagenet-256": [1, 16]
+    }  # fmt: skip
+    with pytest.raises(runs.RunError, match="no case matches 'mnist'; they are: flowers-256 batch 1"):
+        model.select(["mnist"], model.BATCHES, {})
+
+
+@pytest.fixture
+def tiny_presets(monkeypatch: pytest.MonkeyPatch, small_dit: None) -> None:
+    """The commands measure the tiny model, as the smallest of presets, with ceilings made up."""
+    monkeypatch.setitem(presets, "flowers-256", CONFIG)
+    monkeypatch.setattr("benchmarks.ceilings.measure", lambda *_: dict(CEILINGS))
+
+
+@pytest.mark.parametrize("kind", ["model", "train"])
+def test_commands(kind: str, tiny_presets: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, csv = tmp_path / "new" / "run.json", tmp_path / "run.csv"
+    command = [kind, "--quick", "--contestant", "ours", "--output", str(output), "--csv", str(csv)]
+    assert __main__.main(command) == 0
+    data = runs.read(output)
+    assert data["kind"] == kind and data["ceilings"] == CEILINGS and data["clocks"]["seen"] is None
+    passes = ["forward", "forward+backward"] if kind == "model" else ["step"]
+    assert [(row["contestant"], row["pass"], row["status"]) for row in data["rows"]] == [
+        ("ours", direction, "ok") for direction in passes
+    ]
+    assert len(csv.read_text().splitlines()) == 1 + len(passes)
+    assert f"{len(passes)} ok" in capsys.readouterr().out
+
+    assert __main__.main([*command, "--case", "flowers-256 batch 1"]) == 0  # there is nothing left to measure
+    assert runs.read(output)["rows"] == data["rows"]
+    assert __main__.main([kind, "--case", "mnist"]) == 2
+    assert "no case matches 'mnist'" in capsys.readouterr().err
+    assert __main__.main([kind, "--quick", "--output", str(tmp_path)]) == 2
+    assert "it is a folder" in capsys.readouterr().err
+
+
+def test_lists_cases_and_why_a_peer_cannot_run() -> None:
+    for module in (model, train):
+        lines = module.listing()
+        assert "  ffhq-1024 batch 4: ours, k-diffusion, DiT-B/4" in lines
+        assert "needs --k-diffusion FOLDER here" in lines[-1]
+    lines = scaling.listing()
+    assert "  image 4096x4096 batch 1" in lines and "  image 64x64 largest batch  (needs a GPU)" in lines
+    assert lines[-1] == "  attention 1024x1024 tokens: ours, natten hopper-fna, natten cutlass-fna, flex, sdpa"
+
+
+# scaling: the models
+
+
+def test_hdit_b4_at_every_size() -> None:
+    for size in (128, 256, 512, 1024, 2048, 4096):
+        assert scaling.hdit_b4(size) == presets[f"hdit-b4-{size}"]
+    assert scaling.hdit_b4(64) == replace(presets["hdit-b4-128"], image_size=(64, 64))
+    larger = presets["hdit-b4-4096"]
+    assert scaling.hdit_b4(8192) == replace(larger, levels=(larger.levels[0], *larger.levels), image_size=(8192, 8192))
+    for size in (32, 96, 1000):
+        with pytest.raises(ValueError, match=f"power of two from 64 on, got {size}"):
+            scaling.hdit_b4(size)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512, 1024, 2048, 8192])
+def test_flops_of_both_families(size: int) -> None:
+    """Equal to the golden counts where there are some; beyond, HDiT's go with pixels, DiT's with their square."""
+    found = [networks.flops(network, 1, backward=False) for network in scaling.families(size)]
+    golden = golden_files.read_json("flops_full_size.json")["scaling"].get(str(size))
+    if golden:
+        assert found == [2 * golden["front_equal_width"]["macs"], 2 * golden["dit_b4"]["macs"]]
+    else:
+        ratios = [
+            networks.flops(network, 1, backward=False) / other
+            for network, other in zip(scaling.families(2 * size), found, strict=True)
+        ]
+        assert 3.8 < ratios[0] < 4.2 and (15 < ratios[1] < 16 or size == 64)
+
+
+class Tiny(nn.Module):
+    """side x side matrix products of one channel, so that FLOPs are 2·side³; waits as long as it is told to."""
+
+    def __init__(self, side: int, wait: Callable[[int], None], products: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(side, side))
+        self.wait, self.products = wait, products
+
+    def forward(self, x: Tensor, noise_level: Tensor, class_cond: Tensor) -> Tensor:
+        if x.device.type != "meta" and x.shape[-1] > 4:  # where it is checked, it doesn't wait
+            self.wait(x.shape[-1])
+        for _ in range(self.products):
+            x = x @ self.weight
+        return x
+
+
+def tiny(name: str, wait: Callable[[int], None] = lambda side: None, products: int = 1) -> Callable[[int], Network]:
+    def at(size: int) -> Network:
+        config = replace(CONFIG, image_size=(size, size))
+        return Network(name, lambda side: Tiny(side, wait, products), config, checked=4)
+
+    return at
+
+
+def measured(
+    networks_at: Sequence[Callable[[int], Network]], sizes: Sequence[int], budget: float = 60, **options: Any
+) -> dict[tuple[str, int], runs.Row]:
+    """Rows of forward passes by contestant and size."""
+    run = options.pop("run", None) or new_run("scaling")
+    options = {"device": CPU, "seconds": budget / 20, "patience": budget, "budget_seconds": budget} | options
+    scaling.measure_models(run, sizes, ["forward"], at=lambda size: [at(size) for at in networks_at], **options)
+    runs.validate(run.data)
+    return {(row["contestant"], row["settings"]["size"]): row for row in run.data["rows"]}
+
+
+def test_measures_every_point_that_fits() -> None:
+    steps: list[str] = []
+    rows = measured([tiny("a"), tiny("b")], (8, 16), on_step=steps.append)
+    assert {key: row["flops"] for key, row in rows.items()} == {
+        (name, size): 2 * size**3 for name in "ab" for size in (8, 16)
+    }
+    for (_, size), row in rows.items():
+        assert row["status"] == "ok" and row["wall_us"]["repeats"] >= 3 and row["parameters"] == size**2
+        assert row["settings"] == {"size": size, "batch": 1, "largest": False} and row["family"] == "model"
+        assert row["detail"] == (None if size == 8 else "checked at 8²")
+    assert len(steps) == 2 + 2 + 4  # counting, checking, measuring
+
+
+def test_contestants_and_a_run_that_is_taken_up() -> None:
+    run, called = new_run("scaling"), []
+    measured([tiny("a"), tiny("b", called.append)], (8,), run=run, contestants=["a"])
+    assert [row["contestant"] for row in run.data["rows"]] == ["a"] and not called
+    first = dict(run.data["rows"][0])
+    assert set(measured([tiny("a", called.append), tiny("b")], (8,), run=run)) == {("a", 8), ("b", 8)}
+    assert run.data["rows"][0] == first and not called
+
+
+def test_without_a_budget_flops_are_counted_still(tmp_path: Path) -> None:
+    run = new_run("scaling", tmp_path / "run.json")
+    rows = measured([tiny("a")], (8, 16), 0, run=run, seconds=1)
+    assert runs.read(tmp_path / "run.json") == run.data
+    assert [row["flops"] for row in rows.values()] == [2 * 8**3, 2 * 16**3]
+    assert all(row["status"] == "not measured" and row["reason"] and not row["wall_us"] for row in rows.values())
+
+
+def test_a_point_that_would_not_fit_is_not_tried() -> None:
+    called: list[int] = []
+
+    def wait(size: int) -> None:
+        called.append(size)
+        time.sleep(0.05 * (size / 8) ** 3)  # as the FLOPs grow: 0.05, 0.4 and 3.2 seconds
+
+    rows = measured([tiny("a", wait)], (8, 16, 32), 3)
+    assert set(called) == {8, 16}
+    assert rows["a", 8]["wall_us"]["median"] >= 0.05e6 and rows["a", 16]["wall_us"]["median"] >= 0.4e6
+    assert rows["a", 32]["status"] == "not measured"
+
+
+def test_a_point_beyond_patience_is_not_tried() -> None:
+    def wait(size: int) -> None:
+        time.sleep(0.02 * (size / 8) ** 3)
+
+    rows = measured([tiny("a", wait)], (8, 16), patience=0.05)
+    assert rows["a", 8]["status"] == "ok" and "more than the 0.05 s allowed" in rows["a", 16]["reason"]
+
+
+def test_the_first_point_of_a_family_is_predicted_from_another() -> None:
+    called: list[str] = []
+
+    def wait(name: str, seconds: float) -> Callable[[int], None]:
+        def waits(size: int) -> None:
+            called.append(name)
+            time.sleep(seconds)
+
+        return waits
+
+    measured([tiny("a", wait("a", 0.2)), tiny("b", wait("b", 9), products=2)], (8,), 0.5)
+    assert set(called) == {"a"}
+
+
+def test_out_of_memory_ends_a_family_only() -> None:
+    def full(size: int) -> None:
+        if size == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows = measured([tiny("a", full), tiny("b")], (8, 16, 32))
+    assert rows["a", 16]["status"] == "out of memory"
+    assert rows["a", 32]["reason"] == "smaller images don't fit into memory"
+    assert {key for key, row in rows.items() if row["status"] == "ok"} == {("a", 8), ("b", 8), ("b", 16), ("b", 32)}
+
+
+# scaling: the largest batch
+
+
+@pytest.mark.parametrize(
+    ("first", "grown", "room", "fits", "batch", "limit"),
+    [
+        (1000.0, 10, 500, 64, 32, "memory"),  # 10 + 49 images of 10 bytes each
+        (1000.0, 10, 500, 8, 8, "memory"),  # 32 and 16 turn out not to fit
+        (1000.0, 10, 15, 1, 1, "memory"),
+        (100.0, 10, 10**9, 10**9, 4096, "the 4096 images tried at most"),
+        (12e3, 10, 10**9, 10**9, 128, "2 s a pass"),  # 166 images would take 2 s, one after another
+        (1e6, 10, 10**9, 10**9, 64, "2 s a pass"),  # many together are expected to take 30 ms each
+        (3e6, None, 0, 0, 1, "2 s a pass"),  # expected of two: 60 s, so that no memory is probed
+        (1000.0, None, 0, 2, 2, "memory"),  # four images are too many
+        (1000.0, None, 0, 1, 1, "memory"),
+    ],
+)
+def test_the_largest_batch(
+    first: float, grown: int | None, room: int, fits: int, batch: int, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run("scaling")
+    (network,) = at = [tiny("a")(8)]
+    single = scaling.blank(network, 8, 1, "forward")
+    single |= {"status": "ok", "wall_us": stats(first), "peak_bytes": 10, "error": 1e-7, "allowed_error": 1e-6}
+    single["floor_us"] = 9e3 if first < 3e6 else 9e6
+    run.put(single)
+
+    def peak(*_: Any) -> int:
+        assert first < 3e6
+        if grown is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 10 + 3 * grown
+
+    def attempt(row: runs.Row, *_: Any) -> runs.Row:
+        fit = row["settings"]["batch"] <= fits
+        found = {"status": "ok", "wall_us": stats(2.0)} if fit else {"status": "out of memory", "reason": "full"}
+        run.put(row | found)
+        return row | found
+
+    monkeypatch.setattr(networks, "peak", peak)
+    monkeypatch.setattr(networks, "room", lambda device: float(room))
+    monkeypatch.setattr(networks, "attempt", attempt)
+    for _ in range(2):  # the second time there is nothing left to do
+        scaling.measure_largest(run, [8], device=CPU, at=lambda size: at)
+        scaling.measure_largest(run, [8], ["b"], device=CPU, at=lambda size: at)
+        monkeypatch.setattr(networks, "attempt", None)
+    row = by_name(run)["image 8x8 largest batch", "a", "forward"]
+    assert row["settings"] == {"size": 8, "batch": batch, "largest": True} and row["detail"] == f"limited by {limit}"
+    assert row["status"] == "ok" and row["flops"] == batch * 2 * 8**3
+    assert row["wall_us"] == (stats(first) if batch == 1 else stats(2.0))
+
+
+# scaling: attention alone
+
+
+def test_attention_by_all_that_can_run() -> None:
+    run = new_run("scaling")
+    scaling.measure_attention(run, [8], ["ours", "natten", "sdpa"], device=CPU)
+    rows = by_name(run)
+    found = {name: row["status"] for (_, name, _), row in rows.items()}
+    assert found == {
+        "ours": "ok", "sdpa": "ok", "natten hopper-fna": "unavailable", "natten cutlass-fna": "unavailable"
+    }  # fmt: skip
+    assert {row["pass"] for row in rows.values()} == {"forward", "forward+backward"}
+    for (case, name, direction), row in rows.items():
+        assert case == "attention 8x8 tokens" and row["family"] == "attention"
+        assert row["settings"] == {
+            "grid": 8, "batch": 1, "heads": 2, "head_dim": 64, "kernel_size": 7, "dtype": "float32"
+        }  # fmt: skip
+        keys = 8 * 8 if name == "sdpa" else 7 * 7
+        assert row["flops"] == 4 * 8 * 8 * keys * 2 * 64 * (7 if direction == "forward+backward" else 2) // 2
+        if row["status"] == "ok":
+            assert row["error"] <= row["allowed_error"] and row["wall_us"]["repeats"] >= 3
+    before = len(run.data["rows"])
+    scaling.measure_attention(run, [8, 16], ["ours"], device=CPU, deadline=time.monotonic())
+    assert len(run.data["rows"]) == before
+
+
+# scaling: what is shown, and the command
+
+
+def made_up(run: runs.Run) -> None:
+    """A run of four points, one of them not measured."""
+    times = {"HDiT-B/4": {512: 12_300.0, 1024: 2.5e6}, "DiT-B/4": {512: 3.25e6, 1024: None}}
+    for size in (512, 1024):
+        for network in scaling.families(size):
+            row, time_us = scaling.blank(network, size, 1, "forward"), times[network.name][size]
+            found = {"status": "ok", "wall_us": stats(time_us)} if time_us else {"reason": "about 900 s needed"}
+            run.put(row | found)
+
+
+def test_report_writes_and_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def measure(run: runs.Run, sizes: Sequence[int], passes: Sequence[str], **options: Any) -> None:
+        asked.update(options, sizes=sizes, passes=passes)
+        options["on_step"]("working")
+        made_up(run)
+
+    monkeypatch.setattr(scaling, "measure_models", measure)
+    monkeypatch.setenv("COLUMNS", "200")
+    for _ in range(2):  # a demonstration can be repeated
+        data = scaling.report(tmp_path / "new", budget_seconds=7)
+    assert asked["budget_seconds"] == 7 and asked["passes"] == ["forward"]
+    assert asked["sizes"] == [64, 128, 256, 512, 1024, 2048, 4096]
+    assert data == runs.read(tmp_path / "new" / "scaling.json") and len(data["rows"]) == 4
+    printed = capsys.readouterr().out
+    assert "12.3 ms" in printed and "2.50 s" in printed and "not measured" in printed
+    assert "At 1024² HDiT-B/4 takes 0.86% of the FLOPs (counted)" in printed and "our reading" in printed
+    with Image.open(tmp_path / "new" / "scaling.png") as image:
+        assert image.width > 1000 and image.text["Description"] == plots.digest(data)
+        assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 20
+
+
+def test_summary_states_exponents(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run("scaling")
+    for size in (128, 256, 512):
+        for name, exponent in (("HDiT-B/4", 1.0), ("DiT-B/4", 2.0)):
+            row = scaling.blank(tiny(name)(8), size, 1, "forward") | {"flops": size**2}
+            run.put(row | {"status": "ok", "wall_us": stats(3.0 * size ** (2 * exponent))})
+    scaling.print_summary(run.data)
+    printed = capsys.readouterr().out
+    assert "HDiT-B/4 grows as pixels to the power of 1.00 [1.00, 1.00] (95% interval)" in printed
+    assert "DiT-B/4 grows as pixels to the power of 2.00 [2.00, 2.00] (95% interval)" in printed
+
+
+def test_selection_of_sizes_and_grids() -> None:
+    everything = scaling.select([], quick=False, on_gpu=True)
+    assert everything.sizes == everything.largest == list(scaling.SIZES) and everything.grids == list(scaling.GRIDS)
+    assert min(everything.sizes) == 64 and max(everything.sizes) > 4096
+    assert scaling.select([], quick=False, on_gpu=False).largest == []
+    assert len(scaling.select([], quick=True, on_gpu=True).sizes) == 3
+    one = scaling.select(["image 1024x1024 largest"], quick=False, on_gpu=True)
+    assert (one.sizes, one.largest, one.grids) == ([1024], [1024], [])  # it starts from batch 1
+    assert scaling.select(["attention 64x64 "], quick=False, on_gpu=False) == scaling.Selection([], [], [64])
+    for patterns, message in ((["image 100x100"], "no case matches"), (["64x64 largest"], "needs a GPU")):
+        with pytest.raises(runs.RunError, match=message):
+            scaling.select(patterns, quick=False, on_gpu=False)
+
+
+def test_scaling_command(
+    tiny_presets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling, "families", None)
+    monkeypatch.setitem(scaling.measure_models.__kwdefaults__, "at", lambda size: [tiny("HDiT-B/4")(size // 8)])
+    output = tmp_path / "scaling.json"
+    command = ["scaling", "--case", "image 64x64 batch", "--case", "attention 32x32", "--contestant", "HDiT"]
+    assert __main__.main([*command, "--contestant", "sdpa", "--output", str(output), "--budget", "60"]) == 0
+    rows = {runs.key(row): row for row in runs.read(output)["rows"]}
+    assert rows.keys() == {
+        *(("image 64x64 batch 1", "HDiT-B/4", direction) for direction in ("forward", "step")),
+        *(("attention 32x32 tokens", "sdpa", direction) for direction in ("forward", "forward+backward")),
+    }
+    assert all(row["status"] == "ok" for row in rows.values()), rows
+    assert "4 ok" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["scaling", "--patience", "-1"])
+    assert stopped.value.code == 2 and "--patience" in capsys.readouterr().err
+
+
+def test_a_report_is_made_of_a_scaling_run(tmp_path: Path) -> None:
+    run = runs.Run.open(tmp_path / "runs" / "scaling.json", "scaling", ["test"])
+    made_up(run)
+    run.save()
+    report.write_page(tmp_path / "runs", tmp_path / "page")
+    assert "0.86% of the FLOPs (counted)" in (tmp_path / "page" / "report.md").read_text()
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_measures_on_a_gpu(small_dit: None) -> None:
+    config: HDiTConfig = replace(presets["flowers-256"], levels=presets["flowers-256"].levels[1:], image_size=(64, 64))
+    run, device = new_run("model"), api.device()
+    options: dict[str, Any] = {"device": device, "seconds": 0.2, "configs": {"small": config}}
+    for passes in (model.PASSES, train.PASSES):
+        model.measure(run, {"small": (2,)}, passes, ["ours", "DiT"], **options)
+    rows = by_name(run)
+    assert len(rows) == 6
+    for row in rows.values():
+        assert row["status"] == "ok", row
+        assert 0 < row["gpu_us"]["median"] <= 1.05 * row["wall_us"]["median"]
+        assert row["kernels"] > 10 and row["peak_bytes"] > 4 * row["parameters"]
+        assert 0 < row["error"] <= row["allowed_error"] < 0.1
+
+
+@pytest.mark.gpu
+def test_the_largest_batch_on_a_gpu(monkeypatch: pytest.MonkeyPatch, small_dit: None) -> None:
+    monkeypatch.setattr(scaling, "LARGEST", 8)
+    run, device = new_run("scaling"), api.device()
+    options: dict[str, Any] = {"device": device, "seconds": 0.2}
+    scaling.measure_models(run, [64], ["forward"], ["DiT"], **options)
+    scaling.measure_largest(run, [64], **options)
+    single, largest = run.data["rows"]
+    assert largest["status"] == "ok" and largest["settings"]["batch"] == 8 and "8 images" in largest["detail"]
+    assert largest["images_per_s"] > single["images_per_s"]

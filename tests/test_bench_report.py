@@ -1,0 +1,444 @@
+"""benchmarks.fits, plots, rows and report, on made-up runs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks import fits, plots, report, results, rows, runs
+from benchmarks.__main__ import main
+from tests import made_up_runs
+from tests.made_up_runs import row, stats
+
+KINDS = {
+    "kernels": made_up_runs.kernels,
+    "scaling": made_up_runs.scaling,
+    "model": made_up_runs.models,
+    "train": lambda: made_up_runs.models("train"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_made_up_runs_follow_the_schema(kind: str) -> None:
+    runs.validate(KINDS[kind]())
+
+
+# fits
+
+
+def test_a_power_law_is_found() -> None:
+    sizes = [2.0, 8.0, 32.0, 100.0]
+    law = fits.power_law(sizes, [3 * x**1.7 for x in sizes])
+    assert law.exponent == pytest.approx(1.7) and law.factor == pytest.approx(3) and law.points == 4
+    assert law.low == pytest.approx(1.7) and law.high == pytest.approx(1.7)
+    assert law(50) == pytest.approx(3 * 50**1.7)
+
+
+def test_the_interval_is_that_of_linear_regression() -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    x, y = [64, 128, 256, 512, 1024], [3.1, 4.0, 9.5, 30.0, 170.0]
+    law = fits.power_law(x, y)
+    expected = scipy_stats.linregress([math.log(v) for v in x], [math.log(v) for v in y])
+    half = scipy_stats.t.ppf(0.975, 3) * expected.stderr
+    assert law.exponent == pytest.approx(expected.slope)
+    assert law.high - law.exponent == pytest.approx(half, rel=1e-3) == law.exponent - law.low
+    assert list(fits.T_95) == pytest.approx([scipy_stats.t.ppf(0.975, df) for df in range(1, 21)], abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([1, 2], [1, 2]), ([1, 2, 3], [1, 2]), ([1, 2, 3], [1, 0, 2]), ([2, 2, 2], [1, 2, 3])]
+)
+def test_a_power_law_needs_points(x: list[float], y: list[float]) -> None:
+    with pytest.raises(ValueError, match="a power law"):
+        fits.power_law(x, y)
+
+
+# rows
+
+
+def test_gpu_time_counts_where_all_have_it() -> None:
+    both, wall = row("a 1", "ours", 10, 20), row("a 1", "eager", None, 30)
+    lost = row("a 1", "quack", None, None, status="unavailable", reason="no")
+    assert rows.measure([both, lost]) == "gpu_us" and rows.measure([both, wall]) == "wall_us"
+    assert rows.measure([lost]) == "wall_us" and rows.best([lost], "wall_us") is None
+    assert rows.best([both, wall, lost], "wall_us") is both
+    assert rows.contestants([wall, lost, both]) == ["ours", "eager", "quack"]
+    assert rows.ratio_to_floor(both, "gpu_us", "p80") == pytest.approx(0.101)
+    assert (
+        rows.ratio_to_floor(lost, "gpu_us") is None and rows.ratio_to_floor(both | {"floor_us": None}, "gpu_us") is None
+    )
+
+
+# plots
+
+
+def model_rows(run: dict[str, Any], direction: str = "forward") -> list[rows.Row]:
+    own = [found for found in run["rows"] if found["family"] == "model" and found["pass"] == direction]
+    return [found for found in own if not found["settings"]["largest"]]
+
+
+def test_what_was_not_measured_is_extrapolated_by_flops() -> None:
+    own = model_rows(made_up_runs.scaling())
+    dit = plots.curve("DiT-B/4", own, "gpu_us")
+    at = {found["settings"]["size"]: found for found in own if found["contestant"] == "DiT-B/4"}
+    assert [size for size, _ in dit.measured] == [64, 128, 256, 512, 1024]
+    assert [size for size, _ in dit.extrapolated] == [2048, 4096]
+    seconds = at[1024]["gpu_us"]["median"] / 1e6
+    assert dit.extrapolated[1][1] == pytest.approx(seconds * at[4096]["flops"] / at[1024]["flops"])
+    assert dit.at(1024) == (pytest.approx(seconds), False) and dit.at(2048) == (dit.extrapolated[0][1], True)
+    assert dit.at(3000) is None and dit.full == (4096,)
+    law = fits.power_law([x**2 for x, _ in dit.measured[-4:]], [y for _, y in dit.measured[-4:]])
+    assert dit.law == law and dit.legend == "DiT-B/4"  # five points of a curve that bends determine no exponent
+    hdit = plots.curve("HDiT-B/4", own, "gpu_us")
+    assert len(hdit.measured) == 7 and not hdit.extrapolated and not hdit.full
+    flops = plots.curve("DiT-B/4", own, "flops")
+    assert flops.legend == f"DiT-B/4: exponent {flops.law}" and str(flops.law).startswith("1.94 [1.8")
+    assert len(flops.measured) == 7 and not flops.extrapolated  # counted, so known at every size
+    assert not plots.curve("DiT-B/4", own, "peak_bytes").extrapolated
+
+
+def test_one_point_is_not_extrapolated() -> None:
+    own = [found for found in model_rows(made_up_runs.scaling()) if found["settings"]["size"] in (1024, 2048)]
+    dit = plots.curve("DiT-B/4", own, "gpu_us")
+    assert len(dit.measured) == 1 and not dit.extrapolated and dit.law is None and dit.legend == "DiT-B/4"
+
+
+def lines(axes: Any) -> dict[str, Any]:
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def test_the_scaling_picture_never_draws_a_guess_as_measured() -> None:
+    run = made_up_runs.scaling()
+    gap = next(found for found in model_rows(run) if found["settings"]["size"] == 256 and "HDiT" in found["contestant"])
+    gap.update(status="not measured", reason="no time", gpu_us=None, wall_us=None)
+    figure = plots.pictures(run)["scaling"]()
+    cost, forward, step, memory = figure.axes
+    assert cost.get_title() == "FLOPs of a forward pass (counted)" and cost.get_yscale() == cost.get_xscale() == "log"
+    assert [axes.get_title() for axes in (forward, step)] == ["GPU time, forward pass", "GPU time, training step"]
+    assert memory.get_title() == "Peak memory, training step"
+    hdit, dit, guess = forward.get_lines()
+    costs = plots.curve("DiT-B/4", model_rows(run), "gpu_us")
+    assert list(dit.get_ydata())[:5] == [y for _, y in costs.measured] and all(map(math.isnan, dit.get_ydata()[5:]))
+    assert math.isnan(hdit.get_ydata()[2]) and not any(map(math.isnan, [*hdit.get_ydata()[:2], *hdit.get_ydata()[3:]]))
+    assert guess.get_label() == "DiT-B/4: extrapolated, not measured"
+    assert guess.get_linestyle() == "--" and guess.get_markerfacecolor() == "white"
+    assert list(guess.get_ydata()) == [costs.measured[-1][1], *(y for _, y in costs.extrapolated)]
+    assert {line.get_linestyle() for line in (hdit, dit)} == {"-"}
+    texts = [text.get_text() for text in forward.texts]
+    assert "out of memory" in texts and any(text.endswith("of DiT-B/4\nat 1024²") for text in texts)
+    assert not any("extrapolated" in label for label in lines(cost))
+
+
+def test_a_guessed_ratio_says_so() -> None:
+    run = made_up_runs.scaling()
+    for found in run["rows"]:
+        if found["contestant"] == "DiT-B/4" and found["settings"]["size"] >= 1024:
+            found.update(status="out of memory", reason="full", gpu_us=None, wall_us=None)
+    forward = plots.pictures(run)["scaling"]().axes[1]
+    assert any("1024² (extrapolated)" in text.get_text() for text in forward.texts)
+    claim = report.claim(model_rows(run))
+    assert "of the FLOPs (counted)" in claim and "of the GPU time (extrapolated)" in claim
+
+
+def test_draws_without_any_time() -> None:
+    run = made_up_runs.scaling()
+    run["rows"] = [
+        found | {"status": "not measured", "reason": "no time", "gpu_us": None, "wall_us": None, "peak_bytes": None}
+        for found in model_rows(run)
+    ]
+    assert list(plots.pictures(run)) == ["scaling"]
+    assert [axes.get_title() for axes in plots.pictures(run)["scaling"]().axes] == ["FLOPs of a forward pass (counted)"]
+    assert report.scaling_table(run)[-1][4:6] == ["not measured", "not measured"]
+
+
+def test_bars_are_ratios_to_the_floor() -> None:
+    run = made_up_runs.kernels()
+    forward, both = plots.pictures(run)["na2d"]().axes
+    assert (forward.get_title(), both.get_title()) == ("forward", "forward+backward")
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in forward.patches]
+    assert len(bars) == 10 and {left for left, _ in bars} == {1}
+    assert sorted(right for _, right in bars)[:2] == pytest.approx([1.3, 1.3])
+    whiskers = [path.vertices[:, 0] for found in forward.collections for path in found.get_paths()]
+    assert any(list(ends) == pytest.approx([1.3 * 0.99, 1.3 * 1.01]) for ends in whiskers)
+    assert sum("sdpa: failed" in text.get_text() for text in forward.texts) == 2
+    assert "GPU time / floor" == forward.get_xlabel()
+    assert "quack" not in [text.get_text() for text in plots.pictures(run)["rms-norm"]().legends[0].get_texts()]
+
+
+def test_many_cases_and_passes_make_a_picture_of_the_first() -> None:
+    directions = ("forward", "backward", "forward+backward")
+    found = [row(f"geglu {i}", "ours", 120, 130, **{"pass": name}) for i in range(14) for name in directions]
+    figure = plots.pictures(made_up_runs.run("kernels", found))["geglu"]()
+    assert [axes.get_title() for axes in figure.axes] == ["forward", "backward"]
+    assert len(figure.axes[0].patches) == plots.MOST_CASES and "(10 of 14 cases)" in figure.get_suptitle()
+
+
+def test_roofline_points_and_roofs() -> None:
+    run = made_up_runs.kernels()
+    work = {"flops": 10**9, "bytes": 10**7, "settings": {"dtype": "float32"}, "family": "tokens"}
+    run["rows"].append(row("token_merge 1 float32", "ours", 100, 120, **work))
+    run["ceilings"]["matmul_fp32_tflop_s"] = 50.0
+    (axes,) = plots.pictures(run)["roofline"]().axes
+    points = {tuple(map(float, p)) for found in axes.collections for p in found.get_offsets()}
+    assert any(p == pytest.approx((100, 1e13)) for p in points)
+    expected = {(24.5, 24.5 * made_up_runs.COPY * 1e12 / ratio) for ratio in (1.3, 6.1, 5.2, 12.5, 41.0)}
+    assert all(any(p == pytest.approx(e, rel=1e-3) for p in points) for e in expected)
+    assert {round(max(line.get_ydata()) / 1e12) for line in axes.get_lines()} == {750, 50}
+    del run["ceilings"]["matmul_bf16_tflop_s"], run["ceilings"]["matmul_fp32_tflop_s"]
+    assert "roofline" not in plots.pictures(run)
+
+
+def test_contestants_look_different_and_colour_blind_safe() -> None:
+    okabe_ito = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
+    names = ["ours", "natten hopper-fna", "natten cutlass-fna", "flex", "sdpa", "liger", "quack", "compiled", "eager"]
+    looks = [plots.look(name) for name in names]
+    assert len({color for color, _ in looks}) == len({mark for _, mark in looks}) == len(names)
+    assert {color for color, _ in looks} <= {*okabe_ito, plots.GREY}
+    assert plots.look("HDiT-B/4") == plots.look("ours") and plots.look("HDiT-B/4") != plots.look("DiT-B/4")
+
+
+# The page of a folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    folder = tmp_path_factory.mktemp("runs")
+    for kind, make in KINDS.items():
+        results.write(folder / f"{kind}.json", make())
+    results.write(folder / "notes.json", {"no": "run"})
+    output = folder / "new" / "page"
+    return output, report.write_page(folder, output)
+
+
+def test_every_picture_is_written_and_shows_something(page: tuple[Path, list[Path]]) -> None:
+    output, written = page
+    names = ["kernels-na2d", "kernels-rms-norm", "kernels-roofline", "scaling-scaling", "scaling-attention"]
+    assert sorted(p.name for p in written) == sorted(
+        ["report.md", *(f"{n}.{s}" for n in names for s in ("png", "svg"))]
+    )
+    assert sorted(output.iterdir()) == sorted(written)
+    for name in names:
+        digest = plots.digest(KINDS[name.partition("-")[0]]())
+        with Image.open(output / f"{name}.png") as image:
+            assert image.text["Description"] == digest and min(image.size) > 250
+            colors = image.convert("RGB").getcolors(maxcolors=10**6)
+            assert len(colors) > 20 and max(count for count, _ in colors) < 0.97 * image.width * image.height
+        svg = (output / f"{name}.svg").read_text()
+        assert digest in svg and svg.count("<path") > 20 and "<dc:date>" not in svg
+
+
+def test_the_page_has_every_part(page: tuple[Path, list[Path]]) -> None:
+    output, _ = page
+    text = (output / "report.md").read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        *("Machines", "Scaling with the size of the image", "Attention alone"),
+        *("Kernels", "Models", "Training", "Every measurement"),
+    ]
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (output / link).exists(), link
+    assert "| 1024² | 1,446 | 169,263 | 0.85% | 5.72 ms | 565 ms | 1.01% |" in text
+    assert "| 1024² | 130.0M | 130.0M | 1.44 GiB | 1.44 GiB | 100% |" in text
+    assert "At 1024² HDiT-B/4 takes 0.85% of the FLOPs (counted) and 1.01% of the GPU time (measured)" in text
+    assert "| 4096² | 228 ms | out of memory |  | 42.75 GiB | out of memory |  |" in text
+    assert "| 1024² | HDiT-B/4 | step | 8 | 63.8 | 111.76 GiB | limited by memory |" in text
+    assert re.search(
+        r"\| GPU time, forward pass \| 0\.\d\d \[.*\] from 512² to 4096² \| .* from 128² to 1024² \|", text
+    )
+    assert "| 512² | 89.1 µs | 134 µs | 1.33 ms | 690 µs | 75.6 ms |" in text
+    ours = "| 4x256x256x2x64 k7 bfloat16 | forward | 67.0 µs | 87.1 µs | 1.30 | 127 µs |"
+    assert f"{ours} natten cutlass-fna | 348 µs | 388 µs | 4.00x faster |" in text
+    assert "- natten cutlass-fna: tile (8, 8).\n- natten hopper-fna: tile (8, 8).\n- sdpa: failed" in text
+    assert "| 131072x128 bfloat16 | forward | 25.0 µs | 26.5 µs | 1.06 |" in text and "| same within noise |" in text
+    assert "- sdpa: failed (query.grad: error 3.1e-01, allowed 4.1e-03): 4 measurements." in text
+    assert "- quack: unavailable (quack is not installed: pip install quack-kernels): rms_norm 131072x128" in text
+    assert "| flowers-256 batch 32 | forward | k-diffusion | 10.6 ms | 30.0 ms | 521 | 5.00 GiB |" in text
+    assert "2.64x faster (GPU time), 7.14x faster (wall time) |" in text
+    assert "SM 1980 MHz, memory 3201 MHz" in text and "copy 4.00 TB/s, bf16 750 TFLOP/s" in text
+    assert f"({report.EARLIER})" in text  # made up of no sources
+    assert "87.1 µs [86.2 µs, 88.0 µs]" in text
+
+
+def test_the_summary_spans_the_cases(clone: Path) -> None:
+    run = made_up_runs.kernels()
+    next(found for found in run["rows"] if found["contestant"] == "natten cutlass-fna")["gpu_us"] = stats(174.2)
+    next(found for found in run["rows"] if found["contestant"] == "ours")["gpu_us"] = stats(201)
+    put(clone, "kernels.json", run)
+    found = report.render(block("kernels-summary"), report.recorded(clone / "README.md", clone))
+    assert "| `na2d` | forward | 2 | 1.30 to 3.00 | 0.87x to 4.00x as fast |" in found
+
+
+def test_a_slower_kernel_is_called_slower() -> None:
+    found = [row("rms_norm 1", "ours", 150, 160), row("rms_norm 1", "liger", 100, 110)]
+    assert "| 1.50x slower |" in report._kernel_table(found)
+    found[0] |= {"status": "failed", "reason": "wrong", "gpu_us": None, "wall_us": None}
+    assert "| failed |" in report._kernel_table(found) and "slower" not in report._kernel_table(found)
+
+
+def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.write(tmp_path / "model.json", made_up_runs.models())
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"Written: {tmp_path / 'report.md'}\n"
+    assert "## Models" in (tmp_path / "report.md").read_text()
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty, text, schema = (tmp_path / name for name in ("empty", "text", "schema"))
+    for folder in (empty, text, schema):
+        folder.mkdir()
+    (text / "a.json").write_text("{")
+    results.write(schema / "a.json", made_up_runs.models() | {"schema": 7})
+    (tmp_path / "file").touch()
+    good = tmp_path / "good"
+    results.write(good / "a.json", made_up_runs.models())
+    for arguments, words in [
+        ((str(tmp_path / "absent"),), "absent"),
+        ((str(empty),), "holds no run"),
+        ((str(text),), "a.json"),
+        ((str(schema),), "schema 7"),
+        ((str(good), "--output", str(tmp_path / "file")), "file"),
+        (("--output", str(tmp_path)), "needs a FOLDER"),
+    ]:
+        assert main(["report", *arguments]) == 2, arguments
+        out, err = capsys.readouterr()
+        assert err.startswith("python -m benchmarks: ") and err.count("\n") == 1 and words in err, err
+        assert not out
+
+
+# Blocks of a clone's documents
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    (tmp_path / "hdit").mkdir()
+    (tmp_path / "hdit" / "a.py").write_text("1")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("Nothing generated\n")
+    return tmp_path
+
+
+def put(clone: Path, name: str, data: dict[str, Any]) -> None:
+    results.write(clone / "benchmarks" / "results" / name, data)
+
+
+def block(name: str) -> str:
+    return f"<!-- generated: {name} -->\n<!-- end of {name} -->\n"
+
+
+GPU_TESTS = {
+    "environment": {"device": "Some GPU", "torch": "2.11.0", "triton": "3.6.0", "cuda": None, "date": "2026-11-23"},
+    "operators": {
+        "na2d": {
+            "bfloat16": {"cases": 200, "worst_ratio": 0.512, "worst_tensor": "key.grad"},
+            "float32": {"cases": 100, "worst_ratio": 0.25, "worst_tensor": "out"},
+        },
+        "geglu": {"bfloat16": {"cases": 200, "worst_ratio": 0.75, "worst_tensor": "out"}},
+    },
+    "tests": {"passed": 61, "failed": 2},
+    "large_offsets": {
+        "na2d": {"bfloat16": {"elements": 2**31 + 5, "worst_error": 0.00123}},
+        "geglu": {"bfloat16": {"elements": 2**31 + 9, "worst_error": 0.0004}},
+    },
+    "deterministic": {"na2d": {"bfloat16": {"runs": 20}}},
+    "sanitizer": {"memcheck": {"bfloat16": {"errors": 0, "operators": ["na2d", "geglu"]}}},
+    "model_parity": {"A": {"float32": {"output": 1.23456e-6, "gradient": 2e-5}}},
+}
+
+
+def test_blocks_without_records(clone: Path) -> None:
+    document = clone / "docs" / "page.md"
+    text = f"Before\n{''.join(map(block, report.BLOCKS))}after\n".replace("-->\n<!-- end", "-->\nold\n<!-- end")
+    found = report.render(text, report.recorded(document, clone))
+    assert "old" not in found and found.startswith("Before\n") and found.endswith("after\n")
+    assert found.count(report.NOTHING) == len(report.BLOCKS) - 1 and "No run on a GPU is recorded yet." in found
+
+
+def test_blocks_of_records(clone: Path) -> None:
+    digest = results.source_hash(clone)
+    put(clone, "gpu_tests_some.json", GPU_TESTS | {"source_sha256": digest})
+    for kind, make in KINDS.items():
+        put(clone, f"{kind}.json", make() | {"source_sha256": digest})
+    document = clone / "docs" / "page.md"
+    text = "".join(map(block, report.BLOCKS))
+    found = report.render(text, report.recorded(document, clone))
+    assert report.EARLIER not in found and report.NOTHING not in found
+    assert report.render(found, report.recorded(document, clone)) == found
+    assert "500 random cases" in found and "on Some GPU" in found
+    assert "| `geglu` | 0.75 (out) |  |" in found and "| `na2d` | 0.51 (key.grad) | 0.25 (out) |" in found
+    for fact in [
+        "- GPU tests: 61 passed, 2 failed.",
+        "- Tensors of more than 2³¹ elements: worst relative error 0.0012 over 2 operators.",
+        "- Operators bitwise equal over 20 runs, forward and backward: 1.",
+        "- compute-sanitizer, memcheck: 0 errors over 2 operators.",
+        "- Model parity, A: float32 output 1.2e-06, gradient 2e-05.",
+    ]:
+        assert f"{fact}\n" in found
+    assert "[benchmarks/results/gpu_tests_some.json](../benchmarks/results/gpu_tests_some.json), Some GPU" in found
+    assert f"triton 3.6.0, 2026-11-23, sources {digest[:12]}." in found
+    assert "![Cost of HDiT-B/4 and DiT-B/4 as images grow, Made-up GPU](pictures/scaling-scaling.svg)" in found
+    assert "| `na2d` | forward | 2 | 1.30 | 4.00x as fast |" in found
+    assert "| `rms_norm` | forward | 1 | 1.06 | 1.02x as fast, 1 within noise |" in found
+
+    (clone / "hdit" / "a.py").write_text("2")
+    stale = report.render(found, report.recorded(document, clone))
+    assert stale.count(report.EARLIER) == found.count(f"sources {digest[:12]}") + len(
+        KINDS
+    )  # and the table of machines
+
+
+def test_a_gpu_s_newest_run_comes_first(clone: Path) -> None:
+    for name, device_type, date in [
+        ("a", "cpu", "2027-01-01"),
+        ("b", "cuda", "2026-01-01"),
+        ("c", "cuda", "2026-06-01"),
+    ]:
+        put(clone, f"{name}.json", made_up_runs.scaling(device=f"device {name}", device_type=device_type, date=date))
+    records = report.recorded(clone / "README.md", clone)
+    assert [path.stem for path in records.runs] == ["c", "b", "a"]
+    readme = report.render(block("scaling"), records)
+    assert "device c" in readme and "device b" not in readme and "device a" not in readme
+    details = report.render(block("scaling-details"), records)
+    assert all(f"device {name}" in details for name in "abc")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- generated: scaling -->\n",
+        "<!-- generated: scaling -->\n<!-- end of gpu-tests -->\n",
+        "<!-- generated: unknown -->\n<!-- end of unknown -->\n",
+    ],
+)
+def test_renders_no_broken_block(text: str, clone: Path) -> None:
+    with pytest.raises(ValueError, match="scaling|unknown"):
+        report.render(text, report.recorded(clone / "README.md", clone))
+
+
+def test_writes_documents_and_pictures(clone: Path) -> None:
+    run = made_up_runs.scaling()
+    run["rows"] = model_rows(run)
+    put(clone, "some.json", run)
+    (clone / "docs" / "page.md").write_text(block("scaling-picture"))
+    (clone / "docs" / "pictures").mkdir()
+    (clone / "docs" / "pictures" / "gone-scaling.svg").touch()
+    written = report.write_documents(clone)
+    picture = clone / "docs" / "pictures" / "some-scaling.svg"
+    assert written == [clone / "docs" / "page.md", picture]
+    assert plots.digest(run) in picture.read_text() and list(picture.parent.iterdir()) == [picture]
+    assert "pictures/some-scaling.svg" in (clone / "docs" / "page.md").read_text()
+    before = picture.read_bytes()
+    assert report.write_documents(clone) == [picture]
+    assert picture.read_bytes() == before  # the same data make the same file
+
+
+def test_a_changed_measurement_changes_its_digest() -> None:
+    run = made_up_runs.kernels()
+    other = copy.deepcopy(run)
+    other["rows"][0]["gpu_us"] = stats(1)
+    assert plots.digest(run) == plots.digest(copy.deepcopy(run)) != plots.digest(other)

@@ -1,0 +1,168 @@
+"""benchmarks.runs and SCHEMA.md: what a run file holds, how it is taken up, merged and refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import results, runs
+
+TIME = {"median": 10.0, "p20": 9.5, "p80": 11.0, "repeats": 20}
+
+
+def row(status: str = "ok", **changes: Any) -> runs.Row:
+    found = runs.row("geglu 8x2x4 float32", "ours", "forward", status, family="geglu", operator="geglu")
+    if status == "ok":
+        found |= {"wall_us": TIME}
+    else:
+        found |= {"reason": "it did"}
+    return found | changes
+
+
+def data(*rows: runs.Row) -> dict[str, Any]:
+    run = runs.Run.open(None, "kernels", ["python", "-m", "benchmarks", "kernels"])
+    run.put(*rows)
+    return run.data
+
+
+def test_valid_rows_pass() -> None:
+    others = [row(status, contestant=status) for status in runs.STATUSES]
+    measured = row(gpu_us=TIME, host_us=TIME, first_call_s=0.5, bytes=1, flops=0, floor_us=1.0, ratio_to_floor=10.0)
+    runs.validate(data(measured | {"case": "another"}, *others))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda d: d.pop("clocks"), "clocks"),
+        (lambda d: d.update(schema=2), "schema 2"),
+        (lambda d: d.update(kind="speed"), "speed"),
+        (lambda d: d["rows"].append(d["rows"][0]), "two rows"),
+        (lambda d: d["rows"][0].pop("error"), "error"),
+        (lambda d: d["rows"][0].update(surprise=1), "surprise"),
+        (lambda d: d["rows"][0].update({"pass": "sideways"}), "sideways"),
+        (lambda d: d["rows"][0].update(status="fine"), "fine"),
+        (lambda d: d["rows"][0].update(bytes=1.5), "bytes"),
+        (lambda d: d["rows"][0].update(error=True), "error"),
+        (lambda d: d["rows"][0].update(status="failed", reason="wrong"), "a time, though"),
+        (lambda d: d["rows"][0].update(status="failed", wall_us=None), "without a reason"),
+        (lambda d: d["rows"][0]["wall_us"].pop("p80"), "p80"),
+    ],
+)
+def test_what_is_wrong_is_named(wrong: Callable[[dict[str, Any]], Any], words: str) -> None:
+    found = json.loads(json.dumps(data(row())))
+    wrong(found)
+    with pytest.raises(ValueError, match=words):
+        runs.validate(found)
+
+
+def test_schema_names_every_field() -> None:
+    text = (Path(runs.__file__).parent / "SCHEMA.md").read_text(encoding="utf-8")
+    named = [*runs.HEADER, *runs.FIELDS, *runs.STATS, *runs.KINDS, *runs.PASSES, *runs.STATUSES, *runs.SAME]
+    assert [name for name in named if f"`{name}`" not in text] == []
+    assert f"schema {runs.SCHEMA}" in text
+    optional = [line.split("`")[1] for line in text.splitlines() if ", optional |" in line]
+    assert optional == list(runs.OPTIONAL)
+
+
+def test_a_run_is_taken_up(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run.json"
+    run = runs.Run.open(path, "kernels", ["first"])
+    run.put(row(), row("failed", contestant="other"), row("not measured", contestant="third"))
+    run.save()
+    again = runs.Run.open(path, "kernels", ["second"])
+    assert again.data["command"] == ["first"]
+    where = ("geglu 8x2x4 float32", "forward")
+    done = {name: again.done(where[0], name, where[1]) for name in ("ours", "other", "third", "fourth")}
+    assert done == {"ours": True, "other": True, "third": False, "fourth": False}
+    again.put(row(contestant="third"))
+    again.save()
+    found = runs.read(path)
+    assert [(r["contestant"], r["status"]) for r in found["rows"]] == [
+        ("ours", "ok"),
+        ("other", "failed"),
+        ("third", "ok"),
+    ]
+
+
+@pytest.mark.parametrize("what", ["sources", "device", "torch", "kind"])
+def test_another_run_is_not_taken_up(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    run = runs.Run.open(path, "kernels", [])
+    run.save()
+    before = path.read_bytes()
+    if what == "sources":
+        monkeypatch.setattr(results, "source_hash", lambda: "f" * 64)
+    elif what != "kind":
+        changed = results.environment() | {what: "another"}
+        monkeypatch.setattr(results, "environment", lambda: changed)
+    with pytest.raises(runs.RunError, match=f"choose another --output.*{what}"):
+        runs.Run.open(path, "model" if what == "kind" else "kernels", [])
+    assert path.read_bytes() == before
+
+
+def test_another_day_and_commit_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    runs.Run.open(path, "kernels", []).save()
+    changed = results.environment() | {"date": "2001-01-01", "commit": "0" * 40}
+    monkeypatch.setattr(results, "environment", lambda: changed)
+    assert runs.Run.open(path, "kernels", []).data["environment"]["date"] != "2001-01-01"
+
+
+def test_merge_takes_the_later_measurement() -> None:
+    first = data(row(), row("not measured", contestant="b"), row("failed", contestant="c"))
+    second = data(row("not measured"), row(contestant="b"), row(contestant="c"), row("unavailable", contestant="d"))
+    merged = runs.merge(first, second)
+    assert [(r["contestant"], r["status"]) for r in merged["rows"]] == [
+        ("ours", "ok"),
+        ("b", "ok"),
+        ("c", "ok"),
+        ("d", "unavailable"),
+    ]
+    runs.validate(merged)
+    assert len(first["rows"]) == 3  # as it was
+
+
+@pytest.mark.parametrize("name", ["device", "torch", "driver"])
+def test_merge_refuses_what_differs(name: str) -> None:
+    first, second = data(row()), data(row(contestant="b"))
+    second["environment"] = second["environment"] | {name: "another"}
+    with pytest.raises(runs.RunError, match=f"can't be merged: {name} .* and another"):
+        runs.merge(first, second)
+    second["environment"] = first["environment"]
+    second["source_sha256"] = "e" * 64
+    with pytest.raises(runs.RunError, match="sources .* and eeeeeeeeeeee"):
+        runs.merge(first, second)
+
+
+def test_unreadable_and_unwritable_files(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.json").write_text("{}")
+    for name in ("broken.json", "other.json", "missing.json"):
+        with pytest.raises(runs.RunError, match=name):
+            runs.read(tmp_path / name)
+    for path in (tmp_path, tmp_path / "broken.json" / "below.json"):
+        with pytest.raises(runs.RunError, match="can't write"):
+            runs.Run.open(path, "kernels", [])
+
+
+def test_nothing_invalid_is_written(tmp_path: Path) -> None:
+    run = runs.Run.open(tmp_path / "run.json", "kernels", [])
+    run.put(row(status="failed", wall_us=TIME))
+    with pytest.raises(ValueError, match="a time, though"):
+        run.save()
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_csv_has_a_line_for_each_row(tmp_path: Path) -> None:
+    runs.write_csv(data(row(settings={"rows": 8}), row("failed", contestant="b")), tmp_path / "run.csv")
+    with open(tmp_path / "run.csv", newline="", encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert (first["wall_us_median"], first["wall_us_repeats"], first["gpu_us_median"]) == ("10.0", "20", "")
+    assert json.loads(first["settings"]) == {"rows": 8}
+    assert (second["contestant"], second["status"], second["wall_us_median"]) == ("b", "failed", "")

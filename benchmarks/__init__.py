@@ -1,1 +1,1 @@
-"""What this project costs, measured: run from a clone (`python -m benchmarks.scaling`); no wheel holds this package."""
+"""What this project costs, measured: run from a clone (`python -m benchmarks`); no wheel holds this package."""

@@ -799,6 +799,6 @@ def test_the_largest_batch_on_a_gpu(monkeypatch: pytest.MonkeyPatch, small_dit: 
     options: dict[str, Any] = {"device": device, "seconds": 0.2}
     scaling.measure_models(run, [64], ["forward"], ["DiT"], **options)
     scaling.measure_largest(run, [64], **options)
-    single, largest = run.data["rows"]
+    single, largest = (row for row in run.data["rows"] if row["contestant"].startswith("DiT"))  # "DiT" fits HDiT too
     assert largest["status"] == "ok" and largest["settings"]["batch"] == 8 and "8 images" in largest["detail"]
     assert largest["images_per_s"] > single["images_per_s"]

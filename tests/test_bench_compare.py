@@ -220,6 +220,7 @@ def repository(tmp_path: Path) -> Path:
         git("tag", tag)
     (root / "benchmarks").mkdir()
     header = made_up_runs.run("kernels", [made_up_runs.row("rms_norm 1", "ours", 1, 120)])
+    (root / "benchmarks" / "__init__.py").touch()  # else an installed package of that name would come first
     (root / "benchmarks" / "__main__.py").write_text(HARNESS)
     (root / "benchmarks" / "header.json").write_text(json.dumps(header | {"log": str(tmp_path / "log")}))
     return root

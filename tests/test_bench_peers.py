@@ -80,15 +80,15 @@ def test_compiled_computes_every_small_case(seed: int, monkeypatch: pytest.Monke
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     rival = contestant("compiled")
     cases = [case for case in SMALL if case.operator in rival.operators]
-    for case in cases:
-        entry = Entry(case, rival)
-        assert entry.implementation.compiles
-        assert all(error.right for error in errors(case, entry, seed).values())
+    with torch._functorch.config.patch(donated_buffer=True):  # monkeypatch would leave torch's config without it
+        for case in cases:
+            entry = Entry(case, rival)
+            assert entry.implementation.compiles
+            assert all(error.right for error in errors(case, entry, seed).values())
+        assert torch._functorch.config.donated_buffer is False
     assert len(asked) == len(cases) == 8 and asked[0] == {"dynamic": False, "fullgraph": True}
-    assert torch._functorch.config.donated_buffer is False
 
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

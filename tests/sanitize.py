@@ -1,27 +1,36 @@
-"""Runs every operator once, forward and backward, on small inputs: the program that compute-sanitizer watches."""
+"""Runs every kernel, forward and backward, on small inputs: the program that compute-sanitizer watches."""
 
 from __future__ import annotations
 
-import random
 import sys
+from typing import Any
+from unittest import mock
 
 import torch
+from triton.runtime.jit import JITFunction
 
-from tests.test_gpu_operators import OPERATORS, on_gpu, run
+from tests.test_gpu_operators import OPERATORS, kernels_of_the_package, on_gpu, run, variants
 
 SMALL = 30_000  # elements
 
 
 def main() -> None:
-    seed = int(sys.argv[1])
-    for name, generate in OPERATORS.items():
-        sizes, values = random.Random(seed), torch.Generator().manual_seed(seed)
-        case = generate(sizes, values, torch.bfloat16, True)
-        while max(t.numel() for t in case.tensors.values()) > SMALL:
-            case = generate(sizes, values, torch.bfloat16, True)
-        run(case, case.call, on_gpu(case.tensors), None)
-        torch.cuda.synchronize()
-        print(f"ran {name}: {case.description}")
+    launched: set[str] = set()
+    launch = JITFunction.run
+
+    def watch(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        launched.add(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    with mock.patch.object(JITFunction, "run", watch):
+        for name, generate in OPERATORS.items():
+            for case in variants(generate, int(sys.argv[1]), SMALL):
+                run(case, case.call, on_gpu(case.tensors), None)
+                torch.cuda.synchronize()
+                print(f"ran {name}: {case.description}")
+    missed = {k.fn.__name__ for k in kernels_of_the_package() if k.fn.__name__.endswith("_kernel")} - launched
+    if missed:
+        sys.exit(f"kernels that no case launched: {sorted(missed)}")
 
 
 if __name__ == "__main__":

@@ -38,4 +38,4 @@ def test_memcheck(seed: int, record) -> None:
     )
     assert run.returncode == 0 and "ERROR SUMMARY: 0 errors" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
     ran = [line.split()[1].rstrip(":") for line in run.stdout.splitlines() if line.startswith("ran ")]
-    record("sanitizer", "memcheck", "bfloat16", dict(errors=0, operators=ran))
+    record("sanitizer", "memcheck", "bfloat16", dict(errors=0, operators=list(dict.fromkeys(ran))))

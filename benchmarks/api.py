@@ -1,4 +1,4 @@
-"""The benchmark suite as functions, for a notebook; `python -m benchmarks list` and `kernels` call the same ones.
+"""The benchmark suite as functions, for a notebook; the commands call the same ones.
 
     from benchmarks import api
 
@@ -6,6 +6,16 @@
     api.print_table(data)
     for row in data["rows"]:
         print(row["case"], row["contestant"], row["pass"], row["status"], row["gpu_us"] or row["wall_us"])
+
+    from benchmarks import model, scaling
+
+    run = api.open_run("scaling", output="scaling.json")
+    scaling.measure_models(run, sizes=[256, 512], device=api.device())
+    scaling.measure_attention(run, grids=[64, 128], device=api.device())
+    scaling.print_summary(run.data)
+    run = api.open_run("model")
+    model.measure(run, {"flowers-256": (1,)}, device=api.device())
+    api.print_table(run.data)
 
 A run's data is what SCHEMA.md describes; benchmarks.runs reads, merges and writes such data.
 """
@@ -24,7 +34,7 @@ import torch
 
 from benchmarks import ceilings, results, runs, timing
 from benchmarks.kernels import PASSES, Case, all_cases
-from benchmarks.measure import DeviceLost, Session, measure
+from benchmarks.measure import DeviceLost, Session, left_out, measure
 from benchmarks.peers import Contestant, all_contestants, case_contestants
 from hdit._extras import require
 
@@ -50,7 +60,7 @@ def select_cases(patterns: Sequence[str] = (), quick: bool = False) -> list[Case
     on_gpu = torch.cuda.is_available()
     found = [case for case in all_cases() if not patterns or matches(case.name, patterns)]
     if not found:
-        raise runs.RunError(_no_case(patterns))
+        raise no_case(patterns)
     usable = [case for case in found if case.full_size == on_gpu] or [case for case in found if on_gpu]
     if not usable:
         raise runs.RunError(f"{found[0].name} and the others that match need a GPU, and torch finds none here")
@@ -62,11 +72,15 @@ def select_cases(patterns: Sequence[str] = (), quick: bool = False) -> list[Case
 def select_contestants(patterns: Sequence[str] = ()) -> list[Contestant]:
     """Those that a pattern matches; all without patterns. Raises runs.RunError for a pattern that matches none."""
     every = all_contestants()
-    for pattern in patterns:
-        if not any(matches(contestant.name, [pattern]) for contestant in every):
-            names = ", ".join(contestant.name for contestant in every)
-            raise runs.RunError(f"no contestant matches {pattern!r}; they are: {names}")
+    check_contestants(patterns, [contestant.name for contestant in every])
     return [c for c in every if not patterns or matches(c.name, patterns)]
+
+
+def check_contestants(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raises runs.RunError for a pattern that matches none of the names."""
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise runs.RunError(f"no contestant matches {pattern!r}; they are: {', '.join(dict.fromkeys(names))}")
 
 
 def run_cases(
@@ -102,14 +116,8 @@ def run_cases(
         budget_seconds = QUICK_SECONDS
 
     began = time.monotonic()
-    run = runs.Run.open(output, "kernels", command or ["benchmarks.api.run_cases"])
-    if run.data["rows"]:
-        on_line(f"{run.path} holds {len(run.data['rows'])} rows: what is missing is measured")
+    run = open_run("kernels", output, command or ["benchmarks.api.run_cases"], on_line)
     with timing.side_stream(device()):
-        if not run.data["ceilings"]:
-            run.data["ceilings"] = ceilings.measure(device(), on_line)
-            run.data["clocks"] = ceilings.clocks(device())
-            run.save()
         session = Session(device(), run.data["ceilings"], compiling=not quick)
         if budget_seconds is not None:
             session.deadline = began + budget_seconds
@@ -133,14 +141,34 @@ def run_cases(
     return run.data
 
 
+def open_run(
+    kind: str,
+    output: Path | str | None = None,
+    command: Sequence[str] = ("benchmarks.api.open_run",),
+    on_line: Callable[[str], None] = lambda line: None,
+) -> runs.Run:
+    """A run to add rows to, its ceilings measured; the one that output holds already, if it does.
+
+    kind: of runs.KINDS. command: recorded in its data. on_line: called with each line of progress. Raises runs.RunError
+    for what the caller has to change.
+    """
+    run = runs.Run.open(output, kind, command)
+    if run.data["rows"]:
+        on_line(f"{run.path} holds {len(run.data['rows'])} rows: what is missing is measured")
+    if not run.data["ceilings"]:
+        with timing.side_stream(device()):
+            run.data["ceilings"] = ceilings.measure(device(), on_line)
+        run.data["clocks"] = ceilings.clocks(device())
+        run.save()
+    return run
+
+
 def _measured(
     case: Case, contestant: Contestant, session: Session, passes: Sequence[str], budget: float | None
 ) -> list[runs.Row]:
     if session.left() > 0 or contestant.peer.available():  # why a peer can't run is told at no cost
         return measure(case, contestant, session, passes)
-    reason = f"the budget of {budget:,.0f} s is spent"
-    common = {"family": case.family, "operator": case.operator, "settings": case.settings, "reason": reason}
-    return [runs.row(case.name, contestant.name, direction, "not measured", **common) for direction in passes]
+    return left_out(case, contestant, session, passes, f"the budget of {budget:,.0f} s is spent")
 
 
 def describe(rows: Sequence[runs.Row]) -> list[str]:
@@ -183,7 +211,13 @@ def print_table(data: dict[str, Any]) -> None:
     table.add_column("case", overflow="fold")
     for name in ("contestant", "pass"):
         table.add_column(name, no_wrap=True)
-    for name in [*(("GPU", "p20 … p80", "x floor") if on_gpu else ()), "wall", "error"]:
+    memory = on_gpu and data["kind"] != "kernels"
+    for name in [
+        *(("GPU", "p20 … p80", "x floor") if on_gpu else ()),
+        "wall",
+        *(("memory",) if memory else ()),
+        "error",
+    ]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     before = ""
@@ -194,6 +228,8 @@ def print_table(data: dict[str, Any]) -> None:
         if on_gpu:
             cells += _gpu_cells(row)
         cells.append(duration(row["wall_us"]["median"]) if row["wall_us"] else "")
+        if memory:
+            cells.append(f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else "")
         cells.append("" if row["error"] is None else f"{row['error']:.1e}")
         remark = row["detail"] or ""
         cells.append(remark if row["status"] == "ok" else f"{row['status']}: {row['reason']}")
@@ -222,15 +258,16 @@ def _gpu_cells(row: runs.Row) -> list[str]:
     if not found:
         return ["", "", ""]
     interval = f"{duration(found['p20'])} … {duration(found['p80'])}"
-    return [duration(found["median"]), interval, f"{row['ratio_to_floor']:.2f}" if row["ratio_to_floor"] else ""]
+    floor = f"{row['ratio_to_floor']:.2f} x {duration(row['floor_us'])}" if row["ratio_to_floor"] else ""
+    return [duration(found["median"]), interval, floor]
 
 
 def listing(patterns: Sequence[str] = ()) -> list[str]:
     """What could be measured, in lines: every kernel case under its operator, the contestants of each, and which of
-    them can run here or why not. Raises runs.RunError if a pattern matches no case."""
+    them can run here or why not. Empty if a pattern matches no case."""
     every = [case for case in all_cases() if not patterns or matches(case.name, patterns)]
     if not every:
-        raise runs.RunError(_no_case(patterns))
+        return []
     lines, involved = [f"kernels, on {results.environment()['device']}"], {}
     for operator in dict.fromkeys(case.operator for case in every):
         own = [case for case in every if case.operator == operator]
@@ -244,8 +281,10 @@ def listing(patterns: Sequence[str] = ()) -> list[str]:
     return lines
 
 
-def _no_case(patterns: Sequence[str]) -> str:
-    return f"no case matches {', '.join(map(repr, patterns))}: `python -m benchmarks list` shows them all"
+def no_case(patterns: Sequence[str]) -> runs.RunError:
+    return runs.RunError(
+        f"no case matches {', '.join(map(repr, patterns))}: `python -m benchmarks list` shows them all"
+    )
 
 
 def _where(case: Case) -> str:

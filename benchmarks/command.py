@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import api, ceilings, runs, timing
+from benchmarks import api, runs
 from hdit._extras import require
 
 
@@ -53,18 +53,16 @@ def check(args: argparse.Namespace) -> None:
 def open_run(args: argparse.Namespace, kind: str) -> runs.Run:
     """The run to add rows to, its ceilings measured. Raises runs.RunError for what the user has to change."""
     check(args)
-    run = runs.Run.open(args.output, kind, ["python", "-m", "benchmarks", *sys.argv[1:]])
-    if run.data["rows"]:
-        say(f"{run.path} holds {len(run.data['rows'])} rows: what is missing is measured")
-    if not run.data["ceilings"]:
-        with timing.side_stream(api.device()):
-            run.data["ceilings"] = ceilings.measure(api.device(), say)
-        run.data["clocks"] = ceilings.clocks(api.device())
-    return run
+    return api.open_run(kind, args.output, ["python", "-m", "benchmarks", *sys.argv[1:]], say)
 
 
 def finish(run: runs.Run, args: argparse.Namespace) -> int:
-    """Prints the rows, writes the files; 0, or 1 if a contestant failed or ran out of memory."""
+    """Prints the rows, writes the files; 0, or 1 if a contestant failed or ran out of memory.
+
+    Raises runs.RunError if there is no row at all.
+    """
+    if not run.data["rows"]:
+        raise runs.RunError("nothing to measure: none of the chosen contestants takes part in the chosen cases")
     run.save()
     api.print_table(run.data)
     if run.data["environment"]["device_type"] == "cpu":
@@ -76,6 +74,8 @@ def finish(run: runs.Run, args: argparse.Namespace) -> int:
     for path in (args.output, args.csv):
         if path is not None:
             say(f"Written: {path}")
+    if args.output is not None:
+        say(f"With pictures: python -m benchmarks report {args.output.parent}")
     return 1 if counts["failed"] or counts["out of memory"] else 0
 
 

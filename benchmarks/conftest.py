@@ -1,10 +1,10 @@
-"""For `pytest benchmarks --benchmark-only`: the cases of `python -m benchmarks kernels` through pytest-benchmark."""
+"""For `pytest benchmarks --benchmark-only`: the cases of `python -m benchmarks` through pytest-benchmark."""
 
 from __future__ import annotations
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("pytest_benchmark") else ["test_kernels.py"]
+collect_ignore = [] if importlib.util.find_spec("pytest_benchmark") else ["test_kernels.py", "test_models.py"]
 
 
 def pytest_report_header() -> str | None:

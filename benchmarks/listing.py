@@ -1,25 +1,19 @@
-"""`python -m benchmarks list`: the kernel cases, and what the other commands that measure list of themselves, if their
-module has a function listing() -> lines."""
+"""`python -m benchmarks list`: the kernel cases, and what the other commands that measure list of themselves."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 
-from benchmarks import api
-
-OTHERS = ("benchmarks.model", "benchmarks.train", "benchmarks.scaling")
+from benchmarks import api, model, scaling, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--case", action="append", default=[], metavar="PATTERN", help="kernel cases that match only")
+    parser.add_argument("--case", action="append", default=[], metavar="PATTERN", help="cases that match only")
 
 
 def run(args: argparse.Namespace) -> int:
-    lines = api.listing(args.case)
-    if not args.case:
-        for name in OTHERS:
-            own = getattr(importlib.import_module(name), "listing", None)
-            lines += own() if own else []
+    lines = [line for module in (api, model, train, scaling) for line in module.listing(args.case)]
+    if not lines:
+        raise api.no_case(args.case)
     print("\n".join(lines))
     return 0

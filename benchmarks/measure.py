@@ -90,6 +90,13 @@ def measure(case: Case, contestant: Contestant, session: Session, passes: Sequen
     return [rows[direction] for direction in passes]
 
 
+def left_out(
+    case: Case, contestant: Contestant, session: Session, passes: Sequence[str], reason: str
+) -> list[runs.Row]:
+    """The rows of what is not measured for want of time."""
+    return [_row(case, contestant, direction, "not measured", session, reason=reason) for direction in passes]
+
+
 def _status(error: Exception) -> tuple[str, str]:
     """The status of a row, and its reason."""
     if isinstance(error, Unsupported):

@@ -127,6 +127,8 @@ def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batch
     """A command that measures these passes of these presets; shared with benchmarks/train.py."""
     device = api.device()
     chosen = select(args.case, BATCHES, SMALLEST if args.quick or device.type == "cpu" else batches)
+    rivals = [networks.dit_like(presets[name]).name for name in chosen]
+    api.check_contestants(args.contestant, ["ours", "k-diffusion", *rivals])
     found = command.open_run(args, kind)
     measure(
         found,
@@ -142,15 +144,18 @@ def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batch
     return command.finish(found, args)
 
 
-def listing() -> list[str]:
-    """Lines for `python -m benchmarks list`."""
-    return list_passes("model", PASSES)
+def listing(patterns: Sequence[str] = ()) -> list[str]:
+    """Lines for `python -m benchmarks list`, of cases that a pattern matches."""
+    return list_passes("model", PASSES, patterns)
 
 
-def list_passes(kind: str, passes: Sequence[str]) -> list[str]:
-    rivals = {name: networks.dit_like(presets[name]).name for name in BATCHES}
+def list_passes(kind: str, passes: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    cases = {case_name(name, batch): name for name in BATCHES for batch in BATCHES[name]}
+    found = {case: name for case, name in cases.items() if not patterns or api.matches(case, patterns)}
+    if not found:
+        return []
     lines = [f"{kind}: {', '.join(passes)}"]
-    lines += [f"  {case_name(name, b)}: ours, k-diffusion, {rivals[name]}" for name in BATCHES for b in BATCHES[name]]
+    lines += [f"  {case}: ours, k-diffusion, {networks.dit_like(presets[name]).name}" for case, name in found.items()]
     absent = kdiffusion.available()
     reason = f"needs --k-diffusion FOLDER here ({absent}: {kdiffusion.INSTALL})" if absent else "runs here"
     return [*lines, f"  k-diffusion: {reason}"]

@@ -66,7 +66,7 @@ MOST_CASES = 10  # in one picture of bars
 ANNOTATED = 1024  # the size, in pixels, of the paper's claim
 FULL = "out of memory"  # the status of a row
 PASSES = {"forward": "forward pass", "step": "training step"}
-WIDEST = 1  # of an exponent's interval that a legend shows
+WIDEST = 1  # interval of an exponent that counts as determined
 FITTED = 4  # a power law is fitted to this many of the largest sizes: small ones cost launches, not pixels
 
 
@@ -133,10 +133,14 @@ class Curve:
     law: PowerLaw | None
 
     @property
+    def determined(self) -> bool:
+        """Whether the fit determines the exponent."""
+        return self.law is not None and self.law.high - self.law.low <= WIDEST
+
+    @property
     def legend(self) -> str:
         """Its name, and the exponent where the fit determines one."""
-        known = self.law is not None and self.law.high - self.law.low <= WIDEST
-        return f"{self.contestant}: exponent {self.law}" if known else self.contestant
+        return f"{self.contestant}: exponent {self.law}" if self.determined else self.contestant
 
     def at(self, size: float) -> tuple[float, bool] | None:
         """(cost, whether it was extrapolated) at a size, None where the curve has no such point."""
@@ -276,11 +280,14 @@ def _annotate(axes: Any, curves: Sequence[Curve]) -> None:
     axes.annotate("", (ANNOTATED, own), (ANNOTATED, other), arrowprops=arrow)
     text = f"{share(own / other)} of {curves[1].contestant}\nat {ANNOTATED}²"
     text += " (extrapolated)" if own_guessed or other_guessed else ""
-    place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": "small", "bbox": LABEL}
-    axes.annotate(text, (ANNOTATED, math.sqrt(own * other)), **place)
+    # Costs rise with the size: below the lower curve, to the right, there is none that the text could hide.
+    place = {"xytext": (8, -6), "textcoords": "offset points", "va": "top", "fontsize": "small", "bbox": LABEL}
+    axes.annotate(text, (ANNOTATED, min(own, other)), **place)
 
 
 def share(ratio: float) -> str:
+    if ratio < 0.001:
+        return f"{100 * ratio:.2g}%"
     return f"{ratio:.2%}" if ratio < 0.1 else f"{ratio:.0%}"
 
 
@@ -315,7 +322,8 @@ def ratios(run: dict[str, Any], rows: Sequence[Row]) -> Any:
     panels[0].set_yticks(range(len(cases)), [case.removeprefix(operator).strip() or case for case in cases])
     panels[0].set_ylim(len(cases) - 0.5, -0.5)
     patch = require("matplotlib.patches", "bench").Patch
-    handles = [patch(facecolor=look(name)[0], edgecolor="0.2", label=name) for name in names]
+    labels = {row["contestant"]: reading.label(row) for row in timed}
+    handles = [patch(facecolor=look(name)[0], edgecolor="0.2", label=labels.get(name, name)) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 3 * len(passes)))
     some = f" ({len(cases)} of {len(every)} cases)" if len(cases) < len(every) else ""
     figure.suptitle(f"{operator}: time over its floor, whiskers p20 to p80{some}\n{_machine(run)}")

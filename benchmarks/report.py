@@ -171,7 +171,7 @@ def save_pictures(records: Records, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _machines(records: Records) -> str:
-    head = ["run", "device", "versions", "ceilings", "clocks while timing", "commit", "sources"]
+    head = ["run", "device", "versions", "ceilings", "clocks before timing", "commit", "sources"]
     body = []
     for path, run in records.runs.items():
         environment, ceilings, clocks = run["environment"], run["ceilings"], run["clocks"] or {}
@@ -202,8 +202,11 @@ def _scaling_details(records: Records) -> str:
     for path, run in records.of("scaling", "model"):
         rows = [row for row in run["rows"] if row["family"] == "model"]
         parts.append(_picture(records, path, run, "scaling", "Cost of HDiT-B/4 and DiT-B/4 as images grow"))
-        parts += [_scaling_cost(records, path, run), _scaling_resources(rows)]
-        parts += [_exponents(rows, plots.scaling_panels(rows), "pixels"), _largest_batch(rows)]
+        parts.append(_scaling_cost(records, path, run))
+        parts += [f"{title}:\n\n{_lines(table)}" for title, table in resource_tables(rows).items()]
+        parts.append(_exponents(rows, plots.scaling_panels(rows), "pixels"))
+        parts += [f"{title}:\n\n{_table(head, body, left=3)}" for title, (head, *body) in largest_table(rows).items()]
+        parts.append(_lost(rows))
     return _joined(parts)
 
 
@@ -220,7 +223,7 @@ def scaling_table(run: dict[str, Any]) -> list[list[str]]:
     which = reading.measure(rows)
     columns = [
         Column("GFLOP", lambda row: f"{row['flops'] / 1e9:,.0f}" if row["flops"] else "", lambda row: row["flops"]),
-        _time_column(which),
+        *map(_time_column, dict.fromkeys((which, "wall_us"))),
     ]
     return _by_size(rows, reading.contestants(rows), columns)
 
@@ -231,20 +234,20 @@ def _scaling_cost(records: Records, path: Path, run: dict[str, Any]) -> str:
     return _joined([f"{intro}:", _lines(scaling_table(run)), claim(forward_rows(run)), _source(records, path, run)])
 
 
-def _scaling_resources(rows: Sequence[Row]) -> str:
-    """Parameters, memory and training steps at batch 1."""
+def resource_tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """Parameters, memory and training steps of models at batch 1: tables, their heads first, by title."""
     single = [row for row in rows if not row["settings"]["largest"]]
     names = reading.contestants(single)
     memory = [Column("peak memory", _memory, lambda row: row["peak_bytes"])]
-    parts = []
+    found = {}
     for direction, intro in (("forward", "Parameters and memory of a forward pass"), ("step", "A training step")):
         own = [row for row in single if row["pass"] == direction]
         which = reading.measure(own)
         columns = [_time_column(which)] if direction == "step" else [Column("parameters", _parameters)]
         columns += memory if any(row["peak_bytes"] for row in own) else []
         if own:
-            parts += [f"{intro}, batch 1:", _lines(_by_size(own, names, columns))]
-    return _joined(parts)
+            found[f"{intro}, batch 1"] = _by_size(own, names, columns)
+    return found
 
 
 def _by_size(rows: Sequence[Row], names: Sequence[str], columns: Sequence[Column]) -> list[list[str]]:
@@ -275,14 +278,17 @@ def claim(rows: Sequence[Row]) -> str:
     if len(names) != 2:
         return ""
     facts = []
-    for label, cost in (("the FLOPs", "flops"), (f"the {MEASURES[which]}", which)):
+    costs = {"flops": "the FLOPs"} | {name: f"the {MEASURES[name]}" for name in (which, "wall_us")}
+    for cost, label in costs.items():
         own, other = (plots.curve(name, rows, cost).at(plots.ANNOTATED) for name in names)
         if own and other:
             how = ("extrapolated" if own[1] or other[1] else "measured") if cost != "flops" else "counted"
             facts.append(f"{plots.share(own[0] / other[0])} of {label} ({how})")
     if not facts:
         return ""
-    return f"At {plots.ANNOTATED}² {names[0]} takes {' and '.join(facts)} that {names[1]} takes."
+    *others, last = facts
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"At {plots.ANNOTATED}² {names[0]} takes {listed} that {names[1]} takes."
 
 
 def _exponents(rows: Sequence[Row], panels: dict[str, tuple[str, list[plots.Curve]]], what: str) -> str:
@@ -297,10 +303,11 @@ def _exponents(rows: Sequence[Row], panels: dict[str, tuple[str, list[plots.Curv
 
 def _law(curve: plots.Curve) -> str:
     sizes = [size for size, _ in curve.measured[-plots.FITTED :]]
-    return f"{curve.law} from {sizes[0]}² to {sizes[-1]}²"
+    return f"{'' if curve.determined else 'not determined: '}{curve.law} from {sizes[0]}² to {sizes[-1]}²"
 
 
-def _largest_batch(rows: Sequence[Row]) -> str:
+def largest_table(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """As resource_tables, the largest batches that fit; empty if none was measured."""
     body = []
     for row in rows:
         if row["settings"]["largest"] and row["status"] == "ok":
@@ -309,7 +316,7 @@ def _largest_batch(rows: Sequence[Row]) -> str:
             line = [f"{size}²", row["contestant"], row["pass"], str(batch), rate, _memory(row), row["detail"] or ""]
             body.append(line)
     head = ["image", "model", "pass", "batch", "images/s (wall)", "peak memory", ""]
-    return _joined(["The largest batch that fits:", _table(head, body, left=3)]) if body else ""
+    return {"The largest batch that fits": [head, *body]} if body else {}
 
 
 def _attention(records: Records) -> str:
@@ -322,6 +329,8 @@ def _attention(records: Records) -> str:
         for direction in reading.distinct(rows, lambda row: row["pass"]):
             own = [row for row in rows if row["pass"] == direction]
             which = reading.measure(own)
+            if reading.best(own, which) is None:
+                continue
             at = {(row["settings"]["grid"], row["contestant"]): row for row in own}
             body = []
             for grid in sorted({row["settings"]["grid"] for row in own}):
@@ -394,7 +403,7 @@ def _kernel_table(rows: Sequence[Row]) -> str:
         ratio, rival = reading.ratio_to_floor(ours, which), _rival(own, ours, which)
         line += [_time(ours, which), f"{ratio:.2f}" if ratio else "", _time(ours, "wall_us")]
         if rival:
-            line += [rival["contestant"], _time(rival, which), _time(rival, "wall_us"), _beside(ours, rival, which)]
+            line += [reading.label(rival), _time(rival, which), _time(rival, "wall_us"), _beside(ours, rival, which)]
         body.append([*line, *[""] * (10 - len(line))])
     time = MEASURES[which]
     head = [

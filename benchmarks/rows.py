@@ -17,6 +17,12 @@ def is_ours(contestant: str) -> bool:
     return contestant.startswith(("ours", "HDiT"))
 
 
+def label(row: Row) -> str:
+    """The contestant, with a mark if it computes another function than the case's."""
+    other = (row["detail"] or "").startswith("another function")
+    return row["contestant"] + (" (another function)" if other else "")
+
+
 def distinct(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Any]:
     """The values of key(row), each once, in order of appearance."""
     return list(dict.fromkeys(map(key, rows)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ BUSY = 0.3  # share of the matmul rate that a GPU full of images is expected to 
 CHECKED = 512  # pixels: larger models repeat this one's levels, and float64 has no room for them
 GRIDS = (32, 64, 128, 256, 512, 1024)  # tokens
 HEADS, HEAD_DIM, KERNEL_SIZE = 2, 64, 7
+MODELS = ("HDiT-B/4", "DiT-B/4")
 ATTENTION = ("ours", "natten hopper-fna", "natten cutlass-fna", "flex", "sdpa")
 ATTENTION_PASSES = ("forward", "forward+backward")
 
@@ -63,7 +65,7 @@ def hdit_b4(size: int) -> HDiTConfig:
 def families(size: int) -> list[Network]:
     """The two that are compared, at a side in pixels."""
     config = hdit_b4(size)
-    return [networks.hdit(config, "HDiT-B/4"), networks.dit("B", config)]
+    return [networks.hdit(config, MODELS[0]), networks.dit("B", config)]
 
 
 # Models
@@ -194,9 +196,14 @@ def measure_largest(
         size, direction = single["settings"]["size"], single["pass"]
         wanted = size in sizes and (not contestants or api.matches(single["contestant"], contestants))
         known = run.done(case_name(size, largest=True), single["contestant"], direction)
-        if not wanted or known or single["status"] != "ok" or time.monotonic() >= deadline:
+        if not wanted or known or single["status"] != "ok":
             continue
         (network,) = (other for other in at(size) if other.name == single["contestant"])
+        if time.monotonic() >= deadline:
+            unknown = {"settings": {"size": size, "largest": True}, "flops": None, "reason": "the budget is spent"}
+            run.put(blank(network, size, 1, direction, largest=True) | unknown)
+            run.save()
+            continue
         on_step(f"{direction} of {network.name} at {size}²: the largest batch that fits")
         checked = Check(single["error"], single["allowed_error"], single["error"], single["allowed_error"])
         batch, limit = _largest(single, network, device)
@@ -268,11 +275,14 @@ def measure_attention(
                 direction for direction in ATTENTION_PASSES if not run.done(grid_name(grid), rival.name, direction)
             ]
             wanted = passes and (not contestants or api.matches(rival.name, contestants))
-            if not wanted or session.left() <= 0:
+            if not wanted:
                 continue
-            on_step(f"{grid_name(grid)}: {rival.name}")
-            with timing.side_stream(device):
-                rows = operators.measure(case, rival, session, passes)
+            if session.left() > 0 or rival.peer.available():  # why a peer can't run is told at no cost
+                on_step(f"{grid_name(grid)}: {rival.name}")
+                with timing.side_stream(device):
+                    rows = operators.measure(case, rival, session, passes)
+            else:
+                rows = operators.left_out(case, rival, session, passes, "the budget is spent")
             work = grid**2 if rival.name == "sdpa" else KERNEL_SIZE**2  # keys that a query sees
             names = {"case": grid_name(grid), "family": "attention", "settings": settings | {"grid": grid}}
             run.put(*(row | names | {"flops": row["flops"] // KERNEL_SIZE**2 * work} for row in rows))
@@ -311,21 +321,27 @@ def report(directory: Path | str, budget_seconds: float = 60) -> dict[str, Any]:
 
 
 def print_summary(run: dict[str, Any]) -> None:
-    """A scaling run's forward passes as a table, and in words the paper's claim and the exponents."""
-    table = require("rich.table", "bench").Table(title=f"Forward pass, batch 1, on {run['environment']['device']}")
-    head, *body = reports.scaling_table(run)
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left")
-    for line in body:
-        table.add_row(*line)
-    require("rich.console", "bench").Console().print(table)
+    """A scaling run's models as tables, and in words the paper's claim and the exponents."""
+    rows = [row for row in run["rows"] if row["family"] == "model"]
+    tables = {f"Forward pass, batch 1, on {run['environment']['device']}": reports.scaling_table(run)}
+    tables |= reports.resource_tables(rows) | reports.largest_table(rows)
+    console = require("rich.console", "bench").Console(width=None if sys.stdout.isatty() else 160)
+    for title, (head, *body) in tables.items():
+        table = require("rich.table", "bench").Table(title=title)
+        for i, name in enumerate(head):
+            table.add_column(name, justify="right" if i else "left")
+        for line in body:
+            table.add_row(*line)
+        console.print(table)
     print(READING)
     if claim := reports.claim(reports.forward_rows(run)):
         print(claim)
-    for title, (_, curves) in plots.scaling_panels([row for row in run["rows"] if row["family"] == "model"]).items():
+    for title, (_, curves) in plots.scaling_panels(rows).items():
         for curve in curves:
-            if curve.law:
+            if curve.determined:
                 print(f"{title}: {curve.contestant} grows as pixels to the power of {curve.law} (95% interval)")
+            elif curve.law:
+                print(f"{title}: {curve.contestant}'s exponent is not determined by these sizes")
 
 
 # The command
@@ -355,9 +371,7 @@ def select(patterns: Sequence[str], quick: bool, on_gpu: bool) -> Selection:
         [grid for grid in GRIDS if api.matches(grid_name(grid), patterns)],
     )
     if not found.sizes and not found.grids:
-        raise runs.RunError(
-            f"no case matches {', '.join(map(repr, patterns))}: `python -m benchmarks list` shows them all"
-        )
+        raise api.no_case(patterns)
     if found.largest and not on_gpu:
         raise runs.RunError(f"{case_name(found.largest[0], largest=True)} needs a GPU, and torch finds none here")
     return found
@@ -372,6 +386,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = api.device()
     chosen = select(args.case, args.quick, device.type == "cuda")
+    api.check_contestants(args.contestant, [*MODELS, *ATTENTION])
     found = command.open_run(args, "scaling")
     deadline = command.deadline(args)
     common: dict[str, Any] = {"device": device, "on_step": command.say}
@@ -388,11 +403,11 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def listing() -> list[str]:
-    """Lines for `python -m benchmarks list`."""
-    on_gpu = torch.cuda.is_available()
-    lines = [f"scaling: {', '.join(PASSES)} of HDiT-B/4 and DiT-B/4"]
-    for largest in (False, True):
-        where = "" if on_gpu or not largest else "  (needs a GPU)"
-        lines += [f"  {case_name(size, largest)}{where}" for size in SIZES]
-    return [*lines, *(f"  {grid_name(grid)}: {', '.join(ATTENTION)}" for grid in GRIDS)]
+def listing(patterns: Sequence[str] = ()) -> list[str]:
+    """Lines for `python -m benchmarks list`, of cases that a pattern matches."""
+    where = "" if torch.cuda.is_available() else "  (needs a GPU)"
+    cases = {case_name(size, largest=False): "" for size in SIZES}
+    cases |= {case_name(size, largest=True): where for size in SIZES}
+    cases |= {grid_name(grid): f": {', '.join(ATTENTION)}" for grid in GRIDS}
+    lines = [f"  {case}{more}" for case, more in cases.items() if not patterns or api.matches(case, patterns)]
+    return [f"scaling: {', '.join(PASSES)} of {' and '.join(MODELS)}", *lines] if lines else []

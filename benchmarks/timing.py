@@ -237,8 +237,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """An exception in one line."""
+    """An exception in one line; of one that is out of memory without torch's account of who holds how much."""
     text = " ".join(str(error).split())
+    if out_of_memory(error):
+        text = text.partition(" GPU ")[0]
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= most else text[: most - 1] + "…"
 

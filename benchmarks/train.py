@@ -7,6 +7,7 @@ average of the weights: the same code for all, only the network differs. Loading
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from benchmarks import model
 
@@ -20,6 +21,6 @@ def run(args: argparse.Namespace) -> int:
     return model.run_passes(args, "train", PASSES, BATCHES)
 
 
-def listing() -> list[str]:
-    """Lines for `python -m benchmarks list`."""
-    return model.list_passes("train", PASSES)
+def listing(patterns: Sequence[str] = ()) -> list[str]:
+    """Lines for `python -m benchmarks list`, of cases that a pattern matches."""
+    return model.list_passes("train", PASSES, patterns)

@@ -422,6 +422,7 @@ def main(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
         (["kernels", "--case", "geglu", "--output", "/dev/null/run.json"], "can't write /dev/null/run.json"),
         (["kernels", "--case", "geglu", "--csv", "/dev/null/run.csv"], "can't write /dev/null/run.csv"),
         (["kernels", "--case", "geglu 131072*"], "need a GPU"),
+        (["kernels", "--case", "geglu", "--contestant", "natten", "--budget", "1"], "nothing to measure"),
         (["list", "--case", "zzz"], "no case matches 'zzz'"),
         (["kernel"], "invalid choice: 'kernel'"),
         ([], "required: command"),
@@ -450,6 +451,7 @@ def test_list_shows_cases_and_why_a_peer_cannot_run(capsys: pytest.CaptureFixtur
     assert "    na2d 4x256x256x2x64 k7 bfloat16  (needs a GPU)" in lines
     assert "    na2d 2x24x20x2x32 k7 float32  (small: what a CPU runs)" in lines
     assert "  ours: runs here" in lines and "  flex: can't run here: it needs a GPU" in lines
+    assert not any("image" in line or "ffhq" in line for line in lines)
     assert any(
         line.startswith("  natten hopper-fna: can't run here: ") and "pip install natten" in line for line in lines
     )
@@ -500,13 +502,21 @@ def test_quick_from_end_to_end(tmp_path: Path) -> None:
 def test_the_same_cases_through_pytest_benchmark(tmp_path: Path) -> None:
     output = tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
-    command += ["-k", "gated_residual and ours", f"--benchmark-json={output}", "--benchmark-max-time=0.05"]
+    command += [
+        "-k",
+        "(gated_residual and ours) or (image and HDiT and forward)",
+        f"--benchmark-json={output}",
+        "--benchmark-max-time=0.05",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     names = {benchmark["name"] for benchmark in json.loads(output.read_text())["benchmarks"]}
-    assert names == {f"test_kernel[gated_residual 2x480x96 float32-ours-{p}]" for p in PASSES}
+    assert names == {
+        *(f"test_kernel[gated_residual 2x480x96 float32-ours-{p}]" for p in PASSES),
+        "test_model[image 64x64 batch 1-HDiT-B/4-forward]",
+    }
 
 
 def test_benchmarks_are_no_part_of_the_default_tests(pytestconfig: pytest.Config) -> None:

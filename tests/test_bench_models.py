@@ -451,6 +451,8 @@ def test_commands(kind: str, tiny_presets: None, tmp_path: Path, capsys: pytest.
     assert "no case matches 'mnist'" in capsys.readouterr().err
     assert __main__.main([kind, "--quick", "--output", str(tmp_path)]) == 2
     assert "it is a folder" in capsys.readouterr().err
+    assert __main__.main([kind, "--quick", "--contestant", "zzz"]) == 2
+    assert "no contestant matches 'zzz'; they are: ours, k-diffusion, DiT-" in capsys.readouterr().err
 
 
 def test_lists_cases_and_why_a_peer_cannot_run() -> None:
@@ -458,6 +460,9 @@ def test_lists_cases_and_why_a_peer_cannot_run() -> None:
         lines = module.listing()
         assert "  ffhq-1024 batch 4: ours, k-diffusion, DiT-B/4" in lines
         assert "needs --k-diffusion FOLDER here" in lines[-1]
+        assert module.listing(["ffhq"])[1:3] == [line for line in lines if "ffhq" in line]
+        assert not module.listing(["zzz"])
+    assert len(scaling.listing(["4096"])) == 3 and not scaling.listing(["zzz"])
     lines = scaling.listing()
     assert "  image 4096x4096 batch 1" in lines and "  image 64x64 largest batch  (needs a GPU)" in lines
     assert lines[-1] == "  attention 1024x1024 tokens: ours, natten hopper-fna, natten cutlass-fna, flex, sdpa"
@@ -642,6 +647,9 @@ def test_the_largest_batch(
         run.put(row | found)
         return row | found
 
+    scaling.measure_largest(run, [8], device=CPU, deadline=time.monotonic(), at=lambda size: at)
+    late = by_name(run)["image 8x8 largest batch", "a", "forward"]
+    assert (late["status"], late["reason"]) == ("not measured", "the budget is spent")
     monkeypatch.setattr(networks, "peak", peak)
     monkeypatch.setattr(networks, "room", lambda device: float(room))
     monkeypatch.setattr(networks, "attempt", attempt)
@@ -676,9 +684,15 @@ def test_attention_by_all_that_can_run() -> None:
         assert row["flops"] == 4 * 8 * 8 * keys * 2 * 64 * (7 if direction == "forward+backward" else 2) // 2
         if row["status"] == "ok":
             assert row["error"] <= row["allowed_error"] and row["wall_us"]["repeats"] >= 3
-    before = len(run.data["rows"])
-    scaling.measure_attention(run, [8, 16], ["ours"], device=CPU, deadline=time.monotonic())
-    assert len(run.data["rows"]) == before
+    before = run.data["rows"]
+    scaling.measure_attention(run, [8, 16], ["ours", "flex"], device=CPU, deadline=time.monotonic())
+    late = run.data["rows"][len(before) :]
+    assert run.data["rows"][: len(before)] == before
+    assert {(row["case"], row["contestant"], row["status"], row["reason"]) for row in late} == {
+        ("attention 8x8 tokens", "flex", "unavailable", "it needs a GPU"),
+        ("attention 16x16 tokens", "flex", "unavailable", "it needs a GPU"),
+        ("attention 16x16 tokens", "ours", "not measured", "the budget is spent"),
+    }
 
 
 # scaling: what is shown, and the command
@@ -727,8 +741,12 @@ def test_summary_states_exponents(monkeypatch: pytest.MonkeyPatch, capsys: pytes
             run.put(row | {"status": "ok", "wall_us": stats(3.0 * size ** (2 * exponent))})
     scaling.print_summary(run.data)
     printed = capsys.readouterr().out
+    assert "Parameters and memory of a forward pass, batch 1" in printed and "The largest batch" not in printed
     assert "HDiT-B/4 grows as pixels to the power of 1.00 [1.00, 1.00] (95% interval)" in printed
     assert "DiT-B/4 grows as pixels to the power of 2.00 [2.00, 2.00] (95% interval)" in printed
+    run.put(run.data["rows"][0] | {"wall_us": stats(1e6)})
+    scaling.print_summary(run.data)
+    assert "Wall time, forward pass: HDiT-B/4's exponent is not determined" in capsys.readouterr().out
 
 
 def test_selection_of_sizes_and_grids() -> None:
@@ -760,6 +778,10 @@ def test_scaling_command(
     }
     assert all(row["status"] == "ok" for row in rows.values()), rows
     assert "4 ok" in capsys.readouterr().out
+    assert __main__.main(["scaling", "--contestant", "zzz"]) == 2
+    assert "no contestant matches 'zzz'; they are: HDiT-B/4, DiT-B/4, ours, natten" in capsys.readouterr().err
+    assert __main__.main(["scaling", "--case", "attention 32x32", "--contestant", "DiT"]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         __main__.main(["scaling", "--patience", "-1"])
     assert stopped.value.code == 2 and "--patience" in capsys.readouterr().err

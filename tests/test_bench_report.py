@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import fits, plots, report, results, rows, runs
+from benchmarks import api, fits, plots, report, results, rows, runs
 from benchmarks.__main__ import main
 from tests import made_up_runs
 from tests.made_up_runs import row, stats
@@ -133,6 +133,9 @@ def test_the_scaling_picture_never_draws_a_guess_as_measured() -> None:
     texts = [text.get_text() for text in forward.texts]
     assert "out of memory" in texts and any(text.endswith("of DiT-B/4\nat 1024²") for text in texts)
     assert not any("extrapolated" in label for label in lines(cost))
+    for axes in figure.axes:
+        (note,) = (text for text in axes.texts if "at 1024²" in text.get_text())
+        assert note.xy[1] == min(line.get_ydata()[4] for line in axes.get_lines()[:2]) and note.get_va() == "top"
 
 
 def test_a_guessed_ratio_says_so() -> None:
@@ -144,6 +147,12 @@ def test_a_guessed_ratio_says_so() -> None:
     assert any("1024² (extrapolated)" in text.get_text() for text in forward.texts)
     claim = report.claim(model_rows(run))
     assert "of the FLOPs (counted)" in claim and "of the GPU time (extrapolated)" in claim
+
+
+def test_shares_keep_their_digits() -> None:
+    assert [plots.share(ratio) for ratio in (2.31, 0.1, 0.0188, 0.00056, 0.0000351)] == [
+        *("231%", "10%", "1.88%", "0.056%", "0.0035%"),
+    ]
 
 
 def test_draws_without_any_time() -> None:
@@ -240,12 +249,15 @@ def test_the_page_has_every_part(page: tuple[Path, list[Path]]) -> None:
         *("Machines", "Scaling with the size of the image", "Attention alone"),
         *("Kernels", "Models", "Training", "Every measurement"),
     ]
+    assert "| clocks before timing |" in text and "| SM 1980 MHz, memory 3201 MHz |" in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (output / link).exists(), link
     assert "| 1024² | 1,446 | 169,263 | 0.85% | 5.72 ms | 565 ms | 1.01% |" in text
     assert "| 1024² | 130.0M | 130.0M | 1.44 GiB | 1.44 GiB | 100% |" in text
-    assert "At 1024² HDiT-B/4 takes 0.85% of the FLOPs (counted) and 1.01% of the GPU time (measured)" in text
+    claim = "0.85% of the FLOPs (counted), 1.01% of the GPU time (measured) and 1.45% of the wall time (measured)"
+    assert f"At 1024² HDiT-B/4 takes {claim} that DiT-B/4 takes." in text
     assert "| 4096² | 228 ms | out of memory |  | 42.75 GiB | out of memory |  |" in text
+    assert "- DiT-B/4: out of memory (" in text
     assert "| 1024² | HDiT-B/4 | step | 8 | 63.8 | 111.76 GiB | limited by memory |" in text
     assert re.search(
         r"\| GPU time, forward pass \| 0\.\d\d \[.*\] from 512² to 4096² \| .* from 128² to 1024² \|", text
@@ -273,9 +285,31 @@ def test_the_summary_spans_the_cases(clone: Path) -> None:
     assert "| `na2d` | forward | 2 | 1.30 to 3.00 | 0.87x to 4.00x as fast |" in found
 
 
+def test_attention_that_was_not_timed_has_no_table(clone: Path) -> None:
+    run = made_up_runs.scaling()
+    for found in run["rows"]:
+        if found["family"] == "attention" and found["pass"] == "forward":
+            found.update(status="not measured", reason="the budget is spent", gpu_us=None, wall_us=None)
+    put(clone, "scaling.json", run)
+    text = report.render(block("attention"), report.recorded(clone / "README.md", clone))
+    assert "| tokens |" not in text and "not measured (the budget is spent)" in text
+
+
+def test_the_terminal_s_table_has_floors_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    api.print_table(made_up_runs.kernels())
+    printed = capsys.readouterr().out
+    assert "1.30 x 67.0 µs" in printed and "memory" not in printed
+    api.print_table(made_up_runs.models())
+    assert re.search(r"memory .* GiB ", capsys.readouterr().out, re.DOTALL)
+
+
 def test_a_slower_kernel_is_called_slower() -> None:
     found = [row("rms_norm 1", "ours", 150, 160), row("rms_norm 1", "liger", 100, 110)]
-    assert "| 1.50x slower |" in report._kernel_table(found)
+    assert "| 1.50x slower |" in report._kernel_table(found) and "another" not in report._kernel_table(found)
+    found[1]["detail"] = "another function: tanh GELU"
+    assert "| liger (another function) |" in report._kernel_table(found)
+    legend = plots.pictures(made_up_runs.run("kernels", found))["rms-norm"]().legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["ours", "liger (another function)"]
     found[0] |= {"status": "failed", "reason": "wrong", "gpu_us": None, "wall_us": None}
     assert "| failed |" in report._kernel_table(found) and "slower" not in report._kernel_table(found)
 

@@ -152,6 +152,11 @@ def test_errors_in_one_line() -> None:
     assert timing.one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert len(timing.one_line(ValueError("x" * 999), 50)) == 50
     assert timing.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    text = (
+        "CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has a total capacity of 139.80 GiB of which 203.12 MiB"
+    )
+    shorter = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.25 GiB."
+    assert timing.one_line(torch.OutOfMemoryError(text)) == shorter
     assert timing.out_of_memory(MemoryError()) and not timing.out_of_memory(RuntimeError("illegal memory access"))
     with pytest.raises(RuntimeError) as allocation:
         torch.empty(2**60)

@@ -53,7 +53,7 @@ def geglu(case: Case) -> Implementation:
         function,
         prepare=split_halves,
         reference=tanh_geglu,
-        detail="tanh GELU; value and gate as two tensors, which its backward overwrites",
+        detail="another function: tanh GELU; value and gate as two tensors, which its backward overwrites",
         overwrites=True,
     )
 

@@ -1,0 +1,74 @@
+"""The cases of `python -m benchmarks model`, `train` and `scaling` (images up to 1024² at batch 1) as tests: checked
+against float64, then their wall time measured by pytest-benchmark. On a CPU: the smallest preset and image.
+
+    pytest benchmarks --benchmark-only -k "flowers-256 and ours"
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from benchmarks import api, model, networks, scaling, timing, train
+from benchmarks.networks import Check, Network
+from benchmarks.peers import kdiffusion
+from hdit import presets
+
+ON_CPU = api.device().type == "cpu"
+LARGEST = scaling.SIZES[0] if ON_CPU else 1024  # pixels
+ROUNDS = 1 if ON_CPU else 20
+
+Group = tuple[Network, ...]  # of one architecture, checked together
+
+
+def entries() -> Iterator[tuple[str, int, Network, Group, tuple[str, ...]]]:
+    """Case, batch, network, those it is checked with, and the passes."""
+    for name, batches in (model.SMALLEST if ON_CPU else model.BATCHES).items():
+        config = presets[name]
+        own, reference = networks.hdit(config), networks.k_diffusion(config, None)
+        pair = (own,) if kdiffusion.available() else (own, reference)
+        for batch in batches:
+            for network, group in ((own, pair), (reference, pair), (dit := networks.dit_like(config), (dit,))):
+                yield model.case_name(name, batch), batch, network, group, (*model.PASSES, *train.PASSES)
+    for size in scaling.SIZES:
+        if size <= LARGEST:
+            for network in scaling.families(size):
+                same = [n for n in scaling.families(min(size, scaling.CHECKED)) if n.name == network.name]
+                yield scaling.case_name(size, largest=False), 1, network, tuple(same), scaling.PASSES
+
+
+POINTS = [(*entry, direction) for *entry, passes in entries() for direction in passes]
+
+
+@functools.cache
+def checked(group: Group) -> dict[str, Check | str]:
+    return networks.check(group, api.device())
+
+
+@pytest.fixture(autouse=True)
+def released() -> Iterator[None]:
+    yield
+    networks.release(api.device())
+
+
+@pytest.mark.parametrize(
+    ("case", "batch", "network", "group", "direction"), POINTS, ids=[f"{p[0]}-{p[2].name}-{p[4]}" for p in POINTS]
+)
+def test_model(case: str, batch: int, network: Network, group: Group, direction: str, benchmark: Any) -> None:
+    device = api.device()
+    if network.name == "k-diffusion" and (reason := kdiffusion.available()):
+        pytest.skip(f"{reason}: {kdiffusion.INSTALL}")
+    found = checked(group)[network.name]
+    assert isinstance(found, Check), found
+    assert all(error <= allowed for error, allowed in found.errors(direction).values()), found
+    call = networks.prepare(network, direction, batch, device)
+
+    def waited() -> None:
+        call()
+        timing.synchronize(device)
+
+    benchmark.group = f"{case} {direction}"
+    benchmark.pedantic(waited, rounds=ROUNDS, warmup_rounds=1)

@@ -208,7 +208,8 @@ class Calls:
         if direction == "forward":
             return self._forward
         if self.dout is None:
-            self.dout = torch.randn_like(self._forward())
+            # Contiguous, as in the check: on an H200, SDPA's gradients (cuDNN) went wrong after another layout of dout.
+            self.dout = torch.randn_like(self._forward(), memory_format=torch.contiguous_format)
         dout = self.dout
         if direction == "forward+backward":
             return lambda: torch.autograd.grad(self.function(**self.leaves), self.learned, dout)

@@ -12,9 +12,11 @@
     run = api.open_run("scaling", output="scaling.json")
     scaling.measure_models(run, sizes=[256, 512], device=api.device())
     scaling.measure_attention(run, grids=[64, 128], device=api.device())
+    api.close_run(run)
     scaling.print_summary(run.data)
     run = api.open_run("model")
     model.measure(run, {"flowers-256": (1,)}, device=api.device())
+    api.close_run(run)
     api.print_table(run.data)
 
 A run's data is what SCHEMA.md describes; benchmarks.runs reads, merges and writes such data.
@@ -138,6 +140,7 @@ def run_cases(
                 for line in describe(rows):
                     on_line(f"[{time.monotonic() - began:6.1f} s] {line}")
             session.forget()
+    close_run(run)
     return run.data
 
 
@@ -149,8 +152,8 @@ def open_run(
 ) -> runs.Run:
     """A run to add rows to, its ceilings measured; the one that output holds already, if it does.
 
-    kind: of runs.KINDS. command: recorded in its data. on_line: called with each line of progress. Raises runs.RunError
-    for what the caller has to change.
+    kind: of runs.KINDS. command: recorded in its data. on_line: called with each line of progress. close_run() ends it.
+    Raises runs.RunError for what the caller has to change.
     """
     run = runs.Run.open(output, kind, command)
     if run.data["rows"]:
@@ -161,6 +164,15 @@ def open_run(
         run.data["clocks"] = ceilings.clocks(device())
         run.save()
     return run
+
+
+def close_run(run: runs.Run) -> None:
+    """Reads the clocks once more and saves them, if something was timed: what heat and power limits took shows."""
+    if run.timed:
+        timing.release(device())
+        found = ceilings.clocks(device())
+        run.data["clocks"] = run.data["clocks"] | {f"{name}_end": found[name] for name in ("sm_mhz", "memory_mhz")}
+        run.save()
 
 
 def _measured(
@@ -268,7 +280,8 @@ def listing(patterns: Sequence[str] = ()) -> list[str]:
     every = [case for case in all_cases() if not patterns or matches(case.name, patterns)]
     if not every:
         return []
-    lines, involved = [f"kernels, on {results.environment()['device']}"], {}
+    lines = [f"kernels, on {results.environment()['device']}"]
+    involved: dict[str, Contestant] = {}
     for operator in dict.fromkeys(case.operator for case in every):
         own = [case for case in every if case.operator == operator]
         rivals = case_contestants(own[0])

@@ -79,7 +79,7 @@ def clocks(device: torch.device) -> dict[str, Any]:
         sm, memory = (int(part) for part in text.strip().splitlines()[0].split(","))
     except (IndexError, ValueError):
         return unknown
-    return {"sm_mhz": sm, "memory_mhz": memory, "seen": "nvidia-smi, during matrix products before the timing"}
+    return {"sm_mhz": sm, "memory_mhz": memory, "seen": "nvidia-smi, during matrix products"}
 
 
 def _copy(device: torch.device, sizes: Sequence[int]) -> tuple[float, str]:

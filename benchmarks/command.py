@@ -57,13 +57,14 @@ def open_run(args: argparse.Namespace, kind: str) -> runs.Run:
 
 
 def finish(run: runs.Run, args: argparse.Namespace) -> int:
-    """Prints the rows, writes the files; 0, or 1 if a contestant failed or ran out of memory.
+    """Reads the clocks again, prints the rows, writes the files; 0, or 1 if a contestant failed or ran out of memory.
 
     Raises runs.RunError if there is no row at all.
     """
     if not run.data["rows"]:
         raise runs.RunError("nothing to measure: none of the chosen contestants takes part in the chosen cases")
     run.save()
+    api.close_run(run)
     api.print_table(run.data)
     if run.data["environment"]["device_type"] == "cpu":
         say("On a CPU: wall time only; GPU times, memory, and peers that need a GPU are left out.")

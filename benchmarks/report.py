@@ -177,13 +177,16 @@ def _machines(records: Records) -> str:
         environment, ceilings, clocks = run["environment"], run["ceilings"], run["clocks"] or {}
         rates = [f"copy {ceilings['copy_tb_s']:.2f} TB/s"] if ceilings.get("copy_tb_s") else []
         rates += [f"bf16 {ceilings['matmul_bf16_tflop_s']:.0f} TFLOP/s"] if ceilings.get("matmul_bf16_tflop_s") else []
-        seen = [
-            f"{name} {clocks[key]} MHz" for name, key in (("SM", "sm_mhz"), ("memory", "memory_mhz")) if clocks.get(key)
-        ]
+        seen = "; after it ".join(filter(None, (_clocks(clocks), _clocks(clocks, "_end"))))
         row = [f"[{path.name}]({records.link(path)})", environment["device"], ", ".join(_versions(environment))]
         commit = (environment["commit"] or "")[:12]
-        body.append([*row, ", ".join(rates), ", ".join(seen), commit, _sources(records, run)])
+        body.append([*row, ", ".join(rates), seen, commit, _sources(records, run)])
     return _table(head, body, left=len(head)) if body else NOTHING
+
+
+def _clocks(clocks: dict[str, Any], when: str = "") -> str:
+    names = (("SM", f"sm_mhz{when}"), ("memory", f"memory_mhz{when}"))
+    return ", ".join(f"{name} {clocks[key]} MHz" for name, key in names if clocks.get(key))
 
 
 def _scaling_picture(records: Records) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def validate(data: Any) -> None:
     _expect(twice is None, f"two rows of {twice}")
 
 
-def _fields(where: str, data: Any, types: dict[str, tuple[type, ...]], required: Iterable[str]) -> None:
+def _fields(where: str, data: Any, types: Mapping[str, tuple[type, ...]], required: Iterable[str]) -> None:
     _expect(isinstance(data, dict), f"{where}: expected an object")
     missing = [name for name in required if name not in data]
     _expect(not missing, f"{where}: {missing} missing")
@@ -184,10 +184,10 @@ def write_csv(data: dict[str, Any], path: Path | str) -> None:
 
 
 class Run:
-    """A run in the making, and its file if it has one."""
+    """A run in the making, and its file if it has one. timed: whether it was given a time since it was opened."""
 
     def __init__(self, data: dict[str, Any], path: Path | None = None) -> None:
-        self.data, self.path = data, path
+        self.data, self.path, self.timed = data, path, False
         self._rows = {key(found): found for found in data["rows"]}
 
     @classmethod
@@ -226,6 +226,7 @@ class Run:
         """Adds rows, in place of those of the same case, contestant and pass. save() writes them."""
         for found in rows:
             self._rows[key(found)] = found
+            self.timed |= found["status"] == "ok"
         self.data["rows"] = list(self._rows.values())
 
     def save(self) -> None:

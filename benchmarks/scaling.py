@@ -23,6 +23,7 @@ import torch
 from benchmarks import api, command, networks, peers, plots, runs, timing
 from benchmarks import measure as operators
 from benchmarks import report as reports
+from benchmarks.kernels import Case
 from benchmarks.kernels.neighborhood_attention import na2d
 from benchmarks.networks import Check, Network
 from hdit import HDiTConfig, presets
@@ -247,6 +248,13 @@ def grid_name(grid: int) -> str:
     return f"attention {grid}x{grid} tokens"
 
 
+def grid_case(grid: int, device: torch.device) -> tuple[Case, list[peers.Contestant]]:
+    """A square grid as an operator's case, and those of ATTENTION."""
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    case = na2d(1, grid, grid, HEADS, HEAD_DIM, KERNEL_SIZE, dtype)
+    return case, [found for found in peers.case_contestants(case) if found.name in ATTENTION]
+
+
 def measure_attention(
     run: runs.Run,
     grids: Sequence[int],
@@ -265,11 +273,9 @@ def measure_attention(
     long are measured, too.
     """
     session = operators.Session(device, run.data["ceilings"], deadline, compiling, patience=patience)
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
     for grid in grids:
-        case = na2d(1, grid, grid, HEADS, HEAD_DIM, KERNEL_SIZE, dtype)
+        case, rivals = grid_case(grid, device)
         settings = {name: case.settings[name] for name in ("batch", "heads", "head_dim", "kernel_size", "dtype")}
-        rivals = [found for found in peers.case_contestants(case) if found.name in ATTENTION]
         for rival in random.sample(rivals, len(rivals)):
             passes = [
                 direction for direction in ATTENTION_PASSES if not run.done(grid_name(grid), rival.name, direction)

@@ -1,7 +1,9 @@
-"""Every case, contestant and pass of `python -m benchmarks kernels` as a test: checked against the reference, then its
-wall time measured by pytest-benchmark. GPU times and ceilings are the command's own.
+"""Every case, contestant and pass of `python -m benchmarks kernels`, and the attention grids of `scaling`, as a test:
+checked against the reference, then its wall time measured by pytest-benchmark. GPU times and ceilings are the commands'
+own. On a CPU: small cases and grids.
 
     pytest benchmarks --benchmark-only -k "ada_rms_norm and ours"
+    pytest benchmarks --benchmark-only -k "tokens and ours"
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import api, correctness, measure, timing
+from benchmarks import api, correctness, measure, scaling, timing
 from benchmarks.kernels import PASSES, Case
 from benchmarks.peers import Contestant, Unsupported, case_contestants
 
-PAIRS = [(case, contestant) for case in api.select_cases() for contestant in case_contestants(case)]
+CASES = [(case.name, case, case_contestants(case)) for case in api.select_cases()]
+CASES += [
+    (scaling.grid_name(grid), *scaling.grid_case(grid, api.device()))
+    for grid in (scaling.GRIDS[:2] if api.device().type == "cpu" else scaling.GRIDS)
+]
+PAIRS = [(name, case, contestant) for name, case, rivals in CASES for contestant in rivals]
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +34,10 @@ def own_stream() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("direction", PASSES)
-@pytest.mark.parametrize(("case", "contestant"), PAIRS, ids=[f"{case.name}-{rival.name}" for case, rival in PAIRS])
-def test_kernel(case: Case, contestant: Contestant, direction: str, benchmark: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "case", "contestant"), PAIRS, ids=[f"{name}-{rival.name}" for name, _, rival in PAIRS]
+)
+def test_kernel(name: str, case: Case, contestant: Contestant, direction: str, benchmark: Any) -> None:
     if reason := contestant.peer.available():
         pytest.skip(reason)
     device = api.device()
@@ -48,7 +57,7 @@ def test_kernel(case: Case, contestant: Contestant, direction: str, benchmark: A
             call()
             timing.synchronize(device)
 
-        benchmark.group = f"{case.name} {direction}"
+        benchmark.group = f"{name} {direction}"
         if calls.restore is None:
             benchmark(waited)
         else:

@@ -40,7 +40,7 @@ def entries() -> Iterator[tuple[str, int, Network, Group, tuple[str, ...]]]:
                 yield scaling.case_name(size, largest=False), 1, network, tuple(same), scaling.PASSES
 
 
-POINTS = [(*entry, direction) for *entry, passes in entries() for direction in passes]
+POINTS: list[tuple[Any, ...]] = [(*entry, direction) for *entry, passes in entries() for direction in passes]
 
 
 @functools.cache

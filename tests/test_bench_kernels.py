@@ -252,6 +252,19 @@ def test_inputs_are_drawn_anew_and_shared() -> None:
     assert len(set(seen["a"])) == 2
 
 
+def test_clocks_are_read_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each session that timed something, and only then."""
+    path, readings = tmp_path / "run.json", iter([1980, 1755, 1700])
+    monkeypatch.setattr(ceilings, "clocks", lambda device: {"sm_mhz": next(readings), "memory_mhz": 1, "seen": "here"})
+    found = {"sm_mhz": 1980, "memory_mhz": 1, "seen": "here"}
+    api.run_cases([case()], [contestant("broken", raising(ValueError("no")))], output=path)
+    assert runs.read(path)["clocks"] == found
+    for last in (1755, 1755, 1700):  # in the second there is nothing left to measure
+        rivals = [contestant("right"), *([contestant("more")] if last == 1700 else [])]
+        api.run_cases([case()], rivals, output=path)
+        assert runs.read(path)["clocks"] == found | {"sm_mhz_end": last, "memory_mhz_end": 1}
+
+
 # Budget, resuming, progress
 
 
@@ -504,7 +517,7 @@ def test_the_same_cases_through_pytest_benchmark(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
     command += [
         "-k",
-        "(gated_residual and ours) or (image and HDiT and forward)",
+        "(gated_residual and ours) or (image and HDiT and forward) or (tokens and 32x32 and sdpa)",
         f"--benchmark-json={output}",
         "--benchmark-max-time=0.05",
     ]
@@ -515,6 +528,7 @@ def test_the_same_cases_through_pytest_benchmark(tmp_path: Path) -> None:
     names = {benchmark["name"] for benchmark in json.loads(output.read_text())["benchmarks"]}
     assert names == {
         *(f"test_kernel[gated_residual 2x480x96 float32-ours-{p}]" for p in PASSES),
+        *(f"test_kernel[attention 32x32 tokens-sdpa-{p}]" for p in PASSES),
         "test_model[image 64x64 batch 1-HDiT-B/4-forward]",
     }
 

@@ -71,6 +71,30 @@ def test_computes_every_small_case(rival: Contestant, seed: int) -> None:
         assert all(error.right for error in found.values()), (case.name, found)
 
 
+def test_sdpa_and_what_is_timed_of_it(seed: int) -> None:
+    """Its output is [B, tokens, heads, D], finish makes the case's of it, and the gradients that are timed are those of
+    full attention for the contiguous dout."""
+    case = na2d(2, 5, 7, 3, 8, 3, "float32", full_size=False)
+    entry = Entry(case, contestant("sdpa"))
+    inputs = case.inputs(CPU, seed)
+    calls = entry.calls(inputs)
+    out = calls.prepared("forward")()
+    assert out.shape == (2, 35, 3, 8)
+    leaves = [t.double().requires_grad_() for t in inputs.values()]
+    logits = torch.einsum("bijhd,bklhd->bhijkl", *leaves[:2]) * 8**-0.5
+    wanted = torch.einsum("bhijkl,bklhd->bijhd", logits.flatten(4).softmax(-1).view_as(logits), leaves[2])
+    finished = entry.implementation.finish(out)
+    assert finished.shape == case.shapes["query"] and correctness.relative_error(finished, wanted) < 1e-6
+
+    for direction in ("backward", "forward+backward"):
+        found = calls.prepared(direction)()
+        assert calls.dout is not None and calls.dout.is_contiguous()
+        dout = entry.implementation.finish(calls.dout).double()
+        gradients = torch.autograd.grad(wanted, leaves, dout, retain_graph=True)
+        expected = entry.implementation.prepare(dict(zip(inputs, gradients, strict=True))).values()
+        assert all(correctness.relative_error(a, b) < 1e-6 for a, b in zip(found, expected, strict=True)), direction
+
+
 def test_compiled_computes_every_small_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a torch.compile that compiles nothing; what it is asked for, and that a backward pass may be repeated."""
     asked: list[dict[str, Any]] = []
@@ -89,6 +113,21 @@ def test_compiled_computes_every_small_case(seed: int, monkeypatch: pytest.Monke
             assert all(error.right for error in errors(case, entry, seed).values())
         assert torch._functorch.config.donated_buffer is False
     assert len(asked) == len(cases) == 8 and asked[0] == {"dynamic": False, "fullgraph": True}
+
+
+@pytest.mark.parametrize("operator", ["rms_norm", "geglu", "token_merge", "token_split"])
+def test_compiled_is_plain_pytorch_in_the_case_s_own_dtype(
+    operator: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference would widen to float32, products too: no opponent in bfloat16."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(reference, "_widen", lambda tensor: pytest.fail("the reference"))
+    small = next(case for case in SMALL if case.operator == operator)
+    case = small.build(**small.settings | {"dtype": "bfloat16"})
+    with torch._functorch.config.patch(donated_buffer=True):
+        calls = Entry(case, contestant("compiled")).calls(case.inputs(CPU, seed))
+    for direction in ("forward", "backward", "forward+backward"):
+        calls.prepared(direction)()
 
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,3 +383,16 @@ def test_calls_time_what_they_say(seed: int) -> None:
     backward = calls.prepared("backward")
     ran.clear()
     assert len(backward()) == len(backward()) == 2 and ran == []
+
+
+def test_the_timed_gradient_is_contiguous_whatever_the_output(seed: int) -> None:
+    case = rms_norm(8, 4, "float32", False)
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.rms_norm(x, weight).mT.contiguous().mT
+
+    for direction in ("backward", "forward+backward"):
+        calls = Calls(case, Implementation(function), case.inputs(CPU, seed))
+        calls.prepared(direction)()
+        assert calls.dout is not None and calls.dout.shape == (8, 4) and calls.dout.is_contiguous()
+        assert not calls.prepared("forward")().is_contiguous()

@@ -242,6 +242,20 @@ def test_every_picture_is_written_and_shows_something(page: tuple[Path, list[Pat
         assert digest in svg and svg.count("<path") > 20 and "<dc:date>" not in svg
 
 
+def test_the_page_shows_the_clocks_of_before_and_after(tmp_path: Path) -> None:
+    run = made_up_runs.kernels()
+    run["clocks"] |= {"sm_mhz_end": 1755, "memory_mhz_end": 3201}
+    runs.validate(run)
+    assert "| SM 1980 MHz, memory 3201 MHz; after it SM 1755 MHz, memory 3201 MHz |" in machines(run, tmp_path)
+    run["clocks"] = dict.fromkeys(run["clocks"])
+    assert "TFLOP/s |  |" in machines(run, tmp_path)
+
+
+def machines(run: dict[str, Any], folder: Path) -> str:
+    results.write(folder / "run.json", run)
+    return report.BLOCKS["machines"](report.load(folder, folder, folder / "report.md"))
+
+
 def test_the_page_has_every_part(page: tuple[Path, list[Path]]) -> None:
     output, _ = page
     text = (output / "report.md").read_text()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
-from benchmarks import plots, report, results
+from benchmarks import api, kernels, model, peers, plots, report, results, runs, scaling
+from tests import made_up_runs
 
 DOCUMENTS = report.documents()
 RECORD = re.compile(r"benchmarks/results/[\w.-]+\.json")
@@ -152,3 +156,36 @@ def test_the_readme_s_examples_run(
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     shown = [line.partition("# prints ")[2] for line in code.splitlines() if "# prints " in line]
     assert shown and capsys.readouterr().out.splitlines() == shown
+
+
+def notebook_examples() -> dict[str, str]:
+    """Code that calls the benchmarks as functions: of their page, and of api's docstring (indented there)."""
+    indented = re.findall(r"(?:^    .*\n|^\n)+", api.__doc__ or "", re.MULTILINE)
+    (page,) = examples((results.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
+    return {"docs/benchmarks.md": page, "api.py": textwrap.dedent("".join(indented))}
+
+
+@pytest.mark.parametrize("where", notebook_examples())
+def test_the_benchmarks_examples_run(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With made-up measurements: names, arguments, patterns of cases and contestants are the real ones'."""
+
+    def run_cases(cases: list[str], contestants: list[str], **_: Any) -> dict[str, Any]:
+        for patterns, named in ((cases, kernels.all_cases()), (contestants, peers.all_contestants())):
+            assert all(any(api.matches(one.name, [pattern]) for one in named) for pattern in patterns)
+        return made_up_runs.kernels()
+
+    def open_run(kind: str, **_: Any) -> runs.Run:
+        return runs.Run(made_up_runs.scaling() if kind == "scaling" else made_up_runs.models(kind))
+
+    for module, name, effect in (
+        *((api, "run_cases", run_cases), (api, "open_run", open_run)),
+        *((module, name, None) for module, name in ((scaling, "measure_models"), (scaling, "measure_attention"))),
+        (model, "measure", None),
+    ):
+        monkeypatch.setattr(module, name, mock.create_autospec(getattr(module, name), side_effect=effect))
+    code = notebook_examples()[where]
+    exec(compile(code, where, "exec"), {"__name__": "__main__"})
+    assert api.run_cases.called and scaling.measure_attention.called and "api.close_run(run)" in code  # type: ignore
+    assert "na2d" in capsys.readouterr().out

@@ -65,8 +65,8 @@ def reference_na2d(
 
 def reference_self_attention(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, kernel_size: int) -> Tensor:
     wide = reference._widen(qkv)  # nothing is rounded between the two steps
-    ready = reference.qk_norm_rope(wide, scale, theta_y, theta_x)
-    return reference_na2d(*ready.unbind(3), kernel_size, scale=1.0).to(qkv.dtype)
+    query, key, value = reference.qk_norm_rope(wide, scale, theta_y, theta_x).unbind(3)
+    return reference_na2d(query, key, value, kernel_size, scale=1.0).to(qkv.dtype)
 
 
 def na2d(
@@ -84,7 +84,7 @@ def na2d(
     shape = (batch, height, width, heads, head_dim)
     one = size(*shape, dtype=dtype)
     flops = 4 * batch * height * width * heads * head_dim * kernel_size**2
-    keywords = {"kernel_size": kernel_size, "dilation": dilation}
+    keywords: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation}
     return Case(
         family="neighborhood_attention",
         operator="na2d",

@@ -8,6 +8,7 @@ forward, two backward.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import hdit_kernels
 from benchmarks.kernels import Case, both, settings_of, size
@@ -44,7 +45,7 @@ def token_merge(
     bytes_in, bytes_out = size(*x, dtype=dtype), size(batch, height, width, coarse, dtype=dtype)
     bytes_weight = size(*weight, dtype=dtype)
     flops = 2 * batch * height * width * weight[0] * weight[1]
-    keywords = {"patch_size": (patch, patch)}
+    keywords: dict[str, Any] = {"patch_size": (patch, patch)}
     return Case(
         family="tokens",
         operator="token_merge",
@@ -80,7 +81,7 @@ def token_split(
     bytes_x, bytes_out, bytes_weight = (size(*shape, dtype=dtype) for shape in (x, out, weight))
     bytes_skip = bytes_out if skip else 0
     flops = 2 * batch * height * width * weight[0] * weight[1]
-    keywords = {"patch_size": (patch, patch)}
+    keywords: dict[str, Any] = {"patch_size": (patch, patch)}
     return Case(
         family="tokens",
         operator="token_split",

@@ -1,7 +1,7 @@
-"""torch.compile of the reference: what one gets without writing a kernel.
+"""torch.compile of plain PyTorch (eager.py): what one gets without writing a kernel.
 
-Neighborhood attention is not among its operators: the reference walks the grid in a Python loop, and torch.compile's
-own way to it is FlexAttention (flex.py).
+Not of the reference, which computes in float32 on purpose: its products would be float32 products. Neighborhood
+attention is not among the operators: torch.compile's own way to it is FlexAttention (flex.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.kernels import Case
-from benchmarks.peers import Contestant, Implementation, Peer
-
-OPERATORS = (
-    *("rms_norm", "ada_rms_norm", "ada_layer_norm", "gated_residual", "geglu"),
-    *("token_merge", "token_split", "qk_norm_rope"),
-)
+from benchmarks.peers import Contestant, Implementation, Peer, eager
 
 
 def _missing() -> str | None:
@@ -51,10 +46,12 @@ def compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build(case: Case) -> Implementation:
+    plain = eager.OPERATORS[case.operator](case).function
+
     def function(**tensors: Tensor) -> Tensor:
-        return case.reference(**tensors)
+        return plain(**tensors)
 
-    return Implementation(compile(function), detail="the reference, fullgraph", compiles=True)
+    return Implementation(compile(function), detail="plain PyTorch (as eager), fullgraph", compiles=True)
 
 
-CONTESTANTS = [Contestant("compiled", PEER, dict.fromkeys(OPERATORS, build))]
+CONTESTANTS = [Contestant("compiled", PEER, dict.fromkeys(eager.OPERATORS, build))]

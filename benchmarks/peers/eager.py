@@ -1,4 +1,7 @@
-"""Plain PyTorch, as one would write it: torch's own norms, activations and products, each a kernel or a few."""
+"""Plain PyTorch, as one would write it: torch's own norms, activations and products, each a kernel or a few.
+
+They compute in the tensors' own dtype, except qk_norm_rope, which is the reference: torch has no function for it.
+"""
 
 from __future__ import annotations
 
@@ -55,19 +58,14 @@ def _patched(function: Callable[..., Tensor]) -> Callable[[Case], Implementation
     return lambda case: Implementation(functools.partial(function, patch=case.settings["patch"]))
 
 
-CONTESTANTS = [
-    Contestant(
-        "eager",
-        PEER,
-        {
-            "rms_norm": _plain(rms_norm),
-            "ada_rms_norm": _plain(ada_rms_norm),
-            "ada_layer_norm": _plain(ada_layer_norm),
-            "gated_residual": _plain(gated_residual),
-            "geglu": _plain(geglu),
-            "token_merge": _patched(token_merge),
-            "token_split": _patched(token_split),
-            "qk_norm_rope": _plain(reference.qk_norm_rope),
-        },
-    )
-]
+OPERATORS = {
+    "rms_norm": _plain(rms_norm),
+    "ada_rms_norm": _plain(ada_rms_norm),
+    "ada_layer_norm": _plain(ada_layer_norm),
+    "gated_residual": _plain(gated_residual),
+    "geglu": _plain(geglu),
+    "token_merge": _patched(token_merge),
+    "token_split": _patched(token_split),
+    "qk_norm_rope": _plain(reference.qk_norm_rope),
+}
+CONTESTANTS = [Contestant("eager", PEER, OPERATORS)]

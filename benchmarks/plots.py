@@ -343,7 +343,9 @@ def _bars(axes: Any, rows: Sequence[Row], names: Sequence[str], cases: Sequence[
             color, _ = look(row["contestant"])
             axes.barh(y, ratio - 1, height * 0.92, 1, color=color, edgecolor="0.2", linewidth=0.3)
             axes.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], color="0.4", elinewidth=0.8, fmt="none")
-            axes.text(max(high, 1), y, f" {ratio:.3g}", va="center", fontsize="x-small")
+            axes.text(
+                max(high, 1), y, f" {ratio:.3g}" if ratio < 999.5 else f" {ratio:,.0f}", va="center", fontsize="x-small"
+            )
         elif row["status"] == "failed":
             axes.text(1, y, f" {row['contestant']}: failed", va="center", fontsize="x-small")
 

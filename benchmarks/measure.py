@@ -208,7 +208,7 @@ class Calls:
         if direction == "forward":
             return self._forward
         if self.dout is None:
-            # Contiguous, as in the check: on an H200, SDPA's gradients (cuDNN) went wrong after another layout of dout.
+            # As in the check: with randn_like's own layout SDPA's gradients failed it on an H200, for a reason unknown.
             self.dout = torch.randn_like(self._forward(), memory_format=torch.contiguous_format)
         dout = self.dout
         if direction == "forward+backward":

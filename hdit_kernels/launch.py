@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """`triton.jit` that compiles once for all sizes and strides: no integer argument is specialised on its value.
+def kernel(function: Callable[..., Any], jit: Callable[..., Any] = triton.jit) -> Any:
+    """`triton.jit` (or Gluon's) that compiles once for all sizes and strides: no integer argument is specialised on its
+    value.
 
     Annotate integers with tl.int32 (sizes, row indices) or tl.int64 (strides), so that their width is no compile key
     either.
@@ -25,7 +26,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     integers = [
         name for name, p in inspect.signature(function).parameters.items() if str(p.annotation).startswith("tl.int")
     ]
-    return triton.jit(function, do_not_specialize=integers)
+    return jit(function, do_not_specialize=integers)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from hdit_kernels import reference
@@ -59,7 +60,8 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
     def compile(self, target: str) -> Any:
-        source = ASTSource(self.kernel, self.signature, {k: v for k, v in self.constants.items()}, self.attributes)
+        make = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = make(self.kernel, self.signature, {k: v for k, v in self.constants.items()}, self.attributes)
         return triton.compile(source, target=TARGETS[target], options=self.options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 
 import torch
 
@@ -12,7 +13,7 @@ from hdit_kernels import reference
 from tests.cases import Case, strided
 from tests.cases.rope import angles
 
-HEAD_DIMS = (16, 40, 64, 128)  # few compile keys: one a head_dim and dtype
+HEAD_DIMS = (16, 32, 40, 64, 128)  # few compile keys: one a head_dim and dtype
 
 
 def _axis(sizes: random.Random, window: int, dilation: int) -> int:
@@ -20,15 +21,23 @@ def _axis(sizes: random.Random, window: int, dilation: int) -> int:
     return window * dilation + sizes.choice([0, 0, 1, 2, 3, sizes.randint(0, 30)])
 
 
-def na2d(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
-    window = tuple(sizes.choice([1, 2, 3, 4, 5, 7, 7, 7, 8, 9, 11, 13]) for _ in range(2))
+def na2d(
+    sizes: random.Random,
+    values: torch.Generator,
+    dtype: torch.dtype,
+    mixed: bool,
+    windows: Sequence[int] = (1, 2, 3, 4, 5, 7, 7, 7, 8, 9, 11, 13),
+    dilations: Sequence[tuple[int, int]] = ((1, 1), (1, 1), (2, 2), (1, 3), (2, 1)),
+    head_dims: Sequence[int] = HEAD_DIMS,
+) -> Case:
+    window = tuple(sizes.choice(windows) for _ in range(2))
     window = sizes.choice([window, (window[0], window[0])])
     window = (
         (1, 2) if window == (1, 1) else window
     )  # of one key the softmax is constant and dquery, dkey are rounding noise
-    dilation = sizes.choice([(1, 1), (1, 1), (2, 2), (1, 3), (2, 1)])
+    dilation = sizes.choice(dilations)
     height, width = (_axis(sizes, w, d) for w, d in zip(window, dilation, strict=True))
-    batch, heads, head_dim = sizes.randint(1, 8), sizes.randint(1, 4), sizes.choice(HEAD_DIMS)
+    batch, heads, head_dim = sizes.randint(1, 8), sizes.randint(1, 4), sizes.choice(head_dims)
     shape = (batch, height, width, heads, head_dim)
     layout = sizes.randrange(3)
     if layout == 0:  # slices of one packed projection
@@ -46,6 +55,12 @@ def na2d(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixe
         functools.partial(hdit_kernels.na2d, **settings, return_lse=True),
         functools.partial(reference.na2d, **settings),
     )
+
+
+def na2d_small_windows(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
+    """What Hopper's own kernels take: HDiT's windows and head_dims."""
+    windows = (1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 9)
+    return na2d(sizes, values, dtype, mixed, windows, dilations=((1, 1),), head_dims=(32, 64, 64))
 
 
 def na2d_large_logits(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
@@ -91,6 +106,7 @@ def neighborhood_self_attention(sizes: random.Random, values: torch.Generator, d
 
 OPERATORS = {
     "na2d": na2d,
+    "na2d_small_windows": na2d_small_windows,
     "na2d_large_logits": na2d_large_logits,
     "neighborhood_self_attention": neighborhood_self_attention,
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from hdit_kernels import reference
-from hdit_kernels.neighborhood_attention import self_attention_triton
+from hdit_kernels.neighborhood_attention import forward, self_attention_triton
 from hdit_kernels.neighborhood_attention.backward import na2d_backward
 from hdit_kernels.neighborhood_attention.forward import na2d_forward
 from tests.accuracy import FLOOR, relative_error
@@ -20,6 +22,8 @@ GRIDS = [
     ((13, 10), (4, 6), (1, 1), 1, 16),
     ((13, 9), (3, 2), (2, 3), 1, 8),
     ((1, 12), (1, 9), (1, 1), 1, 8),
+    ((19, 14), (11, 13), (1, 1), 1, 8),  # tall tiles
+    ((17, 18), (14, 15), (1, 1), 1, 8),  # flat tiles
 ]
 
 
@@ -41,6 +45,39 @@ def test_na2d(grid, window, dilation, heads, dim, dtype, seed) -> None:
     assert (found_lse.double() - lse).abs().max() < (1e-5 if dtype == torch.float32 else 1e-3)
     for name, gradient, want in zip("qkv", gradients, wanted, strict=True):
         assert relative_error(gradient, want) <= FLOOR[dtype], f"d{name}"
+
+
+def test_more_images_than_an_axis_of_the_grid_holds(seed, monkeypatch) -> None:
+    monkeypatch.setattr(forward, "MAX_GRID", 3)
+    query, key, value = (torch.randn(2, 5, 4, 1, 8) for _ in range(3))  # 2 samples of 2 x 2 sub-grids
+    settings = ([2, 2], [1, 1], [2, 2], [False, False], 1.0)
+    forward.plan.cache_clear()
+    with kernels_only():
+        found, _, stats = na2d_forward(query, key, value, None, None, *settings, False)
+        gradients = na2d_backward(found, None, query, key, value, None, None, found, stats, *settings)[:3]
+    forward.plan.cache_clear()
+    exact = [t.double() for t in (query, key, value)]
+    out, _ = reference.na2d(*exact, (2, 2), dilation=(2, 2), scale=1.0)
+    wanted = reference.na2d_backward(out, None, *exact, (2, 2), dilation=(2, 2), scale=1.0)[:3]
+    for result, want in zip((found, *gradients), (out, *wanted), strict=True):
+        assert relative_error(result, want) <= FLOOR[torch.float32]
+
+
+@triton.jit
+def _factor_kernel(x_ptr, y_ptr):
+    at = tl.arange(0, 1024)
+    tl.store(y_ptr + at, forward.factor(tl.load(x_ptr + at), "tf32"))
+
+
+def test_factors_are_rounded_to_tf32(seed) -> None:
+    x = torch.randn(1024) * torch.randn(1024).mul(10).exp()
+    x[0] = float("nan")
+    found = torch.empty(1024)
+    _factor_kernel[(1,)](x, found)
+    assert found[0].isnan()
+    assert ((found[1:].view(torch.int32) & 0x1FFF) == 0).all()
+    error = (found[1:] / x[1:] - 1).double()
+    assert error.abs().max() <= 2**-10 and error.square().mean().sqrt() < 2.5e-4 and error.mean().abs() < 3e-5
 
 
 def test_a_window_of_one_key_returns_the_value(seed) -> None:

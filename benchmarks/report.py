@@ -347,27 +347,34 @@ def _attention(records: Records) -> str:
 
 
 def _kernels_summary(records: Records) -> str:
-    """A line for each operator and pass on one machine."""
-    found = records.of("kernels")
+    """A line for each operator and pass, from the first run that timed the operator."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path, run in records.of("kernels"):
+        for row in run["rows"]:
+            if reading.is_ours(row["contestant"]) and row["status"] == "ok":
+                found.setdefault(row["operator"], (path, run))
     if not found:
         return NOTHING
-    path, run = found[0]
+    several = len(dict(found.values())) > 1
     body = []
-    for operator, direction in reading.distinct(run["rows"], lambda row: (row["operator"], row["pass"])):
-        own = [row for row in run["rows"] if (row["operator"], row["pass"]) == (operator, direction)]
-        which = reading.measure(own)
-        timed = [row for row in own if reading.is_ours(row["contestant"]) and row["status"] == "ok"]
-        ratios = [ratio for row in timed if (ratio := reading.ratio_to_floor(row, which))]
-        rivals = [(row, _rival(own, row, which)) for row in timed]
-        words = [_beside(row, rival, which) for row, rival in rivals if rival]
-        gains = [rival[which]["median"] / row[which]["median"] for row, rival in rivals if rival]
-        span, gain = _span(ratios, ""), _span(gains, "x") + (" as fast" if gains else "")
-        same = sum(word == "same within noise" for word in words)
-        body.append(
-            [f"`{operator}`", direction, str(len(timed)), span, gain + (f", {same} within noise" if same else "")]
-        )
-    head = ["operator", "pass", "cases", "time / floor", "beside the fastest other"]
-    return _joined([_table(head, body, left=2), _source(records, path, run)])
+    for operator, (_, run) in found.items():
+        every = [row for row in run["rows"] if row["operator"] == operator]
+        for direction in reading.distinct(every, lambda row: row["pass"]):
+            own = [row for row in every if row["pass"] == direction]
+            which = reading.measure(own)
+            timed = [row for row in own if reading.is_ours(row["contestant"]) and row["status"] == "ok"]
+            ratios = [ratio for row in timed if (ratio := reading.ratio_to_floor(row, which))]
+            rivals = [(row, _rival(own, row, which)) for row in timed]
+            words = [_beside(row, rival, which) for row, rival in rivals if rival]
+            gains = [rival[which]["median"] / row[which]["median"] for row, rival in rivals if rival]
+            span, gain = _span(ratios, ""), _span(gains, "x") + (" as fast" if gains else "")
+            same = sum(word == "same within noise" for word in words)
+            gain += f", {same} within noise" if same else ""
+            device = [run["environment"]["device"]] if several else []
+            body.append([f"`{operator}`", direction, *device, str(len(timed)), span, gain])
+    head = ["operator", "pass", *(["device"] if several else []), "cases", "time / floor", "beside the fastest other"]
+    sources = [_source(records, path, run) for path, run in dict(found.values()).items()]
+    return _joined([_table(head, body, left=3 if several else 2), *sources])
 
 
 def _span(values: Sequence[float], unit: str) -> str:
@@ -388,7 +395,7 @@ def _kernels(records: Records) -> str:
             parts.append(f"### `{operator}`")
             if name in plots.pictures(run):
                 parts.append(_picture(records, path, run, name, f"Time of {operator} over its floor"))
-            parts += [_kernel_table(own), "\n".join(filter(None, (_notes(own), _lost(own))))]
+            parts += [_kernel_table(own), *_others(own), "\n".join(filter(None, (_notes(own), _lost(own))))]
         parts.append(_source(records, path, run))
     return _joined(parts)
 
@@ -422,6 +429,26 @@ def _kernel_table(rows: Sequence[Row]) -> str:
         "ours is",
     ]
     return _table(head, body, left=2)
+
+
+def _others(rows: Sequence[Row]) -> list[str]:
+    """Every other contestant's time as a multiple of ours, where there are several: a heading and a table."""
+    which = reading.measure(rows)
+    timed = {
+        (r["case"], r["pass"], r["contestant"]): r[which]["median"] for r in rows if r["status"] == "ok" and r[which]
+    }
+    names = [n for n in reading.contestants(rows) if not reading.is_ours(n) and any(key[2] == n for key in timed)]
+    ours = next((name for name in reading.contestants(rows) if reading.is_ours(name)), "")
+    body = []
+    for case, direction in reading.distinct(rows, lambda row: (row["case"], row["pass"])):
+        own = timed.get((case, direction, ours))
+        others = [timed.get((case, direction, name)) for name in names]
+        if own and any(others):
+            short = case.removeprefix(rows[0]["operator"]).strip() or case
+            body.append([short, direction, *(f"{other / own:.2f}x" if other else "" for other in others)])
+    if len(names) < 2 or not body:
+        return []
+    return [f"{MEASURES[which]} of the others, as a multiple of ours:", _table(["case", "pass", *names], body, left=2)]
 
 
 def _notes(rows: Sequence[Row]) -> str:

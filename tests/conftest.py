@@ -58,9 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if config.pluginmanager.hasplugin("xdist"):  # `-n 8 --dist loadgroup`: what fills the memory or takes time, in turn
+    if config.pluginmanager.hasplugin("xdist"):  # -n with --dist loadgroup: what fills the GPU's memory, in turn
         for item in gpu:
-            if item.path.stem not in ("test_gpu_operators", "test_gpu_shapes"):
+            if item.path.stem != "test_gpu_operators":
                 item.add_marker(pytest.mark.xdist_group("in turn"))
     if gpu and not torch.cuda.is_available():
         config.hook.pytest_deselected(items=gpu)

@@ -299,6 +299,28 @@ def test_the_summary_spans_the_cases(clone: Path) -> None:
     assert "| `na2d` | forward | 2 | 1.30 to 3.00 | 0.87x to 4.00x as fast |" in found
 
 
+def test_the_summary_takes_each_operator_from_the_newest_run_that_timed_it(clone: Path) -> None:
+    old, new = made_up_runs.kernels(), made_up_runs.kernels()
+    new["environment"] |= {"date": "2099-01-01T00:00:00+00:00", "device": "a newer GPU"}
+    for found in new["rows"]:
+        if found["operator"] != "na2d":
+            found.update(status="not measured", reason="the budget is spent", gpu_us=None, wall_us=None)
+    put(clone, "old.json", old)
+    put(clone, "new.json", new)
+    text = report.render(block("kernels-summary"), report.recorded(clone / "README.md", clone))
+    assert "| `na2d` | forward | a newer GPU |" in text
+    assert f"| `rms_norm` | forward | {old['environment']['device']} |" in text
+    assert "results/new.json" in text and "results/old.json" in text
+
+
+def test_every_other_contestant_is_a_multiple_of_ours() -> None:
+    found = [row("na2d 1", "ours", 100, 110), row("na2d 1", "flex", 250, 300), row("na2d 1", "natten", 400, 500)]
+    heading, table = report._others(found)
+    assert heading == "GPU time of the others, as a multiple of ours:"
+    assert "| case | pass | flex | natten |" in table and "| 2.50x | 4.00x |" in table
+    assert report._others(found[:2]) == []  # in the table of kernels already
+
+
 def test_attention_that_was_not_timed_has_no_table(clone: Path) -> None:
     run = made_up_runs.scaling()
     for found in run["rows"]:

@@ -60,10 +60,14 @@ def environment() -> dict[str, Any]:
 
 
 def write(path: Path | str, data: dict[str, Any]) -> None:
-    """Writes data as JSON; a reader, or a crash, never meets half a file. Raises ValueError on NaN or infinity."""
+    """Writes data as JSON. Raises ValueError on NaN or infinity."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """A reader, or a crash, never meets half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -42,6 +42,10 @@ def define(
     shapes in place of tensors, 2 per multiply-accumulate.
     """
     LIBRARY.define(name + signature)
+    packet = getattr(torch.ops.hdit_kernels, name)
+    tensors = [
+        i for i, a in enumerate(packet.default._schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
+    ]
 
     def portable(*args: Any) -> Any:
         device = _first_tensor(args).device.type
@@ -62,8 +66,9 @@ def define(
     def on_gpu(*args: Any) -> Any:
         if not triton_available():
             return portable(*args)
-        for argument in args:
-            if isinstance(argument, torch.Tensor) and argument.dtype is torch.float64:
+        for position in tensors:
+            argument = args[position]
+            if argument is not None and argument.dtype is torch.float64:
                 return portable(*args)
         device = args[0].device.index
         if device != torch.cuda.current_device():  # a Triton launch goes to the current device
@@ -74,7 +79,6 @@ def define(
     LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
     LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"hdit_kernels::{name}", fake, lib=LIBRARY)
-    packet = getattr(torch.ops.hdit_kernels, name)
     if flops is not None:
         # The formula sees shapes for tensors and, last, the output's shape, which no formula here needs.
         register_flop_formula(packet)(lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs))
@@ -97,7 +101,11 @@ def vjp(
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd has to see this call; without it the forward operator is called directly."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -107,9 +115,21 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+def autocast_of(tensor: Any) -> torch.dtype | None:
+    """The autocast dtype when autocast is on where `tensor` lies, else None; None also for what is no tensor."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(tensor, torch.Tensor):
+        return None
+    return autocast_dtype(tensor.device.type)
+
+
 def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """`tensor` in the autocast dtype; as autocast itself does, float64 stays as it is."""
-    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+    """`tensor` in the autocast dtype."""
+    return tensor if dtype is None else tensor.to(cast_dtype(tensor.dtype, dtype))
+
+
+def cast_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """What `cast` makes of a dtype; as autocast itself does, float64 stays as it is."""
+    return dtype if autocast is None or dtype == torch.float64 else autocast
 
 
 def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:

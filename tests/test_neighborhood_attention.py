@@ -153,6 +153,27 @@ def test_compiles_whole(seed) -> None:
     )
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiles_whole_for_all_sizes(return_lse, grad, seed) -> None:
+    def call(*tensors):
+        out = na2d(*tensors, (3, 4), return_lse=return_lse)
+        return out if return_lse else (out,)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for height in (6, 7, 9):
+        tensors = qkv_tensors(1, height, height + 4, 2, 8, dtype=torch.float32, grad=grad)
+        wanted, found = call(*tensors), compiled(*tensors)
+        torch.testing.assert_close(found, wanted)
+        if grad:
+            cotangents = [torch.randn_like(t) for t in wanted]
+            torch.testing.assert_close(
+                torch.autograd.grad(found, tensors, cotangents), torch.autograd.grad(wanted, tensors, cotangents)
+            )
+    with pytest.raises(Exception, match="at most the grid"):
+        compiled(*qkv_tensors(1, 2, 6, 2, 8, dtype=torch.float32, grad=grad))
+
+
 def test_autocast(seed) -> None:
     tensors = qkv_tensors(1, 6, 6, 2, 8, dtype=torch.float32)
     qkv = torch.randn(1, 6, 6, 3, 2, 8, requires_grad=True)
@@ -164,6 +185,19 @@ def test_autocast(seed) -> None:
     assert out.dtype == packed.dtype == torch.bfloat16
     gradients = torch.autograd.grad([out.float().sum() + packed.float().sum()], [*tensors, qkv, scale])
     assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_autocast_makes_one_dtype(seed) -> None:
+    query = torch.randn(1, 6, 6, 2, 8)
+    for _ in range(2):  # neither of the two says anything about the other
+        with pytest.raises(TypeError, match="key: expected float32 like query, got bfloat16"):
+            na2d(query, query.bfloat16(), query, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert na2d(query, query.bfloat16(), query, 3).dtype == torch.bfloat16
+            with pytest.raises(TypeError, match="value: expected bfloat16 like query, got float64"):
+                na2d(query, query, query.double(), 3)
+            with pytest.raises(TypeError, match="value: expected bfloat16, float16, float32 or float64, got int32"):
+                na2d(query, query, query.int(), 3)
 
 
 def test_flops(seed) -> None:
@@ -213,9 +247,48 @@ GRID = torch.randn(1, 6, 6, 2, 8)
     ],
 )
 def test_bad_input(change, message) -> None:
-    arguments = dict(query=GRID, key=GRID, value=GRID, kernel_size=3) | change
-    with pytest.raises((TypeError, ValueError), match=message):
-        na2d(**arguments)
+    right = dict(query=GRID, key=GRID, value=GRID, kernel_size=3)
+    na2d(**right)
+    for _ in range(2):  # of which nothing is remembered
+        with pytest.raises((TypeError, ValueError), match=message):
+            na2d(**right | change)
+    na2d(**right)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (dict(kernel_size=3), dict(kernel_size=3.0)),
+        (dict(kernel_size=(3, 3)), dict(kernel_size=(3.0, 3))),
+        (dict(kernel_size=[3, 3]), dict(kernel_size=[3, 3.0])),
+        (dict(kernel_size=3, dilation=1), dict(kernel_size=3, dilation=1.0)),
+        (dict(kernel_size=3, is_causal=False), dict(kernel_size=3, is_causal=0)),
+        (dict(kernel_size=3, is_causal=(True, False)), dict(kernel_size=3, is_causal=(1, 0))),
+    ],
+)
+def test_equal_but_wrong(right, wrong) -> None:
+    """Equal to what was right just now, and of one hash with it, but not of its type."""
+    for _ in range(2):
+        na2d(GRID, GRID, GRID, **right)
+        with pytest.raises((TypeError, ValueError)):
+            na2d(GRID, GRID, GRID, **wrong)
+
+
+def test_one_number_a_tuple_or_a_list() -> None:
+    wanted = na2d(GRID, GRID, GRID, 3)
+    for kernel_size in (3, (3, 3), [3, 3], torch.Size([3, 3])):
+        torch.testing.assert_close(na2d(GRID, GRID, GRID, kernel_size), wanted)
+    kernel_size = [3, 3]
+    na2d(GRID, GRID, GRID, kernel_size)
+    kernel_size[1] = 5
+    torch.testing.assert_close(na2d(GRID, GRID, GRID, kernel_size), na2d(GRID, GRID, GRID, (3, 5)))
+
+
+def test_scale_may_be_a_tensor() -> None:
+    for scale in (0.5, 0.25, 0.5):
+        torch.testing.assert_close(
+            na2d(GRID, GRID, GRID, 3, scale=torch.tensor(scale)), na2d(GRID, GRID, GRID, 3, scale=scale)
+        )
 
 
 @pytest.mark.parametrize(
@@ -229,9 +302,12 @@ def test_bad_input(change, message) -> None:
     ],
 )
 def test_bad_input_to_self_attention(change, message) -> None:
-    arguments = dict(
+    right = dict(
         qkv=torch.randn(1, 6, 6, 3, 2, 8), scale=torch.ones(2),
         theta_y=torch.ones(6, 2, 1), theta_x=torch.ones(6, 2, 1), kernel_size=3,
-    ) | change  # fmt: skip
-    with pytest.raises((TypeError, ValueError), match=message):
-        neighborhood_self_attention(**arguments)
+    )  # fmt: skip
+    neighborhood_self_attention(**right)
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=message):
+            neighborhood_self_attention(**right | change)
+    neighborhood_self_attention(**right)

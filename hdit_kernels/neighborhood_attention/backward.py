@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention import hopper
-from hdit_kernels.neighborhood_attention.configs import dkdv_config, dq_config
+from hdit_kernels.neighborhood_attention.configs import Configure, dkdv_config, dq_config
 from hdit_kernels.neighborhood_attention.forward import (
     LOG2_E,
     aligned,
@@ -72,12 +72,33 @@ def na2d_backward_into(
     """Writes the gradients into dq, dk, dv, which share their strides (slices of one packed tensor, say)."""
     dout, query, key, value = dense(dout), dense(query), dense(key), dense(value)
     dlse = None if dlse is None else dlse.contiguous()
-    if launch.gpu_family(query.device) == "hopper" and hopper.takes(query, key, value, window, dilation):
+    if launch.gpu_family(query.device) == "hopper" and hopper.takes_backward(query, key, value, window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_backward
 
         return hopper_backward.backward_into(
             dq, dk, dv, dout, dlse, query, key, value, out, stats, window, scale, scale * LOG2_E
         )
+    portable_backward_into(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale)
+
+
+def portable_backward_into(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    window: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    configure_dq: Configure = dq_config,
+    configure_dkdv: Configure = dkdv_config,
+) -> None:
+    """As `na2d_backward_into`, by the kernels of this module; all but dq, dk, dv are dense."""
     terms = torch.empty(stats.shape[1:], dtype=torch.int64, device=stats.device)  # from the first kernel to the second
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
     place = (
@@ -86,12 +107,12 @@ def na2d_backward_into(
     )  # fmt: skip
     scales = (scale, scale * LOG2_E, stats.numel() // 2)
     precision = launch.input_precision(query.dtype)
-    grid, integers, constants = plan(dq_config, *place)
+    grid, integers, constants = plan(configure_dq, *place)
     _na2d_dq_kernel[grid](
         dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms, *scales, *integers,
         HAS_DLSE=dlse is not None, PRECISION=precision, **constants,
     )  # fmt: skip
-    grid, integers, constants = plan(dkdv_config, *place)
+    grid, integers, constants = plan(configure_dkdv, *place)
     _na2d_dkdv_kernel[grid](
         dout, query, key, value, terms, stats, dk, dv,
         *scales, *integers, PRECISION=precision, **constants,
@@ -148,17 +169,16 @@ def _na2d_dq_kernel(
     at = offsets(tile_row, tile_column, dilation_y * o_h, dilation_x * o_w, VECTOR, WIDE)
     dout = tl.load(dout_ptr + at[:, None] + dim[None, :], mask=mask, other=0.0)
 
-    token = (unsigned(batch) * height + row) * (width * heads) + (column * heads + head)
+    token = (unsigned(batch) * height + row) * (unsigned(width) * heads) + (column * heads + head)
     at = offsets(tile_row, tile_column, unsigned(width) * dilation_y * heads, dilation_x * heads, 1, WIDE)
     out = tl.load(out_ptr + token * HEAD_DIM + (at[:, None] * HEAD_DIM + dim[None, :]), mask=mask, other=0.0)
     maximum = tl.load(stats_ptr + token + at, mask=is_query, other=0.0)
-    log_total = tl.load(stats_ptr + rows + token + at, mask=is_query, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     dout = factor(dout, PRECISION)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + token + at, mask=is_query, other=0.0)
-    if query_ptr.dtype.element_ty != tl.float32:  # their sum is exact enough
-        maximum += log_total
+    if query_ptr.dtype.element_ty == tl.float32:  # else the first statistic is their sum
+        log_total = tl.load(stats_ptr + rows + token + at, mask=is_query, other=0.0)
     tl.store(terms_ptr + token + at, pair(-maximum, delta), mask=is_query)
 
     low_y, low_x = window_start(first_y, window_y, length_y), window_start(first_x, window_x, length_x)
@@ -257,7 +277,7 @@ def _na2d_dkdv_kernel(
     box_row, box_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
     query_ptr = token_at(query_ptr, batch, head, box_row, box_column, q_b, q_h, q_w, q_n, VECTOR)
     dout_ptr = token_at(dout_ptr, batch, head, box_row, box_column, o_b, o_h, o_w, o_n, VECTOR)
-    token = (unsigned(batch) * height + box_row) * (width * heads) + (box_column * heads + head)
+    token = (unsigned(batch) * height + box_row) * (unsigned(width) * heads) + (box_column * heads + head)
     terms_ptr += token
     stats_ptr += rows + token
     in_box = tl.arange(0, BOX_Y * BOX_X)

@@ -1,13 +1,16 @@
-"""Launch configurations of the neighborhood attention kernels: plain functions of GPU family, dtype, head_dim and
-window.
+"""Launch configurations of the portable neighborhood attention kernels: plain functions of GPU family, dtype, head_dim
+and window. A family that was measured has a table, which `python -m benchmarks tune` writes; every other one has
+configurations that compile and fit everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
+
+from hdit_kernels.neighborhood_attention import configs_hopper
 
 
 class Config(NamedTuple):
@@ -35,45 +38,59 @@ class Config(NamedTuple):
         return -(-rows // self.box_y) * self.box_y * -(-columns // self.box_x) * self.box_x
 
 
+# Of GPU family, dtype, head_dim and window.
+Configure = Callable[[str, torch.dtype, int, Sequence[int]], Config]
+
+# {(bits, head_dim): {window: the fields of a Config}}
+Table = dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int | None]]]
+
+
+def forward_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
+    if family == "hopper":
+        return measured(configs_hopper.FORWARD, dtype, head_dim, window)
+    if dtype == torch.float32:
+        stages = 2 if head_dim <= 64 else 1
+        return fewest_products(window, Config(4, 8, 1, 16, 4, stages), Config(8, 4, 1, 16, 4, stages))
+    return fewest_products(window, Config(8, 8, 2, 16, 4, 2), Config(16, 4, 2, 16, 4, 2), Config(4, 16, 1, 32, 4, 2))
+
+
+def dq_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
+    if family == "hopper":
+        return measured(configs_hopper.DQ, dtype, head_dim, window)
+    return backward_config(dtype, head_dim, window)
+
+
+def dkdv_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
+    if family == "hopper":
+        return measured(configs_hopper.DKDV, dtype, head_dim, window)
+    return backward_config(dtype, head_dim, window)
+
+
+def measured(table: Table, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
+    """Of the entries of the next larger head_dim, that of the next larger window; a rectangle counts by its larger
+    side.
+    """
+    bits = 8 * dtype.itemsize
+    windows = table[bits, next_larger(head_dim, [dim for width, dim in table if width == bits])]
+    return Config(*windows[next_larger(max(window), windows)])
+
+
+def next_larger(number: int, numbers: Collection[int]) -> int:
+    """The smallest of the numbers that is at least the asked one; the largest where none is."""
+    return min((n for n in numbers if n >= number), default=max(numbers))
+
+
+def backward_config(dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
+    if dtype == torch.float32:
+        return fewest_products(window, Config(4, 8, 1, 16, 4, 1), Config(8, 4, 1, 16, 4, 1))
+    stages = 2 if head_dim <= 64 else 1
+    return fewest_products(
+        window, Config(8, 8, 2, 16, 4, stages), Config(16, 4, 2, 16, 4, stages), Config(4, 16, 1, 32, 4, stages)
+    )
+
+
 def fewest_products(window: Sequence[int], *configs: Config) -> Config:
     """Up to window 9 the square tile, whose columns of keys fit into one box; up to 13 the tall one, up to 17 the
     flat.
     """
     return min(configs, key=lambda config: config.products(window))
-
-
-def forward_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
-    if dtype == torch.float32:
-        stages = 2 if head_dim <= 64 else 1
-        return fewest_products(window, Config(4, 8, 1, 16, 4, stages), Config(8, 4, 1, 16, 4, stages))
-    if family == "hopper":
-        limit = 128 if head_dim <= 64 else 168
-        tall = Config(16, 4, 4, 16, 4, 3, limit) if head_dim <= 64 else Config(16, 4, 2, 16, 4, 3, limit)
-        return fewest_products(
-            window, Config(8, 8, 2, 16, 4, 3, limit), tall, Config(4, 16, 1, 32, 4, 3, limit)
-        )  # fmt: skip
-    return fewest_products(window, Config(8, 8, 2, 16, 4, 2), Config(16, 4, 2, 16, 4, 2), Config(4, 16, 1, 32, 4, 2))
-
-
-def dq_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
-    if dtype == torch.float32:
-        return fewest_products(window, Config(4, 8, 1, 16, 4, 1), Config(8, 4, 1, 16, 4, 1))
-    if family == "hopper":
-        stages, limit = (3, 128) if head_dim <= 64 else (2, 168)
-    else:
-        stages, limit = (2 if head_dim <= 64 else 1), None
-    return fewest_products(
-        window,
-        Config(8, 8, 2, 16, 4, stages, limit),
-        Config(16, 4, 2, 16, 4, stages, limit),
-        Config(4, 16, 1, 32, 4, stages, limit),
-    )
-
-
-def dkdv_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
-    config = dq_config(family, dtype, head_dim, window)
-    if family == "hopper" and dtype != torch.float32:
-        if head_dim > 64:
-            return config._replace(num_stages=3, max_registers=255)
-        return config._replace(num_stages=3 if config.tile_y > 8 else 2, max_registers=168)
-    return config._replace(max_registers=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention import hopper
-from hdit_kernels.neighborhood_attention.configs import Config, forward_config
+from hdit_kernels.neighborhood_attention.configs import Configure, forward_config
 
 LOG2_E = math.log2(math.e)
 MAX_GRID = 65535  # programs along any axis but the first
@@ -41,25 +41,39 @@ def na2d_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU.
 
-    Returns out, lse (empty unless return_lse) and the softmax statistics for the backward [2, B, H, W, heads]: the
-    largest logit and the logarithm of the sum of exp(logit − largest), base 2. Two numbers, because at logits of 1e4
-    their sum is only good to 1e-3 in float32. With the fused multiply-add that forward and backward share, the
-    rounding of the largest cancels.
+    Returns out, lse (empty unless return_lse) and the softmax statistics for the backward [2, B, H, W, heads]: in
+    float32 the largest logit and the logarithm of the sum of exp(logit − largest), base 2; in 16 bits their sum, and
+    nothing second. Two numbers, because at logits of 1e4 their sum is only good to 1e-3. With the fused multiply-add
+    that forward and backward share, the rounding of the largest cancels.
     """
     query, key, value = dense(query), dense(key), dense(value)
-    if launch.gpu_family(query.device) == "hopper" and hopper.takes(query, key, value, window, dilation):
+    if launch.gpu_family(query.device) == "hopper" and hopper.takes_forward(query, key, value, window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_forward
 
         return hopper_forward.forward(query, key, value, window, scale * LOG2_E, return_lse)
+    return portable_forward(query, key, value, window, dilation, scale * LOG2_E, return_lse)
+
+
+def portable_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Sequence[int],
+    dilation: Sequence[int],
+    logit_scale: float,
+    return_lse: bool,
+    configure: Configure = forward_config,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `na2d_forward`, by the kernel of this module; inputs are dense."""
     out = query.new_empty(query.shape)
     stats = query.new_empty((2, *query.shape[:-1]), dtype=torch.float32)
     lse = query.new_empty(query.shape[:-1] if return_lse else 0, dtype=torch.float32)
     grid, integers, constants = plan(
-        forward_config, launch.gpu_family(query.device), query.dtype, query.shape,
+        configure, launch.gpu_family(query.device), query.dtype, query.shape,
         (query.stride(), key.stride(), value.stride()), aligned(query, key, value), tuple(window), tuple(dilation),
     )  # fmt: skip
     _na2d_forward_kernel[grid](
-        query, key, value, out, stats, lse, scale * LOG2_E, stats.numel() // 2, *integers,
+        query, key, value, out, stats, lse, logit_scale, stats.numel() // 2, *integers,
         HAS_LSE=return_lse, PRECISION=launch.input_precision(query.dtype), **constants,
     )  # fmt: skip
     return out, lse, stats
@@ -75,7 +89,7 @@ def aligned(*tensors: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    configure: Callable[[str, torch.dtype, int, Sequence[int]], Config],
+    configure: Configure,
     family: str,
     dtype: torch.dtype,
     shape: Sequence[int],
@@ -239,12 +253,16 @@ def _na2d_forward_kernel(
         value_ptr += dilation_x * v_w * (BOX_X * VECTOR)
 
     row, column = residue_y + first_y * dilation_y, residue_x + first_x * dilation_x
-    token = (unsigned(batch) * height + row) * (width * heads) + (column * heads + head)
+    token = (unsigned(batch) * height + row) * (unsigned(width) * heads) + (column * heads + head)
     at = offsets(in_tile // TILE_X, in_tile % TILE_X, unsigned(width) * dilation_y * heads, dilation_x * heads, 1, WIDE)
-    tl.store(stats_ptr + token + at, maximum, mask=is_query)
-    tl.store(stats_ptr + rows + token + at, tl.log2(total), mask=is_query)
+    lse = maximum + tl.log2(total)
+    if query_ptr.dtype.element_ty == tl.float32:
+        tl.store(stats_ptr + token + at, maximum, mask=is_query)
+        tl.store(stats_ptr + rows + token + at, tl.log2(total), mask=is_query)
+    else:
+        tl.store(stats_ptr + token + at, lse, mask=is_query)
     if HAS_LSE:
-        tl.store(lse_ptr + token + at, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_query)
+        tl.store(lse_ptr + token + at, lse * 0.6931471805599453, mask=is_query)
     out = acc * (1.0 / total)[:, None]
     at = at[:, None] * HEAD_DIM + dim[None, :]
     tl.store(out_ptr + token * HEAD_DIM + at, out.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & in_dim)

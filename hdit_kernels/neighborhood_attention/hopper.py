@@ -12,6 +12,7 @@ from torch import Tensor
 
 TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel): 64 rows of a warpgroup's product
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
+WIDEST_STREAMED = 13  # of hopper_backward_13, which has four columns beyond those
 STRIP = 3  # tiles that a program walks down, see tiles_of_a_strip
 LONGEST = 8
 TRITON = ("3.6", "3.7")  # Gluon may change from one version of Triton to the next; others take the portable kernels
@@ -23,29 +24,41 @@ def gluon_known() -> bool:
     return triton.__version__.startswith(tuple(version + "." for version in TRITON))
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether Hopper's kernels take these tensors (on a Hopper GPU), forward and backward alike.
+def takes_forward(query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether Hopper's forward kernels take these tensors (on a Hopper GPU).
 
-    16-bit types, head_dim 32 or 64, windows up to 9x9 without dilation, rows that start at multiples of 16 bytes.
+    16-bit types, no dilation, tokens that start at multiples of 16 bytes; head_dim 32, 64 or 128, windows up to 9x9.
     """
+    return query.shape[-1] in (32, 64, 128) and max(window) <= WIDEST and _takes(query, key, value, dilation)
+
+
+def takes_backward(query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]) -> bool:
+    """The same of the backward kernels: head_dim 32 or 64, windows up to 13x13."""
+    return query.shape[-1] in (32, 64) and max(window) <= WIDEST_STREAMED and _takes(query, key, value, dilation)
+
+
+def _takes(query: Tensor, key: Tensor, value: Tensor, dilation: Sequence[int]) -> bool:
     return (
         query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] in (32, 64)
-        and max(window) <= WIDEST
         and max(dilation) == 1
         and gluon_known()
-        and all(reads_wide(tensor) for tensor in (query, key, value))
+        and aligned(query, key, value)
+        and within_reach(query.shape, (query.stride(), key.stride(), value.stride()))
     )
 
 
-def reads_wide(tensor: Tensor) -> bool:
-    """Whether every token starts at a multiple of 16 bytes and a strip's offsets fit into 32 bits."""
-    row = max(tensor.stride(1), 3 * tensor.stride(2))  # 3: the gradient may be a slice of a packed one
-    return (
-        tensor.data_ptr() % 16 == 0
-        and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
-        and row * TILE * (LONGEST + 3) < 2**31
-    )
+def aligned(*tensors: Tensor) -> bool:
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def within_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> bool:
+    """Whether tokens start at multiples of 8 elements, and the offsets of a strip fit into 32 bits in these tensors and
+    in a packed gradient, whose rows are the longest that are written.
+    """
+    _, _, width, heads, head_dim = shape
+    row = max(3 * width * heads * head_dim, *(step for stride in strides for step in stride[1:3]))
+    return row * TILE * (LONGEST + 3) < 2**31 and all(step % 8 == 0 for stride in strides for step in stride[:-1])
 
 
 def rows_of_next(window: int) -> dict[str, int]:
@@ -58,30 +71,30 @@ def rows_of_next(window: int) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def tiles_of_a_strip(batch: int, height: int, width: int, heads: int) -> int:
-    """How many tiles a program walks down, keeping the rows of keys that the next tile shares.
+def strips_down(columns: int, tiles: int, at_once: int) -> int:
+    """Into how many strips of whole tiles each of the columns of tiles is cut."""
+    for_one_wave = at_once * 132 // columns
+    if for_one_wave and tiles <= LONGEST * for_one_wave:
+        return min(for_one_wave, tiles)
+    return -(-tiles // STRIP)
 
-    Measured on an H100: three are at or within a hundredth of the best; whole short columns gain 2%, and a grid whose
-    strips of eight are all in flight at once gains up to 7%.
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    shape: Sequence[int], strides: Sequence[Sequence[int]], window: Sequence[int], at_once: int
+) -> tuple[tuple[int], list[int], dict[str, Any]]:
+    """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
+
+    at_once: programs that a multiprocessor runs at a time; 0 for programs that take one tile each. Cached, since it costs
+    as much host time as the launch itself.
     """
-    tiles, columns = height // TILE, batch * heads * -(-width // TILE)
-    if tiles % LONGEST == 0 and 132 < tiles // LONGEST * columns <= 3 * 132:
-        return LONGEST
-    return 4 if tiles == 4 else STRIP
-
-
-def strips(batch: int, height: int, width: int, heads: int) -> tuple[int, dict[str, int]]:
-    """Number of programs and their integers: strips of whole tiles, and of what is left of the height one more."""
-    tiles = tiles_of_a_strip(batch, height, width, heads)
-    down, across = -(-(height // TILE) // tiles) + (height % TILE > 0), -(-width // TILE)
-    return batch * heads * down * across, {"tiles": tiles, "strips": down, "tiles_x": across}
-
-
-def strides(*tensors: Tensor) -> list[int]:
-    """In units of eight elements, of all dimensions but the last."""
-    return [stride // 8 for tensor in tensors for stride in tensor.stride()[:-1]]
-
-
-def settings(query: Tensor, window: Sequence[int]) -> dict[str, Any]:
-    """What every launch is given beside pointers and strides."""
-    return {"D": query.shape[-1], "num_warps": 4, **rows_of_next(window[0])}
+    batch, height, width, heads, head_dim = shape
+    tiles_x = -(-width // TILE)
+    whole = height // TILE
+    down = (strips_down(batch * heads * tiles_x, whole, at_once) if at_once else whole) + (height % TILE > 0)
+    integers = [height, width, heads, down, tiles_x, *window]
+    integers += [step // 8 for stride in strides for step in stride[:-1]]
+    constants = {"D": head_dim, "num_warps": 4}
+    if max(window) <= WIDEST:
+        constants |= rows_of_next(window[0])
+    return (batch * heads * down * tiles_x,), integers, constants

@@ -56,33 +56,38 @@ def backward_into(
     scale: float,
     logit_scale: float,
 ) -> None:
-    """As `backward.na2d_backward_into` for what `hopper.takes`, with the statistics of `hopper_forward.forward`."""
-    batch, height, width, heads, _ = query.shape
-    if not hopper.reads_wide(dout):
+    """As `backward.na2d_backward_into` for what `hopper.takes_backward`, with the statistics of `hopper_forward.forward`."""
+    if not (hopper.aligned(dout) and hopper.within_reach(dout.shape, (dout.stride(),))):
         dout = dout.clone(memory_format=torch.contiguous_format)
     delta = stats.new_empty(stats.shape[1:])
-    programs, cut = hopper.strips(batch, height, width, heads)
-    settings = hopper.settings(query, window)
-    strides = hopper.strides(dout, query, key, value, dq)
-    _na2d_hopper_dq_kernel[(programs,)](
+    strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
+    one_tile_each = hopper.plan(query.shape, strides, tuple(window), 0)
+    if max(window) <= hopper.WIDEST:
+        dq_kernel, dkdv_kernel, options = _na2d_hopper_dq_kernel, _na2d_hopper_dkdv_kernel, {}
+        grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 2)
+    else:
+        from hdit_kernels.neighborhood_attention import hopper_backward_13 as of_13
+
+        dq_kernel, dkdv_kernel, options = of_13._na2d_hopper_dq_13_kernel, of_13._na2d_hopper_dkdv_13_kernel, {"maxnreg": 168}
+        grid, integers, constants = one_tile_each
+    dq_kernel[grid](
         dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta, scale, logit_scale,
-        height, width, heads, *cut.values(), *window, *strides, HAS_DLSE=dlse is not None, **settings,
+        *integers, HAS_DLSE=dlse is not None, **constants, **options,
     )  # fmt: skip
-    tiles_y, tiles_x = -(-height // hopper.TILE), cut["tiles_x"]
-    _na2d_hopper_dkdv_kernel[(batch * heads * tiles_y * tiles_x,)](
-        dout, query, key, value, stats, delta, dk, dv, scale, logit_scale,
-        height, width, heads, tiles_y, tiles_x, *window, *strides, maxnreg=168, **settings,
-    )  # fmt: skip
+    grid, integers, constants = one_tile_each
+    dkdv_kernel[grid](
+        dout, query, key, value, stats, delta, dk, dv, scale, logit_scale, *integers, maxnreg=168, **constants
+    )
 
 
 @gluon.jit
-def _dq_box(
+def dq_box(
     dq, q, dout, k, v, lse, delta, scale, key_y, key_x, y, x, top, bottom, width, window_y, window_x,
-    ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr,
+    ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr, WIDTH: gl.constexpr = COLUMNS,
 ):  # fmt: skip
-    """Adds what ROWS rows of keys give to dq; the last product is still under way."""
-    LOGITS: gl.constexpr = product_layout(ROWS * COLUMNS)
-    logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS, LOGITS)
+    """Adds what ROWS rows of WIDTH keys give to dq; the last product is still under way."""
+    LOGITS: gl.constexpr = product_layout(ROWS * WIDTH)
+    logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS, LOGITS, WIDTH)
     logits, lse = gl.broadcast(logits, -gl.convert_layout(lse, gl.SliceLayout(1, LOGITS))[:, None])
     logits, scale = gl.broadcast(logits, gl.convert_layout(scale, gl.SliceLayout(1, LOGITS))[:, None])
     # dout · v − delta: the subtraction is what the product starts from
@@ -97,7 +102,7 @@ def _dq_box(
 @functools.partial(launch.kernel, jit=gluon.jit)
 def _na2d_hopper_dq_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, dlse_ptr, dq_ptr, delta_ptr, scale, logit_scale,
-    height: tl.int32, width: tl.int32, heads: tl.int32, tiles: tl.int32, strips: tl.int32, tiles_x: tl.int32,
+    height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, tiles_x: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
     o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
@@ -112,7 +117,7 @@ def _na2d_hopper_dq_kernel(
     HALF: gl.constexpr = TILE // 2  # rows of a box
     BOX: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, origin, x, count = strip_of_program(height, heads, tiles, strips, tiles_x)
+    batch, head, origin, x, count = strip_of_program(height, heads, strips, tiles_x)
     y, top, bottom = 0, -origin, height - 1 - origin  # rows count from the strip's first query, as in the forward
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)
     key_x = window_start(x, window_x, 0, width - 1)
@@ -177,7 +182,7 @@ def _na2d_hopper_dq_kernel(
 
         dq = gl.zeros([TOKENS, D], gl.float32, ACC)
         for box in gl.static_range(2):
-            dq = _dq_box(
+            dq = dq_box(
                 dq, q_own, dout_own, k_own.slice(box * BOX, BOX), v_own.slice(box * BOX, BOX), lse, delta,
                 exponent_scale, key_y + box * HALF, key_x, y, x, top, bottom, width, window_y, window_x, HALF, ACC,
                 dtype,
@@ -193,13 +198,13 @@ def _na2d_hopper_dq_kernel(
         k_after, v_after = k.index(after), v.index(after)
         ROWS: gl.constexpr = HALF if MORE > HALF else MORE
         for box in gl.static_range(MORE // ROWS):
-            dq = _dq_box(
+            dq = dq_box(
                 dq, q_own, dout_own, k_after.slice(box * BOX, ROWS * COLUMNS), v_after.slice(box * BOX, ROWS * COLUMNS),
                 lse, delta, exponent_scale, key_y + (TILE + box * HALF), key_x, y, x, top, bottom, width, window_y,
                 window_x, ROWS, ACC, dtype,
             )  # fmt: skip
         if LAST:
-            dq = _dq_box(
+            dq = dq_box(
                 dq, q_own, dout_own, k_after.slice(MORE * COLUMNS, LAST * COLUMNS),
                 v_after.slice(MORE * COLUMNS, LAST * COLUMNS), lse, delta, exponent_scale, key_y + (TILE + MORE), key_x,
                 y, x, top, bottom, width, window_y, window_x, LAST, ACC, dtype,
@@ -224,26 +229,28 @@ def last_query(key, window, length):
 
 
 @gluon.jit
-def _copy_numbers(target, pointer, bottom, columns, width, heads, row, ROWS: gl.constexpr):
-    """Starts copying one number of each of ROWS x COLUMNS tokens, as copy_rows copies tokens."""
-    place = gl.arange(0, ROWS * COLUMNS, gl.BlockedLayout([1], [32], [4], [0]))
-    y, x = gl.minimum(row + place // COLUMNS, bottom), gl.minimum(place % COLUMNS, columns - 1)
+def copy_numbers(
+    target, pointer, bottom, columns, width, heads, row, ROWS: gl.constexpr, WIDTH: gl.constexpr = COLUMNS, column=0
+):
+    """Starts copying one number of each of ROWS x WIDTH tokens, as copy_rows copies tokens."""
+    place = gl.arange(0, ROWS * WIDTH, gl.BlockedLayout([1], [32], [4], [0]))
+    y, x = gl.minimum(row + place // WIDTH, bottom), gl.minimum(column + place % WIDTH, columns - 1)
     async_copy.async_copy_global_to_shared(target, pointer + (y * width + x) * heads)
 
 
 @gluon.jit
-def _dkdv_box(
+def dkdv_box(
     dk, dv, k, v, q, dout, lse, delta, scale, query_y, query_x, bottom, columns, y, x, height, width, window_y,
-    window_x, ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr,
+    window_x, ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr, WIDTH: gl.constexpr = COLUMNS,
 ):  # fmt: skip
-    """Adds what ROWS rows of queries give to dk and dv; the last products are still under way. Logits are keys by
+    """Adds what ROWS rows of WIDTH queries give to dk and dv; the last products are still under way. Logits are keys by
     queries: a column is a query, so lse and delta come from shared memory.
     """
-    LOGITS: gl.constexpr = product_layout(ROWS * COLUMNS)
+    LOGITS: gl.constexpr = product_layout(ROWS * WIDTH)
     BY_QUERY: gl.constexpr = gl.SliceLayout(0, LOGITS)
     key = gl.arange(0, TOKENS, gl.SliceLayout(1, LOGITS))
-    place = gl.arange(0, ROWS * COLUMNS, BY_QUERY)
-    row, column = place // COLUMNS, place % COLUMNS
+    place = gl.arange(0, ROWS * WIDTH, BY_QUERY)
+    row, column = place // WIDTH, place % WIDTH
     start_y = gl.where(row <= bottom, window_start(query_y + row, window_y, 0, height - 1), NOWHERE)
     start_x = gl.where(column < columns, window_start(query_x + column, window_x, 0, width - 1), NOWHERE)
     by_row = gl.where(is_within((y + key // TILE)[:, None] - start_y[None, :], window_y), 0.0, float("-inf"))
@@ -340,27 +347,27 @@ def _na2d_hopper_dkdv_kernel(
         )  # fmt: skip
         copy_rows(q0, q_at, 0, 0, bottom, columns, q_h32, q_w32, TILE, COLUMNS, D)
         copy_rows(dout0, dout_at, 0, 0, bottom, columns, o_h32, o_w32, TILE, COLUMNS, D)
-        _copy_numbers(lse0, stats_at, bottom, columns, width, heads, 0, TILE)
-        _copy_numbers(delta0, delta_at, bottom, columns, width, heads, 0, TILE)
+        copy_numbers(lse0, stats_at, bottom, columns, width, heads, 0, TILE)
+        copy_numbers(delta0, delta_at, bottom, columns, width, heads, 0, TILE)
         async_copy.commit_group()
         copy_rows(q1, q_at, TILE, 0, bottom, columns, q_h32, q_w32, MORE, COLUMNS, D)
         copy_rows(dout1, dout_at, TILE, 0, bottom, columns, o_h32, o_w32, MORE, COLUMNS, D)
-        _copy_numbers(lse1, stats_at, bottom, columns, width, heads, TILE, MORE)
-        _copy_numbers(delta1, delta_at, bottom, columns, width, heads, TILE, MORE)
+        copy_numbers(lse1, stats_at, bottom, columns, width, heads, TILE, MORE)
+        copy_numbers(delta1, delta_at, bottom, columns, width, heads, TILE, MORE)
         if LAST:
             q2, dout2, lse2, delta2 = (
                 last_q.index(zero), last_dout.index(zero), last_lse.index(zero), last_delta.index(zero),
             )  # fmt: skip
             copy_rows(q2, q_at, TILE + MORE, 0, bottom, columns, q_h32, q_w32, LAST, COLUMNS, D)
             copy_rows(dout2, dout_at, TILE + MORE, 0, bottom, columns, o_h32, o_w32, LAST, COLUMNS, D)
-            _copy_numbers(lse2, stats_at, bottom, columns, width, heads, TILE + MORE, LAST)
-            _copy_numbers(delta2, delta_at, bottom, columns, width, heads, TILE + MORE, LAST)
+            copy_numbers(lse2, stats_at, bottom, columns, width, heads, TILE + MORE, LAST)
+            copy_numbers(delta2, delta_at, bottom, columns, width, heads, TILE + MORE, LAST)
         async_copy.commit_group()
         async_copy.wait_group(1)
         fence_async_shared()
         k0, v0 = k.index(zero), v.index(zero)
         for box in gl.static_range(TILE // ROWS):
-            dk, dv = _dkdv_box(
+            dk, dv = dkdv_box(
                 dk, dv, k0, v0, q0.slice(box * BOX, BOX), dout0.slice(box * BOX, BOX), lse0.slice(box * BOX, BOX),
                 delta0.slice(box * BOX, BOX), exponent_scale, query_y + box * ROWS, query_x, bottom - box * ROWS,
                 columns, y, x, height, width, window_y, window_x, ROWS, ACC, dtype,
@@ -368,13 +375,13 @@ def _na2d_hopper_dkdv_kernel(
         async_copy.wait_group(0)
         fence_async_shared()
         for box in gl.static_range(MORE // ROWS):
-            dk, dv = _dkdv_box(
+            dk, dv = dkdv_box(
                 dk, dv, k0, v0, q1.slice(box * BOX, BOX), dout1.slice(box * BOX, BOX), lse1.slice(box * BOX, BOX),
                 delta1.slice(box * BOX, BOX), exponent_scale, query_y + (TILE + box * ROWS), query_x,
                 bottom - (TILE + box * ROWS), columns, y, x, height, width, window_y, window_x, ROWS, ACC, dtype,
             )  # fmt: skip
         if LAST:
-            dk, dv = _dkdv_box(
+            dk, dv = dkdv_box(
                 dk, dv, k0, v0, q2, dout2, lse2, delta2, exponent_scale, query_y + (TILE + MORE), query_x,
                 bottom - (TILE + MORE), columns, y, x, height, width, window_y, window_x, LAST, ACC, dtype,
             )  # fmt: skip

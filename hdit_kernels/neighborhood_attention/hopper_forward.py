@@ -30,18 +30,21 @@ COLUMNS = gl.constexpr(16)  # of a row of keys
 def forward(
     query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], logit_scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `forward.na2d_forward` for what `hopper.takes`. Of the statistics only the first plane is written, with lse in
-    base 2: one number is exact enough beside 16-bit results.
-    """
-    batch, height, width, heads, _ = query.shape
+    """As `forward.na2d_forward` for what `hopper.takes_forward`."""
     out = query.new_empty(query.shape)
     stats = query.new_empty((2, *query.shape[:-1]), dtype=torch.float32)
     lse = stats.new_empty(query.shape[:-1] if return_lse else 0)
-    programs, cut = hopper.strips(batch, height, width, heads)
-    _na2d_hopper_forward_kernel[(programs,)](
-        query, key, value, out, stats, lse, logit_scale, height, width, heads, *cut.values(), *window,
-        *hopper.strides(query, key, value), HAS_LSE=return_lse, maxnreg=168, **hopper.settings(query, window),
-    )  # fmt: skip
+    strides = (query.stride(), key.stride(), value.stride())
+    if query.shape[-1] == 128:
+        from hdit_kernels.neighborhood_attention.hopper_forward_128 import _na2d_hopper_forward_128_kernel as kernel
+
+        at_once, options = 2, {}
+    else:
+        kernel, at_once, options = _na2d_hopper_forward_kernel, 3, {"maxnreg": 168}
+    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), at_once)
+    kernel[grid](
+        query, key, value, out, stats, lse, logit_scale, *integers, HAS_LSE=return_lse, **constants, **options
+    )
     return out, lse, stats
 
 
@@ -59,31 +62,34 @@ def row_layout(head_dim):
 
 @gluon.constexpr_function
 def store_layout(head_dim):
-    """Of a tile written 16 bytes a thread, each row by the four lanes that have it in product_layout(head_dim)."""
-    registers = [[0, 1], [0, 2], [0, 4], *([[0, 32]] if head_dim == 64 else []), [8, 0]]
-    lanes, warps = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
+    """Of a tile as it is written, each row by the four lanes that have it in product_layout(head_dim): 16 bytes a thread;
+    at head_dim 128, 8 bytes, whose exchange Triton makes of shuffles, since there is no room left in shared memory.
+    """
+    third, lane = (4, 16) if head_dim < 128 else (16, 4)
+    registers = [[0, 1], [0, 2], [0, third], *([0, n] for n in (32, 64) if n < head_dim), [8, 0]]
+    lanes, warps = [[0, 8], [0, lane], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [hopper.TILE**2, head_dim])
 
 
 @gluon.constexpr_function
 def shared_layout(head_dim):
     """Of tokens in shared memory as products read them, swizzled."""
-    return gl.NVMMASharedLayout(2 * head_dim, 16, 2)
+    return gl.NVMMASharedLayout(min(2 * head_dim, 128), 16, 2)
 
 
 @gluon.jit
 def copy_rows(
     target, pointer, row, top, bottom, columns, stride_h, stride_w, ROWS: gl.constexpr, WIDTH: gl.constexpr,
-    D: gl.constexpr,
+    D: gl.constexpr, column=0,
 ):  # fmt: skip
-    """Starts copying ROWS x WIDTH tokens from `row` on. What is outside (rows before top or after bottom, columns from
-    `columns` on) repeats the nearest token inside: always finite, masked later, and no traffic of its own.
+    """Starts copying ROWS x WIDTH tokens from `row` and `column` on. What is outside (rows before top or after bottom,
+    columns from `columns` on) repeats the nearest token inside: always finite, masked later, and no traffic of its own.
     """
     ROW: gl.constexpr = row_layout(D)
     place = gl.arange(0, ROWS * WIDTH, gl.SliceLayout(1, ROW))
     dim = gl.arange(0, D, gl.SliceLayout(0, ROW))
     y = gl.minimum(gl.maximum(row + place // WIDTH, top), bottom)
-    x = gl.minimum(place % WIDTH, columns - 1)
+    x = gl.minimum(column + place % WIDTH, columns - 1)
     at = (y * stride_h + x * stride_w) * 8
     async_copy.async_copy_global_to_shared(target, pointer + at[:, None] + dim[None, :])
 
@@ -108,17 +114,24 @@ def copy_slot(
 
 
 @gluon.jit
-def strip_of_program(height, heads, tiles, strips, tiles_x):
-    """batch, head, first row, column and number of tiles: strips of whole tiles, then what is left of the height."""
+def strip_of_program(height, heads, strips, tiles_x):
+    """batch, head, first row, column and number of tiles: strips of whole tiles of nearly equal lengths, and one of what
+    is left of the height.
+    """
     pid = gl.program_id(0)
     head = pid % heads  # neighbours in memory run side by side
     pid //= heads
     x = pid % tiles_x * TILE
     pid //= tiles_x
-    tile = pid % strips * tiles
-    count = gl.minimum(tiles, height // TILE - tile)
-    if count <= 0:
-        tile = height // TILE
+    strip = pid % strips
+    tiles = height // TILE
+    whole = strips - (height % TILE > 0).to(gl.int32)
+    count = tiles // gl.maximum(whole, 1)
+    longer = tiles - count * whole
+    tile = strip * count + gl.minimum(strip, longer)
+    if strip < longer:
+        count += 1
+    if strip == whole:
         count = 1
     return (pid // strips).to(gl.int64), head.to(gl.int64), tile * TILE, x, count
 
@@ -137,17 +150,18 @@ def is_within(offset, length):
 
 @gluon.jit
 def penalty(
-    key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS: gl.constexpr, LAYOUT: gl.constexpr
+    key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
+    WIDTH: gl.constexpr = COLUMNS,
 ):  # fmt: skip
-    """[TOKENS, ROWS * COLUMNS]: 0 where the query sees the key, else minus infinity. A product starts from it, so that
+    """[TOKENS, ROWS * WIDTH]: 0 where the query sees the key, else minus infinity. A product starts from it, so that
     masking costs one addition a logit.
     """
     place = gl.arange(0, TOKENS, gl.SliceLayout(1, LAYOUT))
-    key = gl.arange(0, ROWS * COLUMNS, gl.SliceLayout(0, LAYOUT))
+    key = gl.arange(0, ROWS * WIDTH, gl.SliceLayout(0, LAYOUT))
     start_y = window_start(y + place // TILE, window_y, top, bottom)
     start_x = window_start(x + place % TILE, window_x, 0, width - 1)
-    by_row = gl.where(is_within((key_y + key // COLUMNS)[None, :] - start_y[:, None], window_y), 0.0, float("-inf"))
-    by_column = gl.where(is_within((key_x + key % COLUMNS)[None, :] - start_x[:, None], window_x), 0.0, float("-inf"))
+    by_row = gl.where(is_within((key_y + key // WIDTH)[None, :] - start_y[:, None], window_y), 0.0, float("-inf"))
+    by_column = gl.where(is_within((key_x + key % WIDTH)[None, :] - start_x[:, None], window_x), 0.0, float("-inf"))
     return by_row + by_column
 
 
@@ -198,7 +212,7 @@ def store_tile(
 @functools.partial(launch.kernel, jit=gluon.jit)
 def _na2d_hopper_forward_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale,
-    height: tl.int32, width: tl.int32, heads: tl.int32, tiles: tl.int32, strips: tl.int32, tiles_x: tl.int32,
+    height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, tiles_x: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
@@ -210,7 +224,7 @@ def _na2d_hopper_forward_kernel(
     OWN: gl.constexpr = product_layout(TILE * COLUMNS)
     NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, origin, x, count = strip_of_program(height, heads, tiles, strips, tiles_x)
+    batch, head, origin, x, count = strip_of_program(height, heads, strips, tiles_x)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
     y, top, bottom = 0, -origin, height - 1 - origin
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)  # may be before the first row
@@ -229,7 +243,9 @@ def _na2d_hopper_forward_kernel(
     v = gl.allocate_shared_memory(dtype, [2, TILE * COLUMNS, D], SHARED)
     copy_rows(q, query_ptr, y, top, bottom, width - x, q_h, q_w, TILE, TILE, D)
     copy_rows(k.index(0), key_ptr, key_y, top, bottom, columns, k_h, k_w, TILE, COLUMNS, D)
+    async_copy.commit_group()
     copy_slot(k.index(1), key_ptr, key_y + TILE, top, bottom, columns, k_h, k_w, count > 1, MORE, LAST, D)
+    async_copy.commit_group()
     copy_rows(v.index(0), value_ptr, key_y, top, bottom, columns, v_h, v_w, TILE, COLUMNS, D)
     async_copy.commit_group()
     copy_slot(v.index(1), value_ptr, key_y + TILE, top, bottom, columns, v_h, v_w, count > 1, MORE, LAST, D)
@@ -243,9 +259,15 @@ def _na2d_hopper_forward_kernel(
         own, after = tile % 2, (tile + 1) % 2
         own_logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, TILE, OWN)
         more = penalty(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
-        async_copy.wait_group(1)
+        if tile == 0:
+            async_copy.wait_group(3)
+        else:
+            async_copy.wait_group(1)
         fence_async_shared()
         own_logits = warpgroup_mma(q, k.index(own).permute((1, 0)), own_logits, is_async=True)
+        if tile == 0:
+            async_copy.wait_group(2)
+            fence_async_shared()
         more = warpgroup_mma(q, k.index(after).slice(0, MORE * COLUMNS).permute((1, 0)), more, is_async=True)
         if LAST:
             FINAL: gl.constexpr = product_layout(LAST * COLUMNS)
@@ -267,6 +289,9 @@ def _na2d_hopper_forward_kernel(
         numbers = exponentials(own_logits, scale, maximum, OWN)
         total = row_sum(numbers, ACC)
         acc = gl.zeros([TOKENS, D], gl.float32, ACC)
+        if tile == 0:
+            async_copy.wait_group(2)
+            fence_async_shared()
         acc = warpgroup_mma(operand(numbers, dtype, ACC), v.index(own), acc, use_acc=False, is_async=True)
         numbers = exponentials(more, scale, maximum, NEXT)
         total += row_sum(numbers, ACC)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hdit_kernels import reference, registration
+from hdit_kernels import checks, reference, registration
 from hdit_kernels.neighborhood_attention.op import check_window, flops_forward, pair, softmax_stats
 from hdit_kernels.rope import check_packed
 
@@ -42,19 +42,27 @@ def neighborhood_self_attention(
 
     Source: HDiT section 4.2.
     """
+    window = _checked_window(qkv, scale, theta_y, theta_x, kernel_size)
+    qkv = registration.cast(qkv, registration.autocast_of(qkv))
+    if registration.needs_grad(qkv, scale):
+        return _NeighborhoodSelfAttention.apply(qkv, scale, theta_y, theta_x, window, float(eps))
+    return _forward(qkv, scale, theta_y, theta_x, window, float(eps))[0]
+
+
+@checks.remembered
+def _checked_window(
+    qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, kernel_size: int | Sequence[int]
+) -> tuple[int, int]:
     check_packed(qkv, scale, theta_y, theta_x)
     window = pair("kernel_size", kernel_size)
     check_window(qkv.shape[1:3], window)
-    qkv = registration.cast(qkv, registration.autocast_dtype(qkv.device.type))
-    if registration.needs_grad(qkv, scale):
-        return _NeighborhoodSelfAttention.apply(qkv, scale, theta_y, theta_x, [*window], float(eps))
-    return _forward(qkv, scale, theta_y, theta_x, [*window], float(eps))[0]
+    return window
 
 
 class _NeighborhoodSelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, window: list[int], eps: float
+        ctx: Any, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, window: tuple[int, int], eps: float
     ) -> Tensor:
         out, ready, stats = _forward(qkv, scale, theta_y, theta_x, window, eps)
         ctx.save_for_backward(qkv, scale, theta_y, theta_x, ready, out, stats)

@@ -1,0 +1,139 @@
+"""Forward kernel of `na2d` for Hopper GPUs at head_dim 128, in Gluon; the structure is that of `hopper_forward`.
+
+Two slots of keys and two of values would leave room for one program only. Three slots take turns: of a tile, its own
+keys, the next keys and its own values. The next values go where its own keys were, the keys after next where its own
+values were, so that a tile on, each slot has the part of its neighbour.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from hdit_kernels import launch
+from hdit_kernels.neighborhood_attention.hopper_forward import (
+    COLUMNS,
+    TILE,
+    TOKENS,
+    copy_rows,
+    copy_slot,
+    exponentials,
+    in_registers,
+    operand,
+    penalty,
+    product_layout,
+    row_max,
+    row_sum,
+    shared_layout,
+    store_tile,
+    strip_of_program,
+    window_start,
+)
+
+
+@functools.partial(launch.kernel, jit=gluon.jit)
+def _na2d_hopper_forward_128_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale,
+    height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, tiles_x: tl.int32,
+    window_y: tl.int32, window_x: tl.int32,
+    q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
+    k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
+    v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
+    HAS_LSE: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
+):  # fmt: skip
+    SHARED: gl.constexpr = shared_layout(D)
+    ACC: gl.constexpr = product_layout(D)
+    OWN: gl.constexpr = product_layout(TILE * COLUMNS)
+    NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
+    dtype: gl.constexpr = query_ptr.dtype.element_ty
+    batch, head, origin, x, count = strip_of_program(height, heads, strips, tiles_x)
+    # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
+    y, top, bottom = 0, -origin, height - 1 - origin
+    key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)  # may be before the first row
+    key_x = window_start(x, window_x, 0, width - 1)
+    columns = window_start(gl.minimum(x + TILE, width) - 1, window_x, 0, width - 1) + window_x - key_x
+
+    query_ptr += (batch * q_b + head * q_n + origin * q_h + x * q_w) * 8
+    key_ptr += (batch * k_b + head * k_n + origin * k_h + key_x * k_w) * 8
+    value_ptr += (batch * v_b + head * v_n + origin * v_h + key_x * v_w) * 8
+    token = ((batch * height + origin) * width + x) * heads + head
+    q_h, q_w, k_h, k_w, v_h, v_w = (
+        q_h.to(gl.int32), q_w.to(gl.int32), k_h.to(gl.int32), k_w.to(gl.int32), v_h.to(gl.int32), v_w.to(gl.int32),
+    )  # fmt: skip
+    q = gl.allocate_shared_memory(dtype, [TOKENS, D], SHARED)
+    slots = gl.allocate_shared_memory(dtype, [3, TILE * COLUMNS, D], SHARED)
+    copy_rows(q, query_ptr, y, top, bottom, width - x, q_h, q_w, TILE, TILE, D)
+    copy_rows(slots.index(0), key_ptr, key_y, top, bottom, columns, k_h, k_w, TILE, COLUMNS, D)
+    async_copy.commit_group()
+    copy_slot(slots.index(1), key_ptr, key_y + TILE, top, bottom, columns, k_h, k_w, count > 1, MORE, LAST, D)
+    copy_rows(slots.index(2), value_ptr, key_y, top, bottom, columns, v_h, v_w, TILE, COLUMNS, D)
+    async_copy.commit_group()
+
+    place = gl.arange(0, TOKENS, gl.SliceLayout(1, ACC))
+    scale = in_registers(logit_scale, place)
+    for tile in range(count):
+        own_keys, more_keys, own_values = slots.index(tile % 3), slots.index((tile + 1) % 3), slots.index((tile + 2) % 3)
+        own_logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, TILE, OWN)
+        more = penalty(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
+        async_copy.wait_group(1)
+        fence_async_shared()
+        own_logits = warpgroup_mma(q, own_keys.permute((1, 0)), own_logits, is_async=True)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        more = warpgroup_mma(q, more_keys.slice(0, MORE * COLUMNS).permute((1, 0)), more, is_async=True)
+        if LAST:
+            FINAL: gl.constexpr = product_layout(LAST * COLUMNS)
+            last = penalty(key_y + (TILE + MORE), key_x, y, x, top, bottom, width, window_y, window_x, LAST, FINAL)
+            keys = more_keys.slice(MORE * COLUMNS, LAST * COLUMNS)
+            last = warpgroup_mma(q, keys.permute((1, 0)), last, is_async=True)
+            own_logits, more, last = warpgroup_mma_wait(0, deps=[own_logits, more, last])
+            maximum = gl.maximum(gl.maximum(row_max(own_logits, ACC), row_max(more, ACC)), row_max(last, ACC))
+        else:
+            own_logits, more = warpgroup_mma_wait(0, deps=[own_logits, more])
+            maximum = gl.maximum(row_max(own_logits, ACC), row_max(more, ACC))
+        maximum *= scale
+        further = tile + 1 < count
+        copy_slot(own_keys, value_ptr, key_y + TILE, top, bottom, columns, v_h, v_w, further, MORE, LAST, D)
+        if further:
+            copy_rows(q, query_ptr, y + TILE, top, bottom, width - x, q_h, q_w, TILE, TILE, D)
+        async_copy.commit_group()
+
+        numbers = exponentials(own_logits, scale, maximum, OWN)
+        total = row_sum(numbers, ACC)
+        acc = gl.zeros([TOKENS, D], gl.float32, ACC)
+        acc = warpgroup_mma(operand(numbers, dtype, ACC), own_values, acc, use_acc=False, is_async=True)
+        numbers = exponentials(more, scale, maximum, NEXT)
+        total += row_sum(numbers, ACC)
+        left = operand(numbers, dtype, ACC)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        if further:
+            whole = tile + 2 < count
+            copy_slot(own_values, key_ptr, key_y + 2 * TILE, top, bottom, columns, k_h, k_w, whole, MORE, LAST, D)
+        async_copy.commit_group()
+        async_copy.wait_group(1)
+        fence_async_shared()
+        acc = warpgroup_mma(left, own_keys.slice(0, MORE * COLUMNS), acc, is_async=True)
+        if LAST:
+            numbers = exponentials(last, scale, maximum, FINAL)
+            total += row_sum(numbers, ACC)
+            left = operand(numbers, dtype, ACC)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            acc = warpgroup_mma(left, own_keys.slice(MORE * COLUMNS, LAST * COLUMNS), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+
+        inside = (y + place // TILE <= bottom) & (x + place % TILE < width)
+        at = token + (place // TILE * width + place % TILE) * heads
+        lse = maximum + gl.log2(total)
+        gl.store(stats_ptr + at, lse, mask=inside)
+        if HAS_LSE:
+            gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
+        acc *= (1.0 / total)[:, None]
+        store_tile(out_ptr + token * D, acc, y, x, bottom, width, width * heads * (D // 8), heads * (D // 8), dtype, D)
+        token += width.to(gl.int64) * (TILE * heads)
+        y += TILE
+        key_y += TILE

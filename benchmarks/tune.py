@@ -173,13 +173,16 @@ def prepare(entry: Entry, configs: Sequence[Config], device: torch.device) -> di
 
 def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
     """Makes the call of a configuration, on random tensors that all calls share."""
-    from hdit_kernels.neighborhood_attention.backward import portable_backward_into
+    from hdit_kernels.neighborhood_attention.backward import portable_dkdv_into, portable_dq_into
     from hdit_kernels.neighborhood_attention.forward import LOG2_E, portable_forward
 
     shape, dtype = SHAPES[entry.head_dim], DTYPES[entry.bits]
     query, key, value, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     window, dilation, scale = (entry.window, entry.window), (1, 1), entry.head_dim**-0.5
     out, _, stats = portable_forward(query, key, value, window, dilation, scale * LOG2_E, False)
+    terms = portable_dq_into(
+        torch.empty_like(query), dout, query, key, value, None, out, stats, window, dilation, scale
+    )
 
     def launch(config: Config) -> Call:
         def configure(*_: Any) -> Config:  # a function for each configuration: launches are planned once for each
@@ -190,14 +193,19 @@ def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
             found, _, statistics = portable_forward(*arguments, configure=configure)
             return found, statistics[0]
 
-        def backward() -> Sequence[Tensor]:
-            dq, dk, dv = (torch.empty_like(query) for _ in range(3))
-            arguments = dout, None, query, key, value, out, stats, window, dilation, scale
-            configured: Any = {f"configure_{entry.kernel}": configure}
-            portable_backward_into(dq, dk, dv, *arguments, **configured)
-            return dq, dk, dv
+        def dq() -> Sequence[Tensor]:
+            found = torch.empty_like(query)
+            arguments = dout, query, key, value, None, out, stats, window, dilation, scale
+            portable_dq_into(found, *arguments, configure=configure)
+            return (found,)
 
-        return forward if entry.kernel == "forward" else backward
+        def dkdv() -> Sequence[Tensor]:
+            found = torch.empty_like(key), torch.empty_like(value)
+            arguments = dout, query, key, value, terms, stats, window, dilation, scale
+            portable_dkdv_into(*found, *arguments, configure=configure)
+            return found
+
+        return {"forward": forward, "dq": dq, "dkdv": dkdv}[entry.kernel]
 
     return launch
 

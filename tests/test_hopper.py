@@ -20,14 +20,15 @@ def window_start(query: int, window: int, length: int) -> int:
 def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> None:
     """What hopper_forward.strip_of_program computes, for all heights and lengths of strips."""
     boxes = hopper.rows_of_next(window)
-    for height, tiles in itertools.product(range(window, 70), (1, 2, 3, 4, 8)):
-        strips = -(-(height // hopper.TILE) // tiles) + (height % hopper.TILE > 0)
+    for height, length in itertools.product(range(window, 150), (1, 3, 8)):
+        tiles, left = divmod(height, hopper.TILE)
+        whole = hopper.strips_down(1000, tiles, length)
         rows = []
-        for strip in range(strips):
-            tile = strip * tiles
-            count = min(tiles, height // hopper.TILE - tile)
-            if count <= 0:
-                tile, count = height // hopper.TILE, 1
+        for strip in range(whole + (left > 0)):
+            count = tiles // max(whole, 1)
+            longer = tiles - count * whole
+            tile = strip * count + min(strip, longer)
+            count = 1 if strip == whole else count + (strip < longer)
             first = tile * hopper.TILE
             key_y = min(first - window // 2, height - window)
             for y in range(first, first + count * hopper.TILE, hopper.TILE):
@@ -37,8 +38,9 @@ def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> Non
                 low, high = key_y + (y - first), key_y + (y - first) + hopper.TILE + sum(boxes.values())
                 for query in queries:
                     start = window_start(query, window, height)
-                    assert low <= start and start + window <= high, (height, tiles, query)
-        assert rows == list(range(height)), (height, tiles)
+                    assert low <= start and start + window <= high, (height, length, query)
+                assert high - first <= 2 * hopper.LONGEST * hopper.TILE  # what hopper.within_reach relies on
+        assert rows == list(range(height)), (height, length)
 
 
 def test_columns_fit_into_a_row_of_keys() -> None:
@@ -49,53 +51,74 @@ def test_columns_fit_into_a_row_of_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "tiles"),
+    ("shape", "length", "strips"),
     [
-        ((4, 256, 256, 2), 3),
-        ((32, 32, 32, 12), 4),  # columns of four tiles
-        ((1, 256, 256, 2), 8),  # 256 programs, all in flight at once
-        ((1, 64, 64, 2), 3),  # too few of eight tiles to fill the GPU
-        ((1, 5, 9, 1), 3),
+        ((4, 256, 256, 2), 3, 11),
+        ((32, 32, 32, 12), 3, 1),  # columns of four tiles
+        ((1, 256, 256, 2), 3, 4),  # 256 programs of eight tiles, all in flight at once
+        ((1, 64, 64, 2), 3, 3),  # too few of eight tiles to fill the GPU
+        ((4, 128, 128, 8), 8, 2),
+        ((4, 128, 128, 8), 1, 16),
+        ((1, 256, 256, 2), 1, 32),
+        ((1, 8, 9, 1), 3, 1),
+        ((1, 5, 9, 1), 3, 0),
     ],
 )
-def test_tiles_of_a_strip(shape: tuple[int, int, int, int], tiles: int) -> None:
-    assert hopper.tiles_of_a_strip(*shape) == tiles
+def test_strips_down(shape: tuple[int, int, int, int], length: int, strips: int) -> None:
+    batch, height, width, heads = shape
+    assert hopper.strips_down(batch * heads * -(-width // hopper.TILE), height // hopper.TILE, length) == strips
 
 
-def test_programs_of_a_grid() -> None:
-    programs, cut = hopper.strips(2, 37, 29, 3)  # four whole tiles down in one strip, five rows left in another
-    assert cut == {"tiles": 4, "strips": 2, "tiles_x": 4}
-    assert programs == 2 * 3 * 2 * 4
+def test_plan() -> None:
+    """Four whole tiles down in one strip, five rows left in another."""
+    stride = (2**20, 29 * 96, 96, 32, 1)
+    grid, integers, constants = hopper.plan((2, 37, 29, 3, 32), (stride, stride), (7, 5), 3)
+    assert grid == (2 * 3 * 2 * 4,)
+    assert integers == [37, 29, 3, 2, 4, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
+    assert constants == {"D": 32, "num_warps": 4, "MORE": 4, "LAST": 2}
+    assert hopper.plan((2, 37, 29, 3, 32), (stride,), (13, 5), 1)[2] == {"D": 32, "num_warps": 4}
 
 
 @pytest.mark.parametrize(
     ("change", "takes"),
     [
-        ({}, True),
-        ({"window": (9, 3)}, True),
-        ({"window": (10, 3)}, False),
-        ({"dilation": (1, 2)}, False),
-        ({"dtype": torch.float32}, False),
-        ({"head_dim": 32}, True),
-        ({"head_dim": 128}, False),
-        ({"offset": 4}, False),  # 8 bytes off
-        ({"gap": 4}, False),
-        ({"gap": 8}, True),
+        ({}, "forward backward"),
+        ({"window": (9, 3)}, "forward backward"),
+        ({"window": (10, 3)}, "dkdv_13"),
+        ({"window": (3, 13)}, "dkdv_13"),
+        ({"window": (14, 3)}, ""),
+        ({"window": (3, 3), "dilation": (1, 2)}, ""),
+        ({"dtype": torch.float32}, ""),
+        ({"head_dim": 32}, "forward backward"),
+        ({"head_dim": 128}, "forward"),
+        ({"head_dim": 128, "window": (11, 11)}, ""),
+        ({"head_dim": 96}, ""),
+        ({"offset": 4}, ""),  # 8 bytes off
+        ({"gap": 4}, ""),
+        ({"gap": 8}, "forward backward"),
     ],
     ids=str,
 )
-def test_takes(change: dict, takes: bool) -> None:
+def test_takes(change: dict, takes: str) -> None:
     settings = {"window": (7, 7), "dilation": (1, 1), "dtype": torch.bfloat16, "head_dim": 64, "offset": 0, "gap": 0}
     settings |= change
     dim = settings["head_dim"]
-    storage = torch.zeros(settings["offset"] + 9 * 9 * 2 * (dim + settings["gap"]), dtype=settings["dtype"])
-    grid = storage[settings["offset"] :].view(1, 9, 9, 2, -1)[..., :dim]
-    assert hopper.takes(grid, grid, grid, settings["window"], settings["dilation"]) is takes
+    storage = torch.zeros(settings["offset"] + 14 * 14 * 2 * (dim + settings["gap"]), dtype=settings["dtype"])
+    grid = storage[settings["offset"] :].view(1, 14, 14, 2, -1)[..., :dim]
+    found = []
+    for kernel in ("forward", "backward", "dkdv_13"):
+        tensors = (grid,) * (4 if kernel == "dkdv_13" else 3)
+        if getattr(hopper, f"takes_{kernel}")(*tensors, settings["window"], settings["dilation"]):
+            found.append(kernel)
+    assert " ".join(found) == takes
 
 
-def test_offsets_of_a_strip_stay_within_32_bits() -> None:
-    wide = torch.empty(1, 16, 2**20, 2, 64, dtype=torch.bfloat16, device="meta")
-    assert not hopper.takes(wide, wide, wide, (7, 7), (1, 1))
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (0, 2, 1, 3, 4)], ids=str)  # the written rows are as long anyway
+def test_offsets_of_a_strip_stay_within_32_bits(order: tuple[int, ...]) -> None:
+    shape = (1, 2**20, 16, 2, 64) if order[1] == 2 else (1, 16, 2**20, 2, 64)
+    wide = torch.empty(shape, dtype=torch.bfloat16, device="meta").permute(order)
+    assert not hopper.within_reach(wide.shape, wide.stride())
+    assert hopper.within_reach(wide.shape[:2] + (1000,) + wide.shape[3:], wide[:, :, :1000].contiguous().stride())
 
 
 def test_other_versions_of_triton_take_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,5 +126,5 @@ def test_other_versions_of_triton_take_the_portable_kernels(monkeypatch: pytest.
     for version, known in (("3.5.1", False), ("3.6.0", True), ("3.7.1", True), ("3.60.0", False)):
         monkeypatch.setattr("triton.__version__", version)
         hopper.gluon_known.cache_clear()
-        assert hopper.takes(grid, grid, grid, (7, 7), (1, 1)) is known
+        assert hopper.takes_forward(grid, grid, grid, (7, 7), (1, 1)) is known
     hopper.gluon_known.cache_clear()

@@ -8,6 +8,7 @@ clamped windows of more queries end in the tile). Least traffic: q, k, v, out, d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -78,50 +79,86 @@ def na2d_backward_into(
         return hopper_backward.backward_into(
             dq, dk, dv, dout, dlse, query, key, value, out, stats, window, scale, scale * LOG2_E
         )
-    portable_backward_into(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale)
+    tensors = (dout, query, key, value)
+    terms = portable_dq_into(dq, *tensors, dlse, out, stats, window, dilation, scale)
+    if launch.gpu_family(query.device) == "hopper" and hopper.takes_dkdv_13(*tensors, window, dilation):
+        from hdit_kernels.neighborhood_attention import hopper_backward_13
+
+        hopper_backward_13.dkdv_into(dk, dv, *tensors, terms, window, scale, scale * LOG2_E)
+    else:
+        portable_dkdv_into(dk, dv, *tensors, terms, stats, window, dilation, scale)
 
 
-def portable_backward_into(
+def portable_dq_into(
     dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
     dout: Tensor,
-    dlse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    dlse: Tensor | None,
     out: Tensor,
     stats: Tensor,
     window: Sequence[int],
     dilation: Sequence[int],
     scale: float,
-    configure_dq: Configure = dq_config,
-    configure_dkdv: Configure = dkdv_config,
-) -> None:
-    """As `na2d_backward_into`, by the kernels of this module; all but dq, dk, dv are dense."""
-    terms = torch.empty(stats.shape[1:], dtype=torch.int64, device=stats.device)  # from the first kernel to the second
-    strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
-    place = (
-        launch.gpu_family(query.device), query.dtype, query.shape, strides,
-        aligned(dout, query, key, value, dq, dk, dv), tuple(window), tuple(dilation),
-    )  # fmt: skip
-    scales = (scale, scale * LOG2_E, stats.numel() // 2)
-    precision = launch.input_precision(query.dtype)
-    grid, integers, constants = plan(configure_dq, *place)
+    configure: Configure = dq_config,
+) -> Tensor:
+    """Writes the query's gradient by the kernel of this module; all but dq are dense.
+
+    Returns what the second kernel needs of each query and head [B, H, W, heads], int64: the first statistic and delta,
+    two float32 that one load brings.
+    """
+    terms = torch.empty(stats.shape[1:], dtype=torch.int64, device=stats.device)
+    grid, integers, constants = _plan(configure, dq, dout, query, key, value, window, dilation)
     _na2d_dq_kernel[grid](
-        dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms, *scales, *integers,
-        HAS_DLSE=dlse is not None, PRECISION=precision, **constants,
+        dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms,
+        scale, scale * LOG2_E, terms.numel(), *integers,
+        HAS_DLSE=dlse is not None, PRECISION=launch.input_precision(query.dtype), **constants,
     )  # fmt: skip
-    grid, integers, constants = plan(configure_dkdv, *place)
+    return terms
+
+
+def portable_dkdv_into(
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Tensor,
+    stats: Tensor,
+    window: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    configure: Configure = dkdv_config,
+) -> None:
+    """Writes the gradients of key and value, dk and dv, with the terms of `portable_dq_into`."""
+    grid, integers, constants = _plan(configure, dk, dout, query, key, value, window, dilation)
     _na2d_dkdv_kernel[grid](
-        dout, query, key, value, terms, stats, dk, dv,
-        *scales, *integers, PRECISION=precision, **constants,
+        dout, query, key, value, terms, stats, dk, dv, scale, scale * LOG2_E, terms.numel(), *integers,
+        PRECISION=launch.input_precision(query.dtype), **constants,
     )  # fmt: skip
+
+
+def _plan(
+    configure: Configure,
+    gradient: Tensor,
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Sequence[int],
+    dilation: Sequence[int],
+) -> Any:
+    strides = (dout.stride(), query.stride(), key.stride(), value.stride(), gradient.stride())
+    all_aligned = aligned(dout, query, key, value, gradient)
+    family = launch.gpu_family(query.device)
+    return plan(configure, family, query.dtype, query.shape, strides, all_aligned, tuple(window), tuple(dilation))
 
 
 @triton.jit
 def pair(first, second):
-    """Two float32 in one 64-bit integer, so that one load brings both."""
+    """Two float32 in one 64-bit integer."""
     low = first.to(tl.uint32, bitcast=True).to(tl.uint64)
     return (second.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low
 
@@ -179,7 +216,7 @@ def _na2d_dq_kernel(
         delta -= tl.load(dlse_ptr + token + at, mask=is_query, other=0.0)
     if query_ptr.dtype.element_ty == tl.float32:  # else the first statistic is their sum
         log_total = tl.load(stats_ptr + rows + token + at, mask=is_query, other=0.0)
-    tl.store(terms_ptr + token + at, pair(-maximum, delta), mask=is_query)
+    tl.store(terms_ptr + token + at, pair(maximum, delta), mask=is_query)
 
     low_y, low_x = window_start(first_y, window_y, length_y), window_start(first_x, window_x, length_x)
     high_y = window_start(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + window_y
@@ -298,10 +335,10 @@ def _na2d_dkdv_kernel(
             mask = (y < end)[:, None] & in_dim
             q = factor(tl.load(q_ptr + q_at, mask=mask, other=0.0), PRECISION)
             dout = factor(tl.load(o_ptr + o_at, mask=mask, other=0.0), PRECISION)
-            negative, delta = unpair(tl.load(t_ptr + t_at, mask=y + box_y < high_y, other=0))
+            maximum, delta = unpair(tl.load(t_ptr + t_at, mask=y + box_y < high_y, other=0))
 
             products = tl.dot(k, tl.trans(q), column_penalty + penalty(y - first_row, count_y[:, None]), PRECISION)
-            exponent = tl.math.fma(products, logit_scale, negative[None, :])
+            exponent = tl.math.fma(products, logit_scale, -maximum[None, :])
             if query_ptr.dtype.element_ty == tl.float32:
                 exponent -= tl.load(s_ptr + t_at, mask=y + box_y < high_y, other=0.0)[None, :]
             probability = tl.exp2(exponent)

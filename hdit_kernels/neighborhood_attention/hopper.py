@@ -12,9 +12,8 @@ from torch import Tensor
 
 TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel): 64 rows of a warpgroup's product
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
-WIDEST_STREAMED = 13  # of hopper_backward_13, which has four columns beyond those
-STRIP = 3  # tiles that a program walks down, see tiles_of_a_strip
-LONGEST = 8
+WIDEST_STREAMED = 13  # the same of hopper_backward_13, which has four columns beyond those
+LONGEST = 8  # tiles that a program walks down
 TRITON = ("3.6", "3.7")  # Gluon may change from one version of Triton to the next; others take the portable kernels
 
 
@@ -33,8 +32,20 @@ def takes_forward(query: Tensor, key: Tensor, value: Tensor, window: Sequence[in
 
 
 def takes_backward(query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]) -> bool:
-    """The same of the backward kernels: head_dim 32 or 64, windows up to 13x13."""
-    return query.shape[-1] in (32, 64) and max(window) <= WIDEST_STREAMED and _takes(query, key, value, dilation)
+    """The same of `hopper_backward`: head_dim 32 or 64, windows up to 9x9."""
+    return query.shape[-1] in (32, 64) and max(window) <= WIDEST and _takes(query, key, value, dilation)
+
+
+def takes_dkdv_13(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]
+) -> bool:
+    """The same of `hopper_backward_13`: head_dim 32 or 64, windows from there on up to 13x13."""
+    return (
+        query.shape[-1] in (32, 64)
+        and WIDEST < max(window) <= WIDEST_STREAMED
+        and _takes(query, key, value, dilation)
+        and reads_wide(dout)
+    )
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, dilation: Sequence[int]) -> bool:
@@ -42,23 +53,24 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, dilation: Sequence[int]) -
         query.dtype in (torch.bfloat16, torch.float16)
         and max(dilation) == 1
         and gluon_known()
-        and aligned(query, key, value)
-        and within_reach(query.shape, (query.stride(), key.stride(), value.stride()))
+        and reads_wide(query, key, value)
     )
 
 
-def aligned(*tensors: Tensor) -> bool:
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+def reads_wide(*tensors: Tensor) -> bool:
+    """Whether tokens start at multiples of 16 bytes, and a strip's offsets fit into 32 bits."""
+    for tensor in tensors:
+        if tensor.data_ptr() % 16 or not within_reach(tensor.shape, tensor.stride()):
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=4096)
-def within_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> bool:
-    """Whether tokens start at multiples of 8 elements, and the offsets of a strip fit into 32 bits in these tensors and
-    in a packed gradient, whose rows are the longest that are written.
-    """
+def within_reach(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """What `reads_wide` asks of all but the address. A packed gradient has the longest rows of what is written."""
     _, _, width, heads, head_dim = shape
-    row = max(3 * width * heads * head_dim, *(step for stride in strides for step in stride[1:3]))
-    return row * TILE * (LONGEST + 3) < 2**31 and all(step % 8 == 0 for stride in strides for step in stride[:-1])
+    row = max(*stride[1:3], 3 * width * heads * head_dim)
+    return row * TILE * 2 * LONGEST < 2**31 and all(step % 8 == 0 for step in stride[:-1])
 
 
 def rows_of_next(window: int) -> dict[str, int]:
@@ -70,28 +82,29 @@ def rows_of_next(window: int) -> dict[str, int]:
     return {"MORE": more, "LAST": last}
 
 
-@functools.lru_cache(maxsize=4096)
-def strips_down(columns: int, tiles: int, at_once: int) -> int:
-    """Into how many strips of whole tiles each of the columns of tiles is cut."""
-    for_one_wave = at_once * 132 // columns
-    if for_one_wave and tiles <= LONGEST * for_one_wave:
-        return min(for_one_wave, tiles)
-    return -(-tiles // STRIP)
+def strips_down(columns: int, tiles: int, length: int) -> int:
+    """Into how many strips, of about `length` whole tiles each, a column of tiles is cut; `columns` of them in all.
+
+    Longer ones, where all of them are in flight at once and still fill the GPU. Measured on an H100 (the log).
+    """
+    fewest = -(-tiles // LONGEST)
+    if length > 1 and 132 < fewest * columns <= 3 * 132:
+        return fewest
+    return (tiles + length // 2) // length or min(tiles, 1)
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    shape: Sequence[int], strides: Sequence[Sequence[int]], window: Sequence[int], at_once: int
+    shape: Sequence[int], strides: Sequence[Sequence[int]], window: Sequence[int], length: int
 ) -> tuple[tuple[int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
 
-    at_once: programs that a multiprocessor runs at a time; 0 for programs that take one tile each. Cached, since it costs
-    as much host time as the launch itself.
+    length: of a strip, in tiles; 1 for kernels that don't walk. Cached, since it costs as much host time as the launch
+    itself.
     """
     batch, height, width, heads, head_dim = shape
     tiles_x = -(-width // TILE)
-    whole = height // TILE
-    down = (strips_down(batch * heads * tiles_x, whole, at_once) if at_once else whole) + (height % TILE > 0)
+    down = strips_down(batch * heads * tiles_x, height // TILE, length) + (height % TILE > 0)
     integers = [height, width, heads, down, tiles_x, *window]
     integers += [step // 8 for stride in strides for step in stride[:-1]]
     constants = {"D": head_dim, "num_warps": 4}

@@ -56,38 +56,30 @@ def backward_into(
     scale: float,
     logit_scale: float,
 ) -> None:
-    """As `backward.na2d_backward_into` for what `hopper.takes_backward`, with the statistics of `hopper_forward.forward`."""
-    if not (hopper.aligned(dout) and hopper.within_reach(dout.shape, (dout.stride(),))):
+    """As `backward.na2d_backward_into` for what `hopper.takes_backward`."""
+    if not hopper.reads_wide(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     delta = stats.new_empty(stats.shape[1:])
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
-    one_tile_each = hopper.plan(query.shape, strides, tuple(window), 0)
-    if max(window) <= hopper.WIDEST:
-        dq_kernel, dkdv_kernel, options = _na2d_hopper_dq_kernel, _na2d_hopper_dkdv_kernel, {}
-        grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 2)
-    else:
-        from hdit_kernels.neighborhood_attention import hopper_backward_13 as of_13
-
-        dq_kernel, dkdv_kernel, options = of_13._na2d_hopper_dq_13_kernel, of_13._na2d_hopper_dkdv_13_kernel, {"maxnreg": 168}
-        grid, integers, constants = one_tile_each
-    dq_kernel[grid](
+    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 3)
+    _na2d_hopper_dq_kernel[grid](
         dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta, scale, logit_scale,
-        *integers, HAS_DLSE=dlse is not None, **constants, **options,
+        *integers, HAS_DLSE=dlse is not None, **constants,
     )  # fmt: skip
-    grid, integers, constants = one_tile_each
-    dkdv_kernel[grid](
+    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 1)
+    _na2d_hopper_dkdv_kernel[grid](
         dout, query, key, value, stats, delta, dk, dv, scale, logit_scale, *integers, maxnreg=168, **constants
     )
 
 
 @gluon.jit
-def dq_box(
+def _dq_box(
     dq, q, dout, k, v, lse, delta, scale, key_y, key_x, y, x, top, bottom, width, window_y, window_x,
-    ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr, WIDTH: gl.constexpr = COLUMNS,
+    ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    """Adds what ROWS rows of WIDTH keys give to dq; the last product is still under way."""
-    LOGITS: gl.constexpr = product_layout(ROWS * WIDTH)
-    logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS, LOGITS, WIDTH)
+    """Adds what ROWS rows of keys give to dq; the last product is still under way."""
+    LOGITS: gl.constexpr = product_layout(ROWS * COLUMNS)
+    logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS, LOGITS)
     logits, lse = gl.broadcast(logits, -gl.convert_layout(lse, gl.SliceLayout(1, LOGITS))[:, None])
     logits, scale = gl.broadcast(logits, gl.convert_layout(scale, gl.SliceLayout(1, LOGITS))[:, None])
     # dout · v − delta: the subtraction is what the product starts from
@@ -182,7 +174,7 @@ def _na2d_hopper_dq_kernel(
 
         dq = gl.zeros([TOKENS, D], gl.float32, ACC)
         for box in gl.static_range(2):
-            dq = dq_box(
+            dq = _dq_box(
                 dq, q_own, dout_own, k_own.slice(box * BOX, BOX), v_own.slice(box * BOX, BOX), lse, delta,
                 exponent_scale, key_y + box * HALF, key_x, y, x, top, bottom, width, window_y, window_x, HALF, ACC,
                 dtype,
@@ -198,13 +190,13 @@ def _na2d_hopper_dq_kernel(
         k_after, v_after = k.index(after), v.index(after)
         ROWS: gl.constexpr = HALF if MORE > HALF else MORE
         for box in gl.static_range(MORE // ROWS):
-            dq = dq_box(
+            dq = _dq_box(
                 dq, q_own, dout_own, k_after.slice(box * BOX, ROWS * COLUMNS), v_after.slice(box * BOX, ROWS * COLUMNS),
                 lse, delta, exponent_scale, key_y + (TILE + box * HALF), key_x, y, x, top, bottom, width, window_y,
                 window_x, ROWS, ACC, dtype,
             )  # fmt: skip
         if LAST:
-            dq = dq_box(
+            dq = _dq_box(
                 dq, q_own, dout_own, k_after.slice(MORE * COLUMNS, LAST * COLUMNS),
                 v_after.slice(MORE * COLUMNS, LAST * COLUMNS), lse, delta, exponent_scale, key_y + (TILE + MORE), key_x,
                 y, x, top, bottom, width, window_y, window_x, LAST, ACC, dtype,

@@ -1,28 +1,27 @@
-"""Backward kernels of `na2d` for Hopper GPUs and windows from 10 to 13, in Gluon.
+"""dK/dV kernel of `na2d` for Hopper GPUs and windows from 10 to 13, in Gluon.
 
-The parts are those of `hopper_backward`, but what a tile sees, 20 rows of up to 20 columns, is too much for shared
-memory at once. It streams through three slots: rows of 16 columns first, four at a time, then the columns beyond, four
-wide. So a tile's products are with 416 tokens at most, where rows of 32 columns would have 640.
+The parts are those of `hopper_backward`, but the queries that reach a tile of keys, 20 rows of 20 columns or more at
+borders, are too many for shared memory at once. They stream through three slots: rows of 16 columns first, four at a
+time, then the columns beyond, four wide. So a tile's products are with 416 queries, where rows of 32 columns would have
+640. dQ is the portable kernel's, which is faster than one in this manner.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
+import torch
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention.hopper_backward import (
-    copy_numbers,
-    dkdv_box,
-    dq_box,
-    first_query,
-    last_query,
-)
+from hdit_kernels.neighborhood_attention import hopper
+from hdit_kernels.neighborhood_attention.hopper_backward import copy_numbers, dkdv_box, first_query, last_query
 from hdit_kernels.neighborhood_attention.hopper_forward import (
     COLUMNS,
     TILE,
@@ -30,133 +29,40 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
     copy_rows,
     in_registers,
     product_layout,
-    row_layout,
     shared_layout,
     store_tile,
-    window_start,
 )
 
 ROWS = gl.constexpr(4)  # of a slot of 16 columns
-BEYOND = gl.constexpr(4)  # columns beyond the 16
+BEYOND = gl.constexpr(4)  # columns of a slot beyond those, of TALL rows
+TALL = gl.constexpr(8)
 
 
-@gluon.jit
-def _tile_of_program(heads, tiles_y, tiles_x):
-    """batch, head, first row and column"""
-    pid = gl.program_id(0)
-    head = pid % heads  # neighbours in memory run side by side
-    pid //= heads
-    x = pid % tiles_x * TILE
-    pid //= tiles_x
-    return (pid // tiles_y).to(gl.int64), head.to(gl.int64), pid % tiles_y * TILE, x
-
-
-@gluon.jit
-def _copy_keys(
-    k, v, step: gl.constexpr, key_ptr, value_ptr, key_y, top, bottom, columns, k_h, k_w, v_h, v_w, D: gl.constexpr
-):  # fmt: skip
-    """Starts copying the keys and values of a step of dQ: five of 4 x 16, one of 16 x 4, one of 4 x 4."""
-    WIDTH: gl.constexpr = COLUMNS if step < 5 else BEYOND
-    TALL: gl.constexpr = 16 if step == 5 else ROWS
-    row = key_y + (step * ROWS if step < 5 else (step - 5) * 16)
-    column = 0 if step < 5 else COLUMNS
-    slot_k, slot_v = k.index(step % 3).slice(0, TALL * WIDTH), v.index(step % 3).slice(0, TALL * WIDTH)
-    copy_rows(slot_k, key_ptr, row, top, bottom, columns, k_h, k_w, TALL, WIDTH, D, column)
-    copy_rows(slot_v, value_ptr, row, top, bottom, columns, v_h, v_w, TALL, WIDTH, D, column)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _dq_step(
-    dq, q, dout, k, v, step: gl.constexpr, lse, delta, scale, key_y, key_x, x, top, bottom, width, window_y, window_x,
-    ACC: gl.constexpr, dtype: gl.constexpr,
-):  # fmt: skip
-    """Adds what the keys of a step give to dq; the last product is still under way."""
-    WIDTH: gl.constexpr = COLUMNS if step < 5 else BEYOND
-    TALL: gl.constexpr = 16 if step == 5 else ROWS
-    row = key_y + (step * ROWS if step < 5 else (step - 5) * 16)
-    column = key_x + (0 if step < 5 else COLUMNS)
-    slot_k, slot_v = k.index(step % 3).slice(0, TALL * WIDTH), v.index(step % 3).slice(0, TALL * WIDTH)
-    return dq_box(
-        dq, q, dout, slot_k, slot_v, lse, delta, scale, row, column, 0, x, top, bottom, width, window_y, window_x, TALL,
-        ACC, dtype, WIDTH,
+def dkdv_into(
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Tensor,
+    window: Sequence[int],
+    scale: float,
+    logit_scale: float,
+) -> None:
+    """As `backward.portable_dkdv_into` for what `hopper.takes_dkdv_13`."""
+    strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dk.stride())
+    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 1)
+    _na2d_hopper_dkdv_13_kernel[grid](
+        dout, query, key, value, terms.view(torch.float32), dk, dv, scale, logit_scale, *integers, maxnreg=168,
+        **constants,
     )  # fmt: skip
-
-
-@functools.partial(launch.kernel, jit=gluon.jit)
-def _na2d_hopper_dq_13_kernel(
-    dout_ptr, query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, dlse_ptr, dq_ptr, delta_ptr, scale, logit_scale,
-    height: tl.int32, width: tl.int32, heads: tl.int32, tiles_y: tl.int32, tiles_x: tl.int32,
-    window_y: tl.int32, window_x: tl.int32,
-    o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
-    q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
-    k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
-    v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
-    g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
-    HAS_DLSE: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
-    SHARED: gl.constexpr = shared_layout(D)
-    ACC: gl.constexpr = product_layout(D)
-    ROW: gl.constexpr = row_layout(D)
-    dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, origin, x = _tile_of_program(heads, tiles_y, tiles_x)
-    top, bottom = -origin, height - 1 - origin  # rows count from the tile's first, as in the forward
-    key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)
-    key_x = window_start(x, window_x, 0, width - 1)
-    columns = window_start(gl.minimum(x + TILE, width) - 1, window_x, 0, width - 1) + window_x - key_x
-    token = ((batch * height + origin) * width + x) * heads + head
-    query_ptr += (batch * q_b + head * q_n + origin * q_h + x * q_w) * 8
-    dout_ptr += (batch * o_b + head * o_n + origin * o_h + x * o_w) * 8
-    key_ptr += (batch * k_b + head * k_n + origin * k_h + key_x * k_w) * 8
-    value_ptr += (batch * v_b + head * v_n + origin * v_h + key_x * v_w) * 8
-    dq_ptr += (batch * g_b + head * g_n + origin * g_h + x * g_w) * 8
-    q_h, q_w, o_h, o_w, k_h, k_w, v_h, v_w, g_h, g_w = (
-        q_h.to(gl.int32), q_w.to(gl.int32), o_h.to(gl.int32), o_w.to(gl.int32), k_h.to(gl.int32), k_w.to(gl.int32),
-        v_h.to(gl.int32), v_w.to(gl.int32), g_h.to(gl.int32), g_w.to(gl.int32),
-    )  # fmt: skip
-    q = gl.allocate_shared_memory(dtype, [TOKENS, D], SHARED)
-    dout = gl.allocate_shared_memory(dtype, [TOKENS, D], SHARED)
-    k = gl.allocate_shared_memory(dtype, [3, ROWS * COLUMNS, D], SHARED)
-    v = gl.allocate_shared_memory(dtype, [3, ROWS * COLUMNS, D], SHARED)
-    copy_rows(q, query_ptr, 0, top, bottom, width - x, q_h, q_w, TILE, TILE, D)
-    copy_rows(dout, dout_ptr, 0, top, bottom, width - x, o_h, o_w, TILE, TILE, D)
-    for step in gl.static_range(2):
-        _copy_keys(k, v, step, key_ptr, value_ptr, key_y, top, bottom, columns, k_h, k_w, v_h, v_w, D)
-
-    place = gl.arange(0, TOKENS, gl.SliceLayout(1, ACC))
-    at = (gl.minimum(place // TILE, bottom) * width + gl.minimum(place % TILE, width - 1 - x)) * heads
-    lse = gl.load(stats_ptr + token + at)
-    exponent_scale = in_registers(logit_scale, place)
-    row = gl.arange(0, TOKENS, gl.SliceLayout(1, ROW))
-    dim = gl.arange(0, D, gl.SliceLayout(0, ROW))
-    inside = (row // TILE <= bottom) & (x + row % TILE < width)
-    at = (row // TILE * width + row % TILE) * heads
-    out = gl.load(out_ptr + token * D + at[:, None] * D + dim[None, :], mask=inside[:, None], other=0.0)
-    async_copy.wait_group(1)
-    delta = gl.sum(dout.load(ROW).to(gl.float32) * out.to(gl.float32), 1)
-    if HAS_DLSE:
-        delta -= gl.load(dlse_ptr + token + at, mask=inside, other=0.0)
-    gl.store(delta_ptr + token + at, delta, mask=inside)
-    delta = gl.convert_layout(delta, gl.SliceLayout(1, ACC))
-
-    dq = gl.zeros([TOKENS, D], gl.float32, ACC)
-    for step in gl.static_range(7):
-        async_copy.wait_group(1 if step < 6 else 0)
-        fence_async_shared()
-        dq = _dq_step(
-            dq, q, dout, k, v, step, lse, delta, exponent_scale, key_y, key_x, x, top, bottom, width, window_y, window_x,
-            ACC, dtype,
-        )  # fmt: skip
-        if step + 2 < 7:  # the slot of the step before: its products are done
-            _copy_keys(k, v, step + 2, key_ptr, value_ptr, key_y, top, bottom, columns, k_h, k_w, v_h, v_w, D)
-    dq = warpgroup_mma_wait(0, deps=[dq])
-    store_tile(dq_ptr, dq * scale, 0, x, bottom, width, g_h, g_w, dtype, D)
 
 
 @gluon.jit
 def _copy_queries(
-    q, dout, lse, delta, step, steps, rows_of_16, query_ptr, dout_ptr, stats_ptr, delta_ptr, bottom, columns, width,
-    heads, q_h, q_w, o_h, o_w, D: gl.constexpr,
+    q, dout, lse, delta, step, steps, rows_of_16, query_ptr, dout_ptr, terms_ptr, bottom, columns, width, heads, q_h,
+    q_w, o_h, o_w, D: gl.constexpr,
 ):  # fmt: skip
     """Starts copying the queries of a step of dK/dV: 4 x 16 first, then 8 x 4 of the columns beyond, top to bottom."""
     slot = step % 3
@@ -164,10 +70,9 @@ def _copy_queries(
         row = step * ROWS
         copy_rows(q.index(slot), query_ptr, row, 0, bottom, columns, q_h, q_w, ROWS, COLUMNS, D)
         copy_rows(dout.index(slot), dout_ptr, row, 0, bottom, columns, o_h, o_w, ROWS, COLUMNS, D)
-        copy_numbers(lse.index(slot), stats_ptr, bottom, columns, width, heads, row, ROWS)
-        copy_numbers(delta.index(slot), delta_ptr, bottom, columns, width, heads, row, ROWS)
+        copy_numbers(lse.index(slot), terms_ptr, bottom, columns, width, 2 * heads, row, ROWS)
+        copy_numbers(delta.index(slot), terms_ptr + 1, bottom, columns, width, 2 * heads, row, ROWS)
     elif step < steps:
-        TALL: gl.constexpr = 2 * ROWS
         TAKEN: gl.constexpr = TALL * BEYOND
         boxes = gl.cdiv(bottom + 1, TALL)
         row, column = (step - rows_of_16) % boxes * TALL, COLUMNS + (step - rows_of_16) // boxes * BEYOND
@@ -175,14 +80,14 @@ def _copy_queries(
         slot_lse, slot_delta = lse.index(slot).slice(0, TAKEN), delta.index(slot).slice(0, TAKEN)
         copy_rows(slot_q, query_ptr, row, 0, bottom, columns, q_h, q_w, TALL, BEYOND, D, column)
         copy_rows(slot_dout, dout_ptr, row, 0, bottom, columns, o_h, o_w, TALL, BEYOND, D, column)
-        copy_numbers(slot_lse, stats_ptr, bottom, columns, width, heads, row, TALL, BEYOND, column)
-        copy_numbers(slot_delta, delta_ptr, bottom, columns, width, heads, row, TALL, BEYOND, column)
+        copy_numbers(slot_lse, terms_ptr, bottom, columns, width, 2 * heads, row, TALL, BEYOND, column)
+        copy_numbers(slot_delta, terms_ptr + 1, bottom, columns, width, 2 * heads, row, TALL, BEYOND, column)
     async_copy.commit_group()
 
 
 @functools.partial(launch.kernel, jit=gluon.jit)
 def _na2d_hopper_dkdv_13_kernel(
-    dout_ptr, query_ptr, key_ptr, value_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, scale, logit_scale,
+    dout_ptr, query_ptr, key_ptr, value_ptr, terms_ptr, dk_ptr, dv_ptr, scale, logit_scale,
     height: tl.int32, width: tl.int32, heads: tl.int32, tiles_y: tl.int32, tiles_x: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
     o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
@@ -198,7 +103,13 @@ def _na2d_hopper_dkdv_13_kernel(
     HALF: gl.constexpr = ROWS // 2  # rows of a box, as in hopper_backward
     BOX: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, y, x = _tile_of_program(heads, tiles_y, tiles_x)
+    pid = gl.program_id(0)
+    head = (pid % heads).to(gl.int64)
+    pid //= heads
+    x = pid % tiles_x * TILE
+    pid //= tiles_x
+    y = pid % tiles_y * TILE
+    batch = (pid // tiles_y).to(gl.int64)
     low_y, low_x = first_query(y, window_y), first_query(x, window_x)
     bottom = last_query(gl.minimum(y + TILE, height) - 1, window_y, height) - low_y
     columns = last_query(gl.minimum(x + TILE, width) - 1, window_x, width) + 1 - low_x
@@ -206,9 +117,7 @@ def _na2d_hopper_dkdv_13_kernel(
     dout_ptr += (batch * o_b + head * o_n + low_y * o_h + low_x * o_w) * 8
     key_ptr += (batch * k_b + head * k_n + y * k_h + x * k_w) * 8
     value_ptr += (batch * v_b + head * v_n + y * v_h + x * v_w) * 8
-    token = ((batch * height + low_y) * width + low_x) * heads + head
-    stats_ptr += token
-    delta_ptr += token
+    terms_ptr += (((batch * height + low_y) * width + low_x) * heads + head) * 2
     at_gradient = (batch * g_b + head * g_n + y * g_h + x * g_w) * 8
     q_h, q_w, o_h, o_w, k_h, k_w, v_h, v_w, g_h, g_w = (
         q_h.to(gl.int32), q_w.to(gl.int32), o_h.to(gl.int32), o_w.to(gl.int32), k_h.to(gl.int32), k_w.to(gl.int32),
@@ -221,14 +130,14 @@ def _na2d_hopper_dkdv_13_kernel(
     lse = gl.allocate_shared_memory(gl.float32, [3, ROWS * COLUMNS], NUMBERS)
     delta = gl.allocate_shared_memory(gl.float32, [3, ROWS * COLUMNS], NUMBERS)
     rows_of_16 = gl.cdiv(bottom + 1, ROWS)
-    boxes = gl.cdiv(bottom + 1, 2 * ROWS)  # of the columns beyond
+    boxes = gl.cdiv(bottom + 1, TALL)  # of the columns beyond
     steps = rows_of_16 + boxes * gl.cdiv(gl.maximum(columns - COLUMNS, 0), BEYOND)
     copy_rows(k, key_ptr, 0, 0, height - 1 - y, width - x, k_h, k_w, TILE, TILE, D)
     copy_rows(v, value_ptr, 0, 0, height - 1 - y, width - x, v_h, v_w, TILE, TILE, D)
     for step in gl.static_range(2):
         _copy_queries(
-            q, dout, lse, delta, step, steps, rows_of_16, query_ptr, dout_ptr, stats_ptr, delta_ptr, bottom, columns,
-            width, heads, q_h, q_w, o_h, o_w, D,
+            q, dout, lse, delta, step, steps, rows_of_16, query_ptr, dout_ptr, terms_ptr, bottom, columns, width, heads,
+            q_h, q_w, o_h, o_w, D,
         )  # fmt: skip
     exponent_scale = in_registers(logit_scale, gl.arange(0, TOKENS, gl.SliceLayout(1, ACC)))
     dk = gl.zeros([TOKENS, D], gl.float32, ACC)
@@ -246,12 +155,11 @@ def _na2d_hopper_dkdv_13_kernel(
                 bottom - row, columns, y, x, height, width, window_y, window_x, HALF, ACC, dtype,
             )  # fmt: skip
         _copy_queries(
-            q, dout, lse, delta, step + 2, steps, rows_of_16, query_ptr, dout_ptr, stats_ptr, delta_ptr, bottom,
-            columns, width, heads, q_h, q_w, o_h, o_w, D,
+            q, dout, lse, delta, step + 2, steps, rows_of_16, query_ptr, dout_ptr, terms_ptr, bottom, columns, width,
+            heads, q_h, q_w, o_h, o_w, D,
         )  # fmt: skip
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
     for step in range(rows_of_16, steps):
-        TALL: gl.constexpr = 2 * ROWS
         async_copy.wait_group(1)
         fence_async_shared()
         slot = step % 3
@@ -264,8 +172,8 @@ def _na2d_hopper_dkdv_13_kernel(
             ACC, dtype, BEYOND,
         )  # fmt: skip
         _copy_queries(
-            q, dout, lse, delta, step + 2, steps, rows_of_16, query_ptr, dout_ptr, stats_ptr, delta_ptr, bottom,
-            columns, width, heads, q_h, q_w, o_h, o_w, D,
+            q, dout, lse, delta, step + 2, steps, rows_of_16, query_ptr, dout_ptr, terms_ptr, bottom, columns, width,
+            heads, q_h, q_w, o_h, o_w, D,
         )  # fmt: skip
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
     bottom = height - 1 - y

@@ -38,13 +38,12 @@ def forward(
     if query.shape[-1] == 128:
         from hdit_kernels.neighborhood_attention.hopper_forward_128 import _na2d_hopper_forward_128_kernel as kernel
 
-        at_once, options = 2, {}
+        options = {}
     else:
-        kernel, at_once, options = _na2d_hopper_forward_kernel, 3, {"maxnreg": 168}
-    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), at_once)
-    kernel[grid](
-        query, key, value, out, stats, lse, logit_scale, *integers, HAS_LSE=return_lse, **constants, **options
-    )
+        kernel, options = _na2d_hopper_forward_kernel, {"maxnreg": 168}
+    length = 3 if query.shape[-1] == 64 else 8  # measured
+    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), length)
+    kernel[grid](query, key, value, out, stats, lse, logit_scale, *integers, HAS_LSE=return_lse, **constants, **options)
     return out, lse, stats
 
 
@@ -62,10 +61,11 @@ def row_layout(head_dim):
 
 @gluon.constexpr_function
 def store_layout(head_dim):
-    """Of a tile as it is written, each row by the four lanes that have it in product_layout(head_dim): 16 bytes a thread;
-    at head_dim 128, 8 bytes, whose exchange Triton makes of shuffles, since there is no room left in shared memory.
+    """Of a tile as it is written, each row by the four lanes that have it in product_layout(head_dim): 16 bytes a
+    thread at head_dim 64. Else 8, whose exchange Triton makes of shuffles: faster at 32, and at 128 shared memory has
+    no room.
     """
-    third, lane = (4, 16) if head_dim < 128 else (16, 4)
+    third, lane = (4, 16) if head_dim == 64 else (16, 4)
     registers = [[0, 1], [0, 2], [0, third], *([0, n] for n in (32, 64) if n < head_dim), [8, 0]]
     lanes, warps = [[0, 8], [0, lane], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [hopper.TILE**2, head_dim])
@@ -115,8 +115,8 @@ def copy_slot(
 
 @gluon.jit
 def strip_of_program(height, heads, strips, tiles_x):
-    """batch, head, first row, column and number of tiles: strips of whole tiles of nearly equal lengths, and one of what
-    is left of the height.
+    """batch, head, first row, column and number of tiles: strips of whole tiles of nearly equal lengths, and one of
+    what is left of the height.
     """
     pid = gl.program_id(0)
     head = pid % heads  # neighbours in memory run side by side
@@ -150,18 +150,17 @@ def is_within(offset, length):
 
 @gluon.jit
 def penalty(
-    key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
-    WIDTH: gl.constexpr = COLUMNS,
+    key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
-    """[TOKENS, ROWS * WIDTH]: 0 where the query sees the key, else minus infinity. A product starts from it, so that
+    """[TOKENS, ROWS * COLUMNS]: 0 where the query sees the key, else minus infinity. A product starts from it, so that
     masking costs one addition a logit.
     """
     place = gl.arange(0, TOKENS, gl.SliceLayout(1, LAYOUT))
-    key = gl.arange(0, ROWS * WIDTH, gl.SliceLayout(0, LAYOUT))
+    key = gl.arange(0, ROWS * COLUMNS, gl.SliceLayout(0, LAYOUT))
     start_y = window_start(y + place // TILE, window_y, top, bottom)
     start_x = window_start(x + place % TILE, window_x, 0, width - 1)
-    by_row = gl.where(is_within((key_y + key // WIDTH)[None, :] - start_y[:, None], window_y), 0.0, float("-inf"))
-    by_column = gl.where(is_within((key_x + key % WIDTH)[None, :] - start_x[:, None], window_x), 0.0, float("-inf"))
+    by_row = gl.where(is_within((key_y + key // COLUMNS)[None, :] - start_y[:, None], window_y), 0.0, float("-inf"))
+    by_column = gl.where(is_within((key_x + key % COLUMNS)[None, :] - start_x[:, None], window_x), 0.0, float("-inf"))
     return by_row + by_column
 
 

@@ -77,7 +77,8 @@ def _na2d_hopper_forward_128_kernel(
     place = gl.arange(0, TOKENS, gl.SliceLayout(1, ACC))
     scale = in_registers(logit_scale, place)
     for tile in range(count):
-        own_keys, more_keys, own_values = slots.index(tile % 3), slots.index((tile + 1) % 3), slots.index((tile + 2) % 3)
+        own_keys, more_keys = slots.index(tile % 3), slots.index((tile + 1) % 3)
+        own_values = slots.index((tile + 2) % 3)
         own_logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, TILE, OWN)
         more = penalty(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
         async_copy.wait_group(1)

@@ -108,18 +108,14 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The autocast dtype when autocast is on for this device, else None."""
-    if device_type == "meta":  # of which torch.is_autocast_enabled raises
-        return None
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-def autocast_of(tensor: Any) -> torch.dtype | None:
+def autocast_dtype(tensor: Any) -> torch.dtype | None:
     """The autocast dtype when autocast is on where `tensor` lies, else None; None also for what is no tensor."""
     if not torch._C._is_any_autocast_enabled() or not isinstance(tensor, torch.Tensor):
         return None
-    return autocast_dtype(tensor.device.type)
+    device_type = tensor.device.type
+    if device_type == "meta":  # of which torch.is_autocast_enabled raises
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

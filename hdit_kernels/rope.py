@@ -35,7 +35,7 @@ def qk_norm_rope(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, e
     Source: HDiT section 4.2 (cosine similarity attention with learned scale, axial RoPE, Su et al. 2021).
     """
     check_packed(qkv, scale, theta_y, theta_x)
-    qkv = registration.cast(qkv, registration.autocast_dtype(qkv.device.type))
+    qkv = registration.cast(qkv, registration.autocast_dtype(qkv))
     if registration.needs_grad(qkv, scale):
         return _QKNormRope.apply(qkv, scale, theta_y, theta_x, float(eps))
     return _forward(qkv, scale, theta_y, theta_x, float(eps))

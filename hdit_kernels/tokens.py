@@ -38,7 +38,7 @@ def token_merge(x: Tensor, weight: Tensor, patch_size: Sequence[int] = (2, 2)) -
     )
     checks.shape("weight", weight, ["out", h * w * x.shape[3]])
     _check_sizes_and_float64(x, weight)
-    x = registration.cast(x, registration.autocast_dtype(x.device.type))
+    x = registration.cast(x, registration.autocast_dtype(x))
     call = _TokenMerge.apply if registration.needs_grad(x, weight) else _merge_forward
     return call(x, weight, [h, w])
 
@@ -83,7 +83,7 @@ def token_split(
     if skip is not None and fac is not None:
         checks.shape("skip", skip, _split_shape(x.shape, weight.shape, (h, w)))
         checks.shape("fac", fac, [1])
-    dtype = registration.autocast_dtype(x.device.type)
+    dtype = registration.autocast_dtype(x)
     x, skip = registration.cast(x, dtype), None if skip is None else registration.cast(skip, dtype)
     call = _TokenSplit.apply if registration.needs_grad(x, weight, skip, fac) else _split_forward
     return call(x, weight, [h, w], skip, fac)

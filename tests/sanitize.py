@@ -22,13 +22,19 @@ def main() -> None:
         launched.add(self.fn.__name__)
         return launch(self, *args, **kwargs)
 
+    kernels = {k.fn.__name__ for k in kernels_of_the_package() if k.fn.__name__.endswith("_kernel")}
     with mock.patch.object(JITFunction, "run", watch):
-        for name, generate in OPERATORS.items():
-            for case in variants(generate, int(sys.argv[1]), SMALL):
-                run(case, case.call, on_gpu(case.tensors), None)
-                torch.cuda.synchronize()
-                print(f"ran {name}: {case.description}")
-    missed = {k.fn.__name__ for k in kernels_of_the_package() if k.fn.__name__.endswith("_kernel")} - launched
+        for attempt in range(20):  # which kernel takes an attention is drawn with its sizes: again until none is missed
+            for name, generate in OPERATORS.items():
+                if attempt and not name.startswith("na2d"):
+                    continue
+                for case in variants(generate, int(sys.argv[1]) + attempt, SMALL):
+                    run(case, case.call, on_gpu(case.tensors), None)
+                    torch.cuda.synchronize()
+                    print(f"ran {name}: {case.description}")
+            missed = kernels - launched
+            if not missed:
+                break
     if missed:
         sys.exit(f"kernels that no case launched: {sorted(missed)}")
 

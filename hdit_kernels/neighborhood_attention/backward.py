@@ -110,11 +110,9 @@ def portable_dq_into(
     """
     terms = torch.empty(stats.shape[1:], dtype=torch.int64, device=stats.device)
     grid, integers, constants = _plan(configure, dq, dout, query, key, value, window, dilation)
-    _na2d_dq_kernel[grid](
-        dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms,
-        scale, scale * LOG2_E, terms.numel(), *integers,
-        HAS_DLSE=dlse is not None, PRECISION=launch.input_precision(query.dtype), **constants,
-    )  # fmt: skip
+    constants = constants | {"HAS_DLSE": dlse is not None, "PRECISION": launch.input_precision(query.dtype)}
+    tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms)
+    launch.run(_na2d_dq_kernel, grid, tensors, [scale, scale * LOG2_E, terms.numel(), *integers], constants)
     return terms
 
 
@@ -134,10 +132,9 @@ def portable_dkdv_into(
 ) -> None:
     """Writes the gradients of key and value, dk and dv, with the terms of `portable_dq_into`."""
     grid, integers, constants = _plan(configure, dk, dout, query, key, value, window, dilation)
-    _na2d_dkdv_kernel[grid](
-        dout, query, key, value, terms, stats, dk, dv, scale, scale * LOG2_E, terms.numel(), *integers,
-        PRECISION=launch.input_precision(query.dtype), **constants,
-    )  # fmt: skip
+    constants = constants | {"PRECISION": launch.input_precision(query.dtype)}
+    tensors = (dout, query, key, value, terms, stats, dk, dv)
+    launch.run(_na2d_dkdv_kernel, grid, tensors, [scale, scale * LOG2_E, terms.numel(), *integers], constants)
 
 
 def _plan(

@@ -23,6 +23,7 @@ from hdit_kernels.neighborhood_attention.configs import Configure, forward_confi
 
 LOG2_E = math.log2(math.e)
 MAX_GRID = 65535  # programs along any axis but the first
+REACH = 2**31  # of offsets in 32 bits
 LOWEST = tl.constexpr(-3e38)  # where a running maximum starts: finite, so that it can be subtracted
 
 
@@ -72,10 +73,9 @@ def portable_forward(
         configure, launch.gpu_family(query.device), query.dtype, query.shape,
         (query.stride(), key.stride(), value.stride()), aligned(query, key, value), tuple(window), tuple(dilation),
     )  # fmt: skip
-    _na2d_forward_kernel[grid](
-        query, key, value, out, stats, lse, logit_scale, stats.numel() // 2, *integers,
-        HAS_LSE=return_lse, PRECISION=launch.input_precision(query.dtype), **constants,
-    )  # fmt: skip
+    constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
+    numbers = [logit_scale, stats.numel() // 2, *integers]
+    launch.run(_na2d_forward_kernel, grid, (query, key, value, out, stats, lse), numbers, constants)
     return out, lse, stats
 
 
@@ -114,7 +114,7 @@ def plan(
     box_y, box_x = max(config.tile_y, config.box_y), max(config.tile_x, config.box_x)
     steps = [(stride[1] * dilation[0], stride[2] * dilation[1]) for stride in strides]
     steps.append((width * heads * head_dim * dilation[0], heads * head_dim * dilation[1]))  # the output's
-    wide = any(box_y * step_y + box_x * step_x >= 2**31 for step_y, step_x in steps)
+    wide = any(box_y * step_y + box_x * step_x >= REACH for step_y, step_x in steps)
     constants = dict(
         HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector, WIDE=wide,
         TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x, **config.options,

@@ -59,7 +59,7 @@ def na2d(
     the autocast dtype.
     """
     tensors: tuple[Any, ...] = (query, key, value, additional_keys, additional_values)
-    autocast = registration.autocast_of(query)
+    autocast = registration.autocast_dtype(query)
     scale = None if scale is None else float(scale)
     settings = _checked_settings(*tensors, kernel_size, stride, dilation, is_causal, scale, autocast)
     if autocast is not None:

@@ -43,7 +43,7 @@ def neighborhood_self_attention(
     Source: HDiT section 4.2.
     """
     window = _checked_window(qkv, scale, theta_y, theta_x, kernel_size)
-    qkv = registration.cast(qkv, registration.autocast_of(qkv))
+    qkv = registration.cast(qkv, registration.autocast_dtype(qkv))
     if registration.needs_grad(qkv, scale):
         return _NeighborhoodSelfAttention.apply(qkv, scale, theta_y, theta_x, window, float(eps))
     return _forward(qkv, scale, theta_y, theta_x, window, float(eps))[0]

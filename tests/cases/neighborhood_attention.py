@@ -60,7 +60,12 @@ def na2d(
 def na2d_small_windows(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
     """What Hopper's own kernels take: HDiT's windows and head_dims."""
     windows = (1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 9)
-    return na2d(sizes, values, dtype, mixed, windows, dilations=((1, 1),), head_dims=(32, 64, 64))
+    return na2d(sizes, values, dtype, mixed, windows, dilations=((1, 1),), head_dims=(32, 64, 64, 128))
+
+
+def na2d_large_windows(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
+    """What Hopper's dK/dV kernel for larger windows takes."""
+    return na2d(sizes, values, dtype, mixed, (10, 11, 12, 13, 13), dilations=((1, 1),), head_dims=(32, 64))
 
 
 def na2d_large_logits(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
@@ -107,6 +112,7 @@ def neighborhood_self_attention(sizes: random.Random, values: torch.Generator, d
 OPERATORS = {
     "na2d": na2d,
     "na2d_small_windows": na2d_small_windows,
+    "na2d_large_windows": na2d_large_windows,
     "na2d_large_logits": na2d_large_logits,
     "neighborhood_self_attention": neighborhood_self_attention,
 }

@@ -47,6 +47,22 @@ def test_na2d(grid, window, dilation, heads, dim, dtype, seed) -> None:
         assert relative_error(gradient, want) <= FLOOR[dtype], f"d{name}"
 
 
+def test_boxes_that_span_more_than_32_bits(seed, monkeypatch) -> None:
+    monkeypatch.setattr(forward, "REACH", 0)
+    forward.plan.cache_clear()
+    query, key, value = (torch.randn(1, 11, 6, 2, 8) for _ in range(3))
+    settings = ([3, 3], [1, 1], [2, 1], [False, False], 1.0)
+    with kernels_only():
+        found, _, stats = na2d_forward(query, key, value, None, None, *settings, False)
+        gradients = na2d_backward(found, None, query, key, value, None, None, found, stats, *settings)[:3]
+    forward.plan.cache_clear()
+    exact = [t.double() for t in (query, key, value)]
+    out, _ = reference.na2d(*exact, (3, 3), dilation=(2, 1), scale=1.0)
+    wanted = reference.na2d_backward(found.double(), None, *exact, (3, 3), dilation=(2, 1), scale=1.0)[:3]
+    for tensor, want in zip([found, *gradients], [out, *wanted], strict=True):
+        assert relative_error(tensor, want) <= FLOOR[torch.float32]
+
+
 def test_more_images_than_an_axis_of_the_grid_holds(seed, monkeypatch) -> None:
     monkeypatch.setattr(forward, "MAX_GRID", 3)
     query, key, value = (torch.randn(2, 5, 4, 1, 8) for _ in range(3))  # 2 samples of 2 x 2 sub-grids

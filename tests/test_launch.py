@@ -1,0 +1,112 @@
+"""launch.run: which launches take the kernel that an earlier one compiled. On a GPU: test_gpu_operators.py."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the launchers need Triton: install the extra [test] on Linux")
+
+from hdit_kernels import launch  # noqa: E402 (imports triton)
+
+
+class Compiled:
+    """Stands for what Triton compiled: launches take all arguments in order, constants included."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *args: self.calls.append(("again", grid, args))
+
+
+class Kernel:
+    arg_names = ("x_ptr", "n", "B", "A")
+
+    def __init__(self, compiles: bool = True) -> None:
+        self.calls: list[Any] = []
+        self.compiles = compiles
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def first(*args: Any, **constants: Any) -> Any:
+            self.calls.append(("first", grid, args, constants))
+            return Compiled(self.calls) if self.compiles else None
+
+        return first
+
+
+@pytest.fixture(autouse=True)
+def empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
+
+
+def aligned(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.zeros(64, dtype=dtype)
+    return x[-x.data_ptr() % 16 // x.itemsize :]
+
+
+def test_the_second_launch_takes_what_the_first_compiled() -> None:
+    kernel, x, y = Kernel(), aligned(), aligned()
+    launch.run(kernel, (2, 1, 1), [x], [7], {"A": 1, "B": 2, "num_warps": 4})
+    launch.run(kernel, (3, 1, 1), [y], [8], {"A": 1, "B": 2, "num_warps": 4})
+    first, again = kernel.calls
+    assert first == ("first", (2, 1, 1), (x, 7), {"A": 1, "B": 2, "num_warps": 4})
+    assert (
+        again[:2] == ("again", (3, 1, 1)) and again[2][0] is y and again[2][1:] == (8, 2, 1)
+    )  # in the order of arguments
+
+
+def test_what_decides_about_a_kernel_decides_here() -> None:
+    kernel, constants = Kernel(), {"A": 1, "B": 2, "num_warps": 4}
+    for x, changed in [
+        (aligned(), {}),
+        (aligned(torch.float16), {}),
+        (aligned(), {"A": 3}),
+        (aligned(), {"num_warps": 8}),
+    ]:
+        launch.run(kernel, (1, 1, 1), [x], [7], constants | changed)
+    launch.run(Kernel(), (1, 1, 1), [aligned()], [7], constants)
+    assert [call[0] for call in kernel.calls] == ["first"] * 4
+
+
+def test_unaligned_tensors_are_left_to_triton() -> None:
+    kernel = Kernel()
+    for x in (aligned(), aligned()[1:], aligned()[1:]):
+        launch.run(kernel, (1, 1, 1), [x], [7], {"A": 1, "B": 2})
+    assert [call[0] for call in kernel.calls] == ["first"] * 3
+
+
+def test_the_interpreter_compiles_nothing() -> None:
+    kernel = Kernel(compiles=False)
+    for _ in range(2):
+        launch.run(kernel, (1, 1, 1), [aligned()], [7], {"A": 1, "B": 2})
+    assert [call[0] for call in kernel.calls] == ["first"] * 2
+
+
+def test_na2d_kernels_take_constants_last() -> None:
+    """As launch.run hands them over."""
+    from hdit_kernels.neighborhood_attention import (
+        backward,
+        forward,
+        hopper_backward,
+        hopper_backward_13,
+        hopper_forward,
+        hopper_forward_128,
+    )
+
+    found = 0
+    for module in (backward, forward, hopper_backward, hopper_backward_13, hopper_forward, hopper_forward_128):
+        for name, kernel in vars(module).items():
+            if name.startswith("_na2d") and name.endswith("_kernel"):
+                found += 1
+                parameters = inspect.signature(kernel.fn).parameters.values()
+                constant = ["constexpr" in str(p.annotation) for p in parameters]
+                assert constant == sorted(constant), name
+                assert [p.name.endswith("_ptr") for p in parameters] == sorted(
+                    (p.name.endswith("_ptr") for p in parameters), reverse=True
+                ), name
+    assert found == 8

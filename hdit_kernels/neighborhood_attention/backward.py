@@ -44,9 +44,9 @@ def na2d_backward(
     out: Tensor,
     stats: Tensor,
     window: Sequence[int],
-    stride: Sequence[int],
+    stride: Sequence[int] | None,
     dilation: Sequence[int],
-    causal: Sequence[bool],
+    causal: Sequence[bool] | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU."""

@@ -34,9 +34,9 @@ def na2d_forward(
     add_k: None,
     add_v: None,
     window: Sequence[int],
-    stride: Sequence[int],
+    stride: Sequence[int] | None,
     dilation: Sequence[int],
-    causal: Sequence[bool],
+    causal: Sequence[bool] | None,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:

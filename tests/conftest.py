@@ -3,11 +3,12 @@ test_interpreter.py in processes of their own), ahead-of-time compilation (test_
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def pytest_testnodedown(node: Any) -> None:
     for section, operators in json.loads(getattr(node, "workeroutput", {}).get("record", "{}")).items():
         for operator, kinds in operators.items():
             seen.setdefault(section, {}).setdefault(operator, {}).update(kinds)
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A worker beside others keeps no GPU memory that its last test is done with."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -43,17 +43,19 @@ def run(
     """function[grid](*tensors, *numbers, **constants) of a `kernel`, with less time on the host.
 
     Triton looks at every argument of every launch for what it has compiled, which takes longer than the launch. Of
-    these kernels only tensors' types, whether they are at multiples of 16 bytes, and constants decide.
+    these kernels only tensors' types, whether they are at multiples of 16 bytes, and constants decide. Addresses in
+    place of tensors spare it a question to the driver for each.
     """
-    types = [tensor.dtype if tensor.data_ptr() % 16 == 0 else None for tensor in tensors]
-    if None in types:  # so rare that Triton may look for it
-        function[grid](*tensors, *numbers, **constants)
-        return
-    key = (id(function), tensors[0].device, *types, *constants.values())
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    for address in addresses:
+        if address % 16:  # so rare that Triton may look for it
+            function[grid](*tensors, *numbers, **constants)
+            return
+    key = (id(function), tensors[0].device, *[tensor.dtype for tensor in tensors], *constants.values())
     found = _compiled.get(key)
     if found is not None:
         compiled, values = found
-        compiled[grid](*tensors, *numbers, *values)
+        compiled[grid](*addresses, *numbers, *values)
         return
     compiled = function[grid](*tensors, *numbers, **constants)
     if isinstance(compiled, CompiledKernel):  # not in the interpreter

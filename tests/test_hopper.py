@@ -18,17 +18,16 @@ def window_start(query: int, window: int, length: int) -> int:
 
 @pytest.mark.parametrize("window", range(1, hopper.WIDEST + 1))
 def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> None:
-    """What hopper_forward.strip_of_program computes, for all heights and lengths of strips."""
+    """What hopper_forward.strip_of_program makes of a plan, for all heights and lengths of strips."""
     boxes = hopper.rows_of_next(window)
     for height, length in itertools.product(range(window, 150), (1, 3, 8)):
-        tiles, left = divmod(height, hopper.TILE)
-        whole = hopper.strips_down(1000, tiles, length)
+        shape = (1, height, 8 * 1000, 1, 64)
+        (_, programs, _), integers, _ = hopper.plan(shape, (), (window, window), length)
+        strips, shortest, longer = integers[3:6]
         rows = []
-        for strip in range(whole + (left > 0)):
-            count = tiles // max(whole, 1)
-            longer = tiles - count * whole
-            tile = strip * count + min(strip, longer)
-            count = 1 if strip == whole else count + (strip < longer)
+        for strip in range(programs):
+            tile = strip * shortest + min(strip, longer)
+            count = 1 if strip == strips else shortest + (strip < longer)
             first = tile * hopper.TILE
             key_y = min(first - window // 2, height - window)
             for y in range(first, first + count * hopper.TILE, hopper.TILE):
@@ -73,8 +72,8 @@ def test_plan() -> None:
     """Four whole tiles down in one strip, five rows left in another."""
     stride = (2**20, 29 * 96, 96, 32, 1)
     grid, integers, constants = hopper.plan((2, 37, 29, 3, 32), (stride, stride), (7, 5), 3)
-    assert grid == (2 * 3 * 2 * 4,)
-    assert integers == [37, 29, 3, 2, 4, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
+    assert grid == (3 * 4, 2, 2)
+    assert integers == [37, 29, 3, 1, 4, 0, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
     assert constants == {"D": 32, "num_warps": 4, "MORE": 4, "LAST": 2}
     assert hopper.plan((2, 37, 29, 3, 32), (stride,), (13, 5), 1)[2] == {"D": 32, "num_warps": 4}
 

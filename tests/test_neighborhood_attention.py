@@ -123,12 +123,20 @@ def test_opcheck(seed) -> None:
     tensors = qkv_tensors(1, 5, 6, 2, 8, dtype=torch.float32, grad=False)
     arguments = ([3, 3], [1, 1], [1, 1], [False, False], 0.3)
     ops = torch.ops.hdit_kernels
-    torch.library.opcheck(ops.na2d_forward.default, (*tensors, None, None, *arguments, True))
-    out, lse, stats = ops.na2d_forward(*tensors, None, None, *arguments, True)
+    for dtype, return_lse, save_stats in (
+        (torch.float32, True, True),
+        (torch.float16, False, True),
+        (torch.float32, True, False),
+    ):
+        cast = [t.to(dtype) for t in tensors]
+        torch.library.opcheck(ops.na2d_forward.default, (*cast, None, None, *arguments, return_lse, save_stats))
+    out, lse, stats = ops.na2d_forward(*tensors, None, None, *arguments, True, True)
     torch.library.opcheck(ops.na2d_backward.default, (out, lse, *tensors, None, None, out, stats, *arguments))
     qkv, angles = torch.stack(tensors, 3), (torch.ones(2), torch.randn(5, 2, 1), torch.randn(6, 2, 1))
-    torch.library.opcheck(ops.neighborhood_self_attention_forward.default, (qkv, *angles, [3, 3], 1e-6))
-    saved = ops.neighborhood_self_attention_forward(qkv, *angles, [3, 3], 1e-6)
+    for dtype, save_stats in ((torch.float32, True), (torch.float16, True), (torch.float32, False)):
+        arguments = (qkv.to(dtype), *angles, [3, 3], 1e-6, save_stats)
+        torch.library.opcheck(ops.neighborhood_self_attention_forward.default, arguments)
+    saved = ops.neighborhood_self_attention_forward(qkv, *angles, [3, 3], 1e-6, True)
     torch.library.opcheck(
         ops.neighborhood_self_attention_backward.default,
         (saved[0], qkv, *angles, saved[1], saved[0], saved[2], [3, 3], 1e-6),

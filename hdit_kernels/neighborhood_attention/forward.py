@@ -20,6 +20,7 @@ from torch import Tensor
 from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention import hopper
 from hdit_kernels.neighborhood_attention.configs import Configure, forward_config
+from hdit_kernels.neighborhood_attention.op import stats_shape
 
 LOG2_E = math.log2(math.e)
 MAX_GRID = 65535  # programs along any axis but the first
@@ -39,20 +40,21 @@ def na2d_forward(
     causal: Sequence[bool] | None,
     scale: float,
     return_lse: bool,
+    save_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU.
 
-    Returns out, lse (empty unless return_lse) and the softmax statistics for the backward [2, B, H, W, heads]: in
-    float32 the largest logit and the logarithm of the sum of exp(logit − largest), base 2; in 16 bits their sum, and
-    nothing second. Two numbers, because at logits of 1e4 their sum is only good to 1e-3. With the fused multiply-add
-    that forward and backward share, the rounding of the largest cancels.
+    Returns out, lse (empty unless return_lse) and the softmax statistics for the backward (empty unless save_stats): in
+    float32 [2, B, H, W, heads], the largest logit and the logarithm of the sum of exp(logit − largest), base 2; in 16
+    bits [1, B, H, W, heads], their sum. Two numbers, because at logits of 1e4 their sum is only good to 1e-3. With the
+    fused multiply-add that forward and backward share, the rounding of the largest cancels.
     """
     query, key, value = dense(query), dense(key), dense(value)
     if launch.gpu_family(query.device) == "hopper" and hopper.takes_forward(query, key, value, window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_forward
 
-        return hopper_forward.forward(query, key, value, window, scale * LOG2_E, return_lse)
-    return portable_forward(query, key, value, window, dilation, scale * LOG2_E, return_lse)
+        return hopper_forward.forward(query, key, value, window, scale * LOG2_E, return_lse, save_stats)
+    return portable_forward(query, key, value, window, dilation, scale * LOG2_E, return_lse, save_stats)
 
 
 def portable_forward(
@@ -63,20 +65,31 @@ def portable_forward(
     dilation: Sequence[int],
     logit_scale: float,
     return_lse: bool,
+    save_stats: bool,
     configure: Configure = forward_config,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `na2d_forward`, by the kernel of this module; inputs are dense."""
-    out = query.new_empty(query.shape)
-    stats = query.new_empty((2, *query.shape[:-1]), dtype=torch.float32)
-    lse = query.new_empty(query.shape[:-1] if return_lse else 0, dtype=torch.float32)
+    out, lse, stats = empty_results(query, return_lse, save_stats)
     grid, integers, constants = plan(
         configure, launch.gpu_family(query.device), query.dtype, query.shape,
         (query.stride(), key.stride(), value.stride()), aligned(query, key, value), tuple(window), tuple(dilation),
     )  # fmt: skip
-    constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
-    numbers = [logit_scale, stats.numel() // 2, *integers]
+    constants = constants | {
+        "HAS_LSE": return_lse,
+        "HAS_STATS": save_stats,
+        "PRECISION": launch.input_precision(query.dtype),
+    }
+    numbers = [logit_scale, query.shape[:-1].numel(), *integers]
     launch.run(_na2d_forward_kernel, grid, (query, key, value, out, stats, lse), numbers, constants)
     return out, lse, stats
+
+
+def empty_results(query: Tensor, return_lse: bool, save_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `na2d_forward` returns, to be filled."""
+    tokens = query.shape[:-1]
+    lse = query.new_empty(tokens if return_lse else 0, dtype=torch.float32)
+    stats = lse.new_empty(stats_shape(tokens, query.dtype) if save_stats else 0)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), lse, stats
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -194,7 +207,7 @@ def _na2d_forward_kernel(
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr,
-    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LSE: tl.constexpr, HAS_STATS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
@@ -256,11 +269,12 @@ def _na2d_forward_kernel(
     token = (unsigned(batch) * height + row) * (unsigned(width) * heads) + (column * heads + head)
     at = offsets(in_tile // TILE_X, in_tile % TILE_X, unsigned(width) * dilation_y * heads, dilation_x * heads, 1, WIDE)
     lse = maximum + tl.log2(total)
-    if query_ptr.dtype.element_ty == tl.float32:
-        tl.store(stats_ptr + token + at, maximum, mask=is_query)
-        tl.store(stats_ptr + rows + token + at, tl.log2(total), mask=is_query)
-    else:
-        tl.store(stats_ptr + token + at, lse, mask=is_query)
+    if HAS_STATS:
+        if query_ptr.dtype.element_ty == tl.float32:
+            tl.store(stats_ptr + token + at, maximum, mask=is_query)
+            tl.store(stats_ptr + rows + token + at, tl.log2(total), mask=is_query)
+        else:
+            tl.store(stats_ptr + token + at, lse, mask=is_query)
     if HAS_LSE:
         tl.store(lse_ptr + token + at, lse * 0.6931471805599453, mask=is_query)
     out = acc * (1.0 / total)[:, None]

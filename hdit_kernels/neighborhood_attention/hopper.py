@@ -68,7 +68,9 @@ def reads_wide(*tensors: Tensor) -> bool:
 @functools.lru_cache(maxsize=4096)
 def within_reach(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """What `reads_wide` asks of all but the address. A packed gradient has the longest rows of what is written."""
-    _, _, width, heads, head_dim = shape
+    batch, height, width, heads, head_dim = shape
+    if max(batch, height // TILE + 1) > 65535:  # programs along an axis of the grid
+        return False
     row = max(*stride[1:3], 3 * width * heads * head_dim)
     return row * TILE * 2 * LONGEST < 2**31 and all(step % 8 == 0 for step in stride[:-1])
 
@@ -96,18 +98,18 @@ def strips_down(columns: int, tiles: int, length: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def plan(
     shape: Sequence[int], strides: Sequence[Sequence[int]], window: Sequence[int], length: int
-) -> tuple[tuple[int], list[int], dict[str, Any]]:
+) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
 
     length: of a strip, in tiles; 1 for kernels that don't walk. Cached, since it costs as much host time as the launch
     itself.
     """
     batch, height, width, heads, head_dim = shape
-    tiles_x = -(-width // TILE)
-    down = strips_down(batch * heads * tiles_x, height // TILE, length) + (height % TILE > 0)
-    integers = [height, width, heads, down, tiles_x, *window]
+    tiles_x, (tiles, left) = -(-width // TILE), divmod(height, TILE)
+    whole = strips_down(batch * heads * tiles_x, tiles, length)
+    integers = [height, width, heads, whole, *(divmod(tiles, whole) if whole else (0, 0)), *window]
     integers += [step // 8 for stride in strides for step in stride[:-1]]
     constants = {"D": head_dim, "num_warps": 4}
     if max(window) <= WIDEST:
         constants |= rows_of_next(window[0])
-    return (batch * heads * down * tiles_x,), integers, constants
+    return (heads * tiles_x, whole + (left > 0), batch), integers, constants

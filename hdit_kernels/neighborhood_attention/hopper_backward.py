@@ -62,14 +62,13 @@ def backward_into(
     delta = stats.new_empty(stats.shape[1:])
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
     grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 3)
-    _na2d_hopper_dq_kernel[grid](
-        dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta, scale, logit_scale,
-        *integers, HAS_DLSE=dlse is not None, **constants,
-    )  # fmt: skip
+    tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta)
+    constants = constants | {"HAS_DLSE": dlse is not None}
+    launch.run(_na2d_hopper_dq_kernel, grid, tensors, [scale, logit_scale, *integers], constants)
     grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 1)
-    _na2d_hopper_dkdv_kernel[grid](
-        dout, query, key, value, stats, delta, dk, dv, scale, logit_scale, *integers, maxnreg=168, **constants
-    )
+    constants = constants | {"maxnreg": 168}
+    numbers = [scale, logit_scale, *integers]
+    launch.run(_na2d_hopper_dkdv_kernel, grid, (dout, query, key, value, stats, delta, dk, dv), numbers, constants)
 
 
 @gluon.jit
@@ -94,7 +93,7 @@ def _dq_box(
 @functools.partial(launch.kernel, jit=gluon.jit)
 def _na2d_hopper_dq_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, dlse_ptr, dq_ptr, delta_ptr, scale, logit_scale,
-    height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, tiles_x: tl.int32,
+    height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
     o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
@@ -109,7 +108,7 @@ def _na2d_hopper_dq_kernel(
     HALF: gl.constexpr = TILE // 2  # rows of a box
     BOX: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, origin, x, count = strip_of_program(height, heads, strips, tiles_x)
+    batch, head, origin, x, count = strip_of_program(height, heads, strips, length, longer)
     y, top, bottom = 0, -origin, height - 1 - origin  # rows count from the strip's first query, as in the forward
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)
     key_x = window_start(x, window_x, 0, width - 1)
@@ -264,7 +263,7 @@ def dkdv_box(
 @functools.partial(launch.kernel, jit=gluon.jit)
 def _na2d_hopper_dkdv_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, scale, logit_scale,
-    height: tl.int32, width: tl.int32, heads: tl.int32, tiles_y: tl.int32, tiles_x: tl.int32,
+    height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
     o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
@@ -282,13 +281,7 @@ def _na2d_hopper_dkdv_kernel(
     BOX: gl.constexpr = ROWS * COLUMNS
     CHUNK: gl.constexpr = TILE + MORE + LAST
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    pid = gl.program_id(0)
-    head = (pid % heads).to(gl.int64)
-    pid //= heads
-    x = pid % tiles_x * TILE
-    pid //= tiles_x
-    y = pid % tiles_y * TILE
-    batch = (pid // tiles_y).to(gl.int64)
+    batch, head, y, x, _ = strip_of_program(height, heads, strips, length, longer)
     low_y, low_x = first_query(y, window_y), first_query(x, window_x)
     high_y = last_query(gl.minimum(y + TILE, height) - 1, window_y, height) + 1
     high_x = last_query(gl.minimum(x + TILE, width) - 1, window_x, width) + 1

@@ -31,6 +31,7 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
     product_layout,
     shared_layout,
     store_tile,
+    strip_of_program,
 )
 
 ROWS = gl.constexpr(4)  # of a slot of 16 columns
@@ -53,10 +54,9 @@ def dkdv_into(
     """As `backward.portable_dkdv_into` for what `hopper.takes_dkdv_13`."""
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dk.stride())
     grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 1)
-    _na2d_hopper_dkdv_13_kernel[grid](
-        dout, query, key, value, terms.view(torch.float32), dk, dv, scale, logit_scale, *integers, maxnreg=168,
-        **constants,
-    )  # fmt: skip
+    tensors = (dout, query, key, value, terms.view(torch.float32), dk, dv)
+    constants = constants | {"maxnreg": 168}
+    launch.run(_na2d_hopper_dkdv_13_kernel, grid, tensors, [scale, logit_scale, *integers], constants)
 
 
 @gluon.jit
@@ -88,7 +88,7 @@ def _copy_queries(
 @functools.partial(launch.kernel, jit=gluon.jit)
 def _na2d_hopper_dkdv_13_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, terms_ptr, dk_ptr, dv_ptr, scale, logit_scale,
-    height: tl.int32, width: tl.int32, heads: tl.int32, tiles_y: tl.int32, tiles_x: tl.int32,
+    height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
     o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
@@ -103,13 +103,7 @@ def _na2d_hopper_dkdv_13_kernel(
     HALF: gl.constexpr = ROWS // 2  # rows of a box, as in hopper_backward
     BOX: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    pid = gl.program_id(0)
-    head = (pid % heads).to(gl.int64)
-    pid //= heads
-    x = pid % tiles_x * TILE
-    pid //= tiles_x
-    y = pid % tiles_y * TILE
-    batch = (pid // tiles_y).to(gl.int64)
+    batch, head, y, x, _ = strip_of_program(height, heads, strips, length, longer)
     low_y, low_x = first_query(y, window_y), first_query(x, window_x)
     bottom = last_query(gl.minimum(y + TILE, height) - 1, window_y, height) - low_y
     columns = last_query(gl.minimum(x + TILE, width) - 1, window_x, width) + 1 - low_x

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -21,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention import hopper
+from hdit_kernels.neighborhood_attention.forward import empty_results
 
 TILE = gl.constexpr(hopper.TILE)
 TOKENS = gl.constexpr(hopper.TILE**2)  # of a tile
@@ -28,22 +28,28 @@ COLUMNS = gl.constexpr(16)  # of a row of keys
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], logit_scale: float, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Sequence[int],
+    logit_scale: float,
+    return_lse: bool,
+    save_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `forward.na2d_forward` for what `hopper.takes_forward`."""
-    out = query.new_empty(query.shape)
-    stats = query.new_empty((2, *query.shape[:-1]), dtype=torch.float32)
-    lse = stats.new_empty(query.shape[:-1] if return_lse else 0)
+    out, lse, stats = empty_results(query, return_lse, save_stats)
     strides = (query.stride(), key.stride(), value.stride())
     if query.shape[-1] == 128:
         from hdit_kernels.neighborhood_attention.hopper_forward_128 import _na2d_hopper_forward_128_kernel as kernel
 
-        options = {}
+        registers = None
     else:
-        kernel, options = _na2d_hopper_forward_kernel, {"maxnreg": 168}
+        # windows 8 and 9 have so many logits that they would spill
+        kernel, registers = _na2d_hopper_forward_kernel, 168 if window[0] < 8 else None
     length = 3 if query.shape[-1] == 64 else 8  # measured
     grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), length)
-    kernel[grid](query, key, value, out, stats, lse, logit_scale, *integers, HAS_LSE=return_lse, **constants, **options)
+    constants = constants | {"HAS_LSE": return_lse, "HAS_STATS": save_stats, "maxnreg": registers}
+    launch.run(kernel, grid, (query, key, value, out, stats, lse), [logit_scale, *integers], constants)
     return out, lse, stats
 
 
@@ -114,26 +120,18 @@ def copy_slot(
 
 
 @gluon.jit
-def strip_of_program(height, heads, strips, tiles_x):
-    """batch, head, first row, column and number of tiles: strips of whole tiles of nearly equal lengths, and one of
-    what is left of the height.
+def strip_of_program(height, heads, strips, length, longer):
+    """batch, head, first row, column and number of tiles: `strips` of `length` tiles, the first `longer` of them
+    one longer, and one of what is left of the height.
     """
-    pid = gl.program_id(0)
-    head = pid % heads  # neighbours in memory run side by side
-    pid //= heads
-    x = pid % tiles_x * TILE
-    pid //= tiles_x
-    strip = pid % strips
-    tiles = height // TILE
-    whole = strips - (height % TILE > 0).to(gl.int32)
-    count = tiles // gl.maximum(whole, 1)
-    longer = tiles - count * whole
-    tile = strip * count + gl.minimum(strip, longer)
-    if strip < longer:
-        count += 1
-    if strip == whole:
+    strip = gl.program_id(1)
+    tile = strip * length + gl.minimum(strip, longer)
+    count = length + (strip < longer).to(gl.int32)
+    if strip == strips:
         count = 1
-    return (pid // strips).to(gl.int64), head.to(gl.int64), tile * TILE, x, count
+    x = gl.program_id(0) // heads
+    head = gl.program_id(0) - x * heads  # neighbours in memory run side by side
+    return gl.program_id(2).to(gl.int64), head.to(gl.int64), tile * TILE, x * TILE, count
 
 
 @gluon.jit
@@ -211,19 +209,19 @@ def store_tile(
 @functools.partial(launch.kernel, jit=gluon.jit)
 def _na2d_hopper_forward_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale,
-    height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, tiles_x: tl.int32,
+    height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
-    HAS_LSE: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
+    HAS_LSE: gl.constexpr, HAS_STATS: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     SHARED: gl.constexpr = shared_layout(D)
     ACC: gl.constexpr = product_layout(D)
     OWN: gl.constexpr = product_layout(TILE * COLUMNS)
     NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, origin, x, count = strip_of_program(height, heads, strips, tiles_x)
+    batch, head, origin, x, count = strip_of_program(height, heads, strips, length, longer)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
     y, top, bottom = 0, -origin, height - 1 - origin
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)  # may be before the first row
@@ -314,7 +312,8 @@ def _na2d_hopper_forward_kernel(
         inside = (y + place // TILE <= bottom) & (x + place % TILE < width)
         at = token + (place // TILE * width + place % TILE) * heads
         lse = maximum + gl.log2(total)
-        gl.store(stats_ptr + at, lse, mask=inside)
+        if HAS_STATS:
+            gl.store(stats_ptr + at, lse, mask=inside)
         if HAS_LSE:
             gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
         acc *= (1.0 / total)[:, None]

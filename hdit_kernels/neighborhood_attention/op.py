@@ -66,7 +66,7 @@ def na2d(
         tensors = tuple([None if t is None else registration.cast(t, autocast) for t in tensors])
     if registration.needs_grad(*tensors):
         return _NA2D.apply(*tensors, settings, return_lse)
-    out, lse, _ = _forward(*tensors, *settings, return_lse)
+    out, lse, _ = _forward(*tensors, *settings, return_lse, False)
     return (out, lse) if return_lse else out
 
 
@@ -150,7 +150,7 @@ class _NA2D(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, add_k: Any, add_v: Any, settings: Any, return_lse: bool
     ) -> Any:
-        out, lse, stats = _forward(query, key, value, add_k, add_v, *settings, return_lse)
+        out, lse, stats = _forward(query, key, value, add_k, add_v, *settings, return_lse, True)
         ctx.save_for_backward(query, key, value, add_k, add_v, out, stats)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -167,16 +167,26 @@ class _NA2D(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _reference_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse):
+def _reference_forward(
+    query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse, save_stats
+):
     out, lse = reference.na2d(
         query, key, value, window, stride or (1, 1), dilation, causal or (False, False), scale, add_k, add_v
     )
-    return out, lse if return_lse else lse.new_empty(0), softmax_stats(lse)
+    stats = softmax_stats(lse, query.dtype) if save_stats else lse.new_empty(0)
+    return out, lse if return_lse else lse.new_empty(0), stats
 
 
-def softmax_stats(lse: Tensor) -> Tensor:
-    """What the kernels keep of the softmax (see forward.na2d_forward), [2, …]; the reference keeps it in one number."""
-    return torch.stack([lse / math.log(2), torch.zeros_like(lse)])
+def softmax_stats(lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the kernels keep of the softmax (see forward.na2d_forward); the reference keeps it in one number."""
+    stats = lse.new_zeros(stats_shape(lse.shape, dtype))
+    stats[0] = lse / math.log(2)
+    return stats
+
+
+def stats_shape(tokens: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Of the statistics of tokens [B, H, W, heads]."""
+    return (2 if dtype == torch.float32 else 1, *tokens)
 
 
 def _reference_backward(
@@ -188,10 +198,11 @@ def _reference_backward(
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 
 
-def _fake_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse):
+def _fake_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse, save_stats):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(query.shape[:-1] if return_lse else 0, dtype=wide)
-    return query.new_empty(query.shape), lse, query.new_empty((2, *query.shape[:-1]), dtype=wide)
+    stats = query.new_empty(stats_shape(query.shape[:-1], query.dtype) if save_stats else 0, dtype=wide)
+    return query.new_empty(query.shape), lse, stats
 
 
 def _fake_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, window, stride, dilation, causal, scale):
@@ -211,7 +222,8 @@ def _flops_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, win
 _forward = registration.define(
     "na2d_forward",
     "(Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, int[] kernel_size, "
-    "int[]? stride, int[] dilation, bool[]? is_causal, float scale, bool return_lse) -> (Tensor, Tensor, Tensor)",
+    "int[]? stride, int[] dilation, bool[]? is_causal, float scale, bool return_lse, "
+    "bool save_stats) -> (Tensor, Tensor, Tensor)",
     reference=_reference_forward,
     launcher="neighborhood_attention.forward:na2d_forward",
     fake=_fake_forward,

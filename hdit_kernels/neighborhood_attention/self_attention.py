@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hdit_kernels import checks, reference, registration
-from hdit_kernels.neighborhood_attention.op import check_window, flops_forward, pair, softmax_stats
+from hdit_kernels.neighborhood_attention.op import check_window, flops_forward, pair, softmax_stats, stats_shape
 from hdit_kernels.rope import check_packed
 
 
@@ -46,7 +46,7 @@ def neighborhood_self_attention(
     qkv = registration.cast(qkv, registration.autocast_dtype(qkv))
     if registration.needs_grad(qkv, scale):
         return _NeighborhoodSelfAttention.apply(qkv, scale, theta_y, theta_x, window, float(eps))
-    return _forward(qkv, scale, theta_y, theta_x, window, float(eps))[0]
+    return _forward(qkv, scale, theta_y, theta_x, window, float(eps), False)[0]
 
 
 @checks.remembered
@@ -64,7 +64,7 @@ class _NeighborhoodSelfAttention(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, window: tuple[int, int], eps: float
     ) -> Tensor:
-        out, ready, stats = _forward(qkv, scale, theta_y, theta_x, window, eps)
+        out, ready, stats = _forward(qkv, scale, theta_y, theta_x, window, eps, True)
         ctx.save_for_backward(qkv, scale, theta_y, theta_x, ready, out, stats)
         ctx.settings = window, eps
         return out
@@ -76,12 +76,13 @@ class _NeighborhoodSelfAttention(torch.autograd.Function):
         return dqkv, dscale, None, None, None, None
 
 
-def _reference_forward(qkv, scale, theta_y, theta_x, window, eps):
+def _reference_forward(qkv, scale, theta_y, theta_x, window, eps, save_stats):
     wide = qkv if qkv.dtype == torch.float64 else qkv.float()
     ready = reference.qk_norm_rope(wide, scale, theta_y, theta_x, eps)
     query, key, value = ready.unbind(3)
     out, lse = reference.na2d(query, key, value, window, scale=1.0)
-    return out.to(qkv.dtype), ready[:, :, :, :2].to(qkv.dtype), softmax_stats(lse)
+    stats = softmax_stats(lse, qkv.dtype) if save_stats else lse.new_empty(0)
+    return out.to(qkv.dtype), ready[:, :, :, :2].to(qkv.dtype), stats
 
 
 def _reference_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, window, eps):
@@ -96,28 +97,28 @@ def _reference_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, w
     return dqkv.to(qkv.dtype), dscale
 
 
-def _fake_forward(qkv, scale, theta_y, theta_x, window, eps):
+def _fake_forward(qkv, scale, theta_y, theta_x, window, eps, save_stats):
     batch, height, width, _, heads, dim = qkv.shape
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    stats = stats_shape((batch, height, width, heads), qkv.dtype) if save_stats else 0
     return (
         qkv.new_empty((batch, height, width, heads, dim)),
         qkv.new_empty((batch, height, width, 2, heads, dim)),
-        qkv.new_empty(
-            (2, batch, height, width, heads), dtype=torch.float64 if qkv.dtype == torch.float64 else torch.float32
-        ),
+        qkv.new_empty(stats, dtype=wide),
     )
 
 
-def _flops_forward(qkv, scale, theta_y, theta_x, window, eps):
+def _flops_forward(qkv, scale, theta_y, theta_x, window, *_):
     return flops_forward((*qkv[:3], *qkv[4:]), None, None, None, None, window)
 
 
 def _flops_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, window, eps):
-    return _flops_forward(qkv, scale, theta_y, theta_x, window, eps) * 5 // 2
+    return _flops_forward(qkv, scale, theta_y, theta_x, window) * 5 // 2
 
 
 _forward = registration.define(
     "neighborhood_self_attention_forward",
-    "(Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, int[] kernel_size, float eps) "
+    "(Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, int[] kernel_size, float eps, bool save_stats) "
     "-> (Tensor, Tensor, Tensor)",
     reference=_reference_forward,
     launcher="neighborhood_attention.self_attention_triton:forward",

@@ -16,13 +16,14 @@ ONCE, NOT_CAUSAL = (1, 1), (False, False)
 
 
 def forward(
-    qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, window: Sequence[int], eps: float
+    qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, window: Sequence[int], eps: float, save_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, height, width, _, heads, dim = qkv.shape
     ready = qkv.new_empty((batch, height, width, 2, heads, dim))
     qk_norm_rope_into(ready, qkv, scale, theta_y, theta_x, eps)
     query, key = ready.unbind(3)
-    out, _, stats = na2d_forward(query, key, qkv[:, :, :, 2], None, None, window, ONCE, ONCE, NOT_CAUSAL, 1.0, False)
+    value = qkv[:, :, :, 2]
+    out, _, stats = na2d_forward(query, key, value, None, None, window, ONCE, ONCE, NOT_CAUSAL, 1.0, False, save_stats)
     return out, ready, stats
 
 

@@ -116,8 +116,16 @@ def test_takes(change: dict, takes: str) -> None:
 def test_offsets_of_a_strip_stay_within_32_bits(order: tuple[int, ...]) -> None:
     shape = (1, 2**20, 16, 2, 64) if order[1] == 2 else (1, 16, 2**20, 2, 64)
     wide = torch.empty(shape, dtype=torch.bfloat16, device="meta").permute(order)
-    assert not hopper.within_reach(wide.shape, wide.stride())
-    assert hopper.within_reach(wide.shape[:2] + (1000,) + wide.shape[3:], wide[:, :, :1000].contiguous().stride())
+    assert not hopper.within_reach(wide.shape, (wide.stride(),))
+    short = wide[:, :, :1000].contiguous()
+    assert hopper.within_reach(short.shape, (short.stride(),))
+    assert not hopper.within_reach(short.shape, (short.stride(), (2**31, 2**28, 128, 64, 1)))  # any of the tensors
+
+
+def test_axes_of_the_grid_have_an_end() -> None:
+    stride = (64 * 64, 64, 64, 64, 1)
+    for batch, height, takes in ((65535, 8, True), (65536, 8, False), (1, 8 * 65534 + 7, True), (1, 8 * 65535, False)):
+        assert hopper.within_reach((batch, height, 8, 1, 64), (stride,)) is takes
 
 
 def test_other_versions_of_triton_take_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,12 +74,8 @@ def portable_forward(
         configure, launch.gpu_family(query.device), query.dtype, query.shape,
         (query.stride(), key.stride(), value.stride()), aligned(query, key, value), tuple(window), tuple(dilation),
     )  # fmt: skip
-    constants = constants | {
-        "HAS_LSE": return_lse,
-        "HAS_STATS": save_stats,
-        "PRECISION": launch.input_precision(query.dtype),
-    }
-    numbers = [logit_scale, query.shape[:-1].numel(), *integers]
+    constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
+    numbers = [logit_scale, int(save_stats), query.shape[:-1].numel(), *integers]
     launch.run(_na2d_forward_kernel, grid, (query, key, value, out, stats, lse), numbers, constants)
     return out, lse, stats
 
@@ -199,7 +195,7 @@ def offsets(y, x, step_y, step_x, VECTOR: tl.constexpr, WIDE: tl.constexpr):
 
 @launch.kernel
 def _na2d_forward_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, rows: tl.int64,
+    query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32, rows: tl.int64,
     images: tl.int32, height: tl.int32, width: tl.int32, heads: tl.int32, tiles_x: tl.int32,
     window_y: tl.int32, window_x: tl.int32, dilation_y: tl.int32, dilation_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
@@ -207,7 +203,7 @@ def _na2d_forward_kernel(
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr,
-    HAS_LSE: tl.constexpr, HAS_STATS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
@@ -269,12 +265,12 @@ def _na2d_forward_kernel(
     token = (unsigned(batch) * height + row) * (unsigned(width) * heads) + (column * heads + head)
     at = offsets(in_tile // TILE_X, in_tile % TILE_X, unsigned(width) * dilation_y * heads, dilation_x * heads, 1, WIDE)
     lse = maximum + tl.log2(total)
-    if HAS_STATS:
-        if query_ptr.dtype.element_ty == tl.float32:
-            tl.store(stats_ptr + token + at, maximum, mask=is_query)
-            tl.store(stats_ptr + rows + token + at, tl.log2(total), mask=is_query)
-        else:
-            tl.store(stats_ptr + token + at, lse, mask=is_query)
+    is_kept = is_query & (save_stats > 0)
+    if query_ptr.dtype.element_ty == tl.float32:
+        tl.store(stats_ptr + token + at, maximum, mask=is_kept)
+        tl.store(stats_ptr + rows + token + at, tl.log2(total), mask=is_kept)
+    else:
+        tl.store(stats_ptr + token + at, lse, mask=is_kept)
     if HAS_LSE:
         tl.store(lse_ptr + token + at, lse * 0.6931471805599453, mask=is_query)
     out = acc * (1.0 / total)[:, None]

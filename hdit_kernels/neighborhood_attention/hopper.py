@@ -58,21 +58,21 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, dilation: Sequence[int]) -
 
 
 def reads_wide(*tensors: Tensor) -> bool:
-    """Whether tokens start at multiples of 16 bytes, and a strip's offsets fit into 32 bits."""
+    """Whether tokens start at multiples of 16 bytes, and a strip's offsets fit into 32 bits; of one shape."""
     for tensor in tensors:
-        if tensor.data_ptr() % 16 or not within_reach(tensor.shape, tensor.stride()):
+        if tensor.data_ptr() % 16:
             return False
-    return True
+    return within_reach(tensors[0].shape, tuple([tensor.stride() for tensor in tensors]))
 
 
 @functools.lru_cache(maxsize=4096)
-def within_reach(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """What `reads_wide` asks of all but the address. A packed gradient has the longest rows of what is written."""
+def within_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> bool:
+    """What `reads_wide` asks of all but the addresses. A packed gradient has the longest rows of what is written."""
     batch, height, width, heads, head_dim = shape
     if max(batch, height // TILE + 1) > 65535:  # programs along an axis of the grid
         return False
-    row = max(*stride[1:3], 3 * width * heads * head_dim)
-    return row * TILE * 2 * LONGEST < 2**31 and all(step % 8 == 0 for step in stride[:-1])
+    row = max(3 * width * heads * head_dim, *[step for stride in strides for step in stride[1:3]])
+    return row * TILE * 2 * LONGEST < 2**31 and all(step % 8 == 0 for stride in strides for step in stride[:-1])
 
 
 def rows_of_next(window: int) -> dict[str, int]:

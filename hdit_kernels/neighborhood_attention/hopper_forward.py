@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import triton.language as tl
 from torch import Tensor
@@ -39,18 +40,23 @@ def forward(
     """As `forward.na2d_forward` for what `hopper.takes_forward`."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
     strides = (query.stride(), key.stride(), value.stride())
-    if query.shape[-1] == 128:
-        from hdit_kernels.neighborhood_attention.hopper_forward_128 import _na2d_hopper_forward_128_kernel as kernel
-
-        registers = None
-    else:
-        # windows 8 and 9 have so many logits that they would spill
-        kernel, registers = _na2d_hopper_forward_kernel, 168 if window[0] < 8 else None
-    length = 3 if query.shape[-1] == 64 else 8  # measured
-    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), length)
-    constants = constants | {"HAS_LSE": return_lse, "HAS_STATS": save_stats, "maxnreg": registers}
-    launch.run(kernel, grid, (query, key, value, out, stats, lse), [logit_scale, *integers], constants)
+    kernel, grid, integers, constants = _plan(query.shape, strides, tuple(window), return_lse)
+    launch.run(kernel, grid, (query, key, value, out, stats, lse), [logit_scale, int(save_stats), *integers], constants)
     return out, lse, stats
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: Sequence[int], strides: Sequence[Sequence[int]], window: Sequence[int], return_lse: bool
+) -> tuple[Any, tuple[int, int, int], list[int], dict[str, Any]]:
+    """Kernel, and `hopper.plan` of it with what else it takes."""
+    kernel, length = _na2d_hopper_forward_kernel, 3 if shape[-1] == 64 else 8  # measured
+    if shape[-1] == 128:
+        from hdit_kernels.neighborhood_attention.hopper_forward_128 import _na2d_hopper_forward_128_kernel as kernel
+    grid, integers, constants = hopper.plan(shape, strides, window, length)
+    # Three programs a multiprocessor, where all logits fit: at head_dim 64, those of windows 8 and 9 would spill.
+    registers = 168 if shape[-1] == 32 or (shape[-1] == 64 and window[0] < 8) else None
+    return kernel, grid, integers, constants | {"HAS_LSE": return_lse, "maxnreg": registers}
 
 
 @gluon.constexpr_function
@@ -208,13 +214,13 @@ def store_tile(
 
 @functools.partial(launch.kernel, jit=gluon.jit)
 def _na2d_hopper_forward_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale,
+    query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
-    HAS_LSE: gl.constexpr, HAS_STATS: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
+    HAS_LSE: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     SHARED: gl.constexpr = shared_layout(D)
     ACC: gl.constexpr = product_layout(D)
@@ -312,8 +318,7 @@ def _na2d_hopper_forward_kernel(
         inside = (y + place // TILE <= bottom) & (x + place % TILE < width)
         at = token + (place // TILE * width + place % TILE) * heads
         lse = maximum + gl.log2(total)
-        if HAS_STATS:
-            gl.store(stats_ptr + at, lse, mask=inside)
+        gl.store(stats_ptr + at, lse, mask=inside & (save_stats > 0))
         if HAS_LSE:
             gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
         acc *= (1.0 / total)[:, None]

@@ -38,13 +38,13 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
 
 @functools.partial(launch.kernel, jit=gluon.jit)
 def _na2d_hopper_forward_128_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale,
+    query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
-    HAS_LSE: gl.constexpr, HAS_STATS: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
+    HAS_LSE: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     SHARED: gl.constexpr = shared_layout(D)
     ACC: gl.constexpr = product_layout(D)
@@ -130,8 +130,7 @@ def _na2d_hopper_forward_128_kernel(
         inside = (y + place // TILE <= bottom) & (x + place % TILE < width)
         at = token + (place // TILE * width + place % TILE) * heads
         lse = maximum + gl.log2(total)
-        if HAS_STATS:
-            gl.store(stats_ptr + at, lse, mask=inside)
+        gl.store(stats_ptr + at, lse, mask=inside & (save_stats > 0))
         if HAS_LSE:
             gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
         acc *= (1.0 / total)[:, None]

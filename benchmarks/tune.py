@@ -179,7 +179,7 @@ def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
     shape, dtype = SHAPES[entry.head_dim], DTYPES[entry.bits]
     query, key, value, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     window, dilation, scale = (entry.window, entry.window), (1, 1), entry.head_dim**-0.5
-    out, _, stats = portable_forward(query, key, value, window, dilation, scale * LOG2_E, False, True)
+    out, stats = portable_forward(query, key, value, window, dilation, scale * LOG2_E, False, True)
     terms = portable_dq_into(
         torch.empty_like(query), dout, query, key, value, None, out, stats, window, dilation, scale
     )
@@ -190,7 +190,7 @@ def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
 
         def forward() -> Sequence[Tensor]:
             arguments = query, key, value, window, dilation, scale * LOG2_E, False, True
-            found, _, statistics = portable_forward(*arguments, configure=configure)
+            found, statistics = portable_forward(*arguments, configure=configure)
             return found, statistics[0]
 
         def dq() -> Sequence[Tensor]:

@@ -135,4 +135,4 @@ def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
 def _contiguous(result: Any) -> Any:
     if isinstance(result, torch.Tensor):
         return result.contiguous()
-    return tuple(t.contiguous() for t in result)
+    return type(result)(t.contiguous() for t in result)

@@ -41,11 +41,11 @@ def na2d_forward(
     scale: float,
     return_lse: bool,
     save_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU.
 
-    Returns out, lse (empty unless return_lse) and the softmax statistics for the backward (empty unless save_stats): in
-    float32 [2, B, H, W, heads], the largest logit and the logarithm of the sum of exp(logit − largest), base 2; in 16
+    Returns out, with return_lse lse, and with save_stats the softmax statistics for the backward: in float32
+    [2, B, H, W, heads], the largest logit and the logarithm of the sum of exp(logit − largest), base 2; in 16
     bits [1, B, H, W, heads], their sum. Two numbers, because at logits of 1e4 their sum is only good to 1e-3. With the
     fused multiply-add that forward and backward share, the rounding of the largest cancels.
     """
@@ -67,7 +67,7 @@ def portable_forward(
     return_lse: bool,
     save_stats: bool,
     configure: Configure = forward_config,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """As `na2d_forward`, by the kernel of this module; inputs are dense."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
     grid, integers, constants = plan(
@@ -77,15 +77,20 @@ def portable_forward(
     constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
     numbers = [logit_scale, int(save_stats), query.shape[:-1].numel(), *integers]
     launch.run(_na2d_forward_kernel, grid, (query, key, value, out, stats, lse), numbers, constants)
-    return out, lse, stats
+    return [out] + return_lse * [lse] + save_stats * [stats]
 
 
 def empty_results(query: Tensor, return_lse: bool, save_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What `na2d_forward` returns, to be filled."""
-    tokens = query.shape[:-1]
-    lse = query.new_empty(tokens if return_lse else 0, dtype=torch.float32)
-    stats = lse.new_empty(stats_shape(tokens, query.dtype) if save_stats else 0)
+    """out, lse and statistics, to be filled; what nobody asked for is something that a kernel can be given."""
+    tokens, nothing = query.shape[:-1], _nothing(query.device)
+    lse = nothing.new_empty(tokens) if return_lse else nothing
+    stats = nothing.new_empty(stats_shape(tokens, query.dtype)) if save_stats else nothing
     return torch.empty_like(query, memory_format=torch.contiguous_format), lse, stats
+
+
+@functools.cache
+def _nothing(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=device)  # once, since even this takes microseconds
 
 
 def dense(tensor: Tensor) -> Tensor:

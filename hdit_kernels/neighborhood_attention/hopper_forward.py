@@ -36,13 +36,13 @@ def forward(
     logit_scale: float,
     return_lse: bool,
     save_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """As `forward.na2d_forward` for what `hopper.takes_forward`."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
     strides = (query.stride(), key.stride(), value.stride())
     kernel, grid, integers, constants = _plan(query.shape, strides, tuple(window), return_lse)
     launch.run(kernel, grid, (query, key, value, out, stats, lse), [logit_scale, int(save_stats), *integers], constants)
-    return out, lse, stats
+    return [out] + return_lse * [lse] + save_stats * [stats]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -66,8 +66,8 @@ def na2d(
         tensors = tuple([None if t is None else registration.cast(t, autocast) for t in tensors])
     if registration.needs_grad(*tensors):
         return _NA2D.apply(*tensors, settings, return_lse)
-    out, lse, _ = _forward(*tensors, *settings, return_lse, False)
-    return (out, lse) if return_lse else out
+    results = _forward(*tensors, *settings, return_lse, False)
+    return tuple(results) if return_lse else results[0]
 
 
 @checks.remembered
@@ -150,11 +150,11 @@ class _NA2D(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, add_k: Any, add_v: Any, settings: Any, return_lse: bool
     ) -> Any:
-        out, lse, stats = _forward(query, key, value, add_k, add_v, *settings, return_lse, True)
+        out, *lse, stats = _forward(query, key, value, add_k, add_v, *settings, return_lse, True)
         ctx.save_for_backward(query, key, value, add_k, add_v, out, stats)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        return (out, lse) if return_lse else out
+        return (out, *lse) if return_lse else out
 
     @staticmethod
     @once_differentiable
@@ -173,8 +173,7 @@ def _reference_forward(
     out, lse = reference.na2d(
         query, key, value, window, stride or (1, 1), dilation, causal or (False, False), scale, add_k, add_v
     )
-    stats = softmax_stats(lse, query.dtype) if save_stats else lse.new_empty(0)
-    return out, lse if return_lse else lse.new_empty(0), stats
+    return [out] + return_lse * [lse] + save_stats * [softmax_stats(lse, query.dtype)]
 
 
 def softmax_stats(lse: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,9 +199,12 @@ def _reference_backward(
 
 def _fake_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse, save_stats):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_empty(query.shape[:-1] if return_lse else 0, dtype=wide)
-    stats = query.new_empty(stats_shape(query.shape[:-1], query.dtype) if save_stats else 0, dtype=wide)
-    return query.new_empty(query.shape), lse, stats
+    results = [query.new_empty(query.shape)]
+    if return_lse:
+        results.append(query.new_empty(query.shape[:-1], dtype=wide))
+    if save_stats:
+        results.append(query.new_empty(stats_shape(query.shape[:-1], query.dtype), dtype=wide))
+    return results
 
 
 def _fake_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, window, stride, dilation, causal, scale):
@@ -223,7 +225,7 @@ _forward = registration.define(
     "na2d_forward",
     "(Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, int[] kernel_size, "
     "int[]? stride, int[] dilation, bool[]? is_causal, float scale, bool return_lse, "
-    "bool save_stats) -> (Tensor, Tensor, Tensor)",
+    "bool save_stats) -> Tensor[]",
     reference=_reference_forward,
     launcher="neighborhood_attention.forward:na2d_forward",
     fake=_fake_forward,

@@ -76,13 +76,13 @@ class _NeighborhoodSelfAttention(torch.autograd.Function):
         return dqkv, dscale, None, None, None, None
 
 
-def _reference_forward(qkv, scale, theta_y, theta_x, window, eps, save_stats):
+def _reference_forward(qkv, scale, theta_y, theta_x, window, eps, save):
     wide = qkv if qkv.dtype == torch.float64 else qkv.float()
     ready = reference.qk_norm_rope(wide, scale, theta_y, theta_x, eps)
     query, key, value = ready.unbind(3)
     out, lse = reference.na2d(query, key, value, window, scale=1.0)
-    stats = softmax_stats(lse, qkv.dtype) if save_stats else lse.new_empty(0)
-    return out.to(qkv.dtype), ready[:, :, :, :2].to(qkv.dtype), stats
+    out = out.to(qkv.dtype)
+    return [out, ready[:, :, :, :2].to(qkv.dtype), softmax_stats(lse, qkv.dtype)] if save else [out]
 
 
 def _reference_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, window, eps):
@@ -97,15 +97,14 @@ def _reference_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, w
     return dqkv.to(qkv.dtype), dscale
 
 
-def _fake_forward(qkv, scale, theta_y, theta_x, window, eps, save_stats):
+def _fake_forward(qkv, scale, theta_y, theta_x, window, eps, save):
     batch, height, width, _, heads, dim = qkv.shape
+    out = qkv.new_empty((batch, height, width, heads, dim))
+    if not save:
+        return [out]
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    stats = stats_shape((batch, height, width, heads), qkv.dtype) if save_stats else 0
-    return (
-        qkv.new_empty((batch, height, width, heads, dim)),
-        qkv.new_empty((batch, height, width, 2, heads, dim)),
-        qkv.new_empty(stats, dtype=wide),
-    )
+    stats = qkv.new_empty(stats_shape((batch, height, width, heads), qkv.dtype), dtype=wide)
+    return [out, qkv.new_empty((batch, height, width, 2, heads, dim)), stats]
 
 
 def _flops_forward(qkv, scale, theta_y, theta_x, window, *_):
@@ -118,8 +117,7 @@ def _flops_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, windo
 
 _forward = registration.define(
     "neighborhood_self_attention_forward",
-    "(Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, int[] kernel_size, float eps, bool save_stats) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, int[] kernel_size, float eps, bool save) -> Tensor[]",
     reference=_reference_forward,
     launcher="neighborhood_attention.self_attention_triton:forward",
     fake=_fake_forward,

@@ -16,15 +16,15 @@ ONCE, NOT_CAUSAL = (1, 1), (False, False)
 
 
 def forward(
-    qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, window: Sequence[int], eps: float, save_stats: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, window: Sequence[int], eps: float, save: bool
+) -> list[Tensor]:
     batch, height, width, _, heads, dim = qkv.shape
     ready = qkv.new_empty((batch, height, width, 2, heads, dim))
     qk_norm_rope_into(ready, qkv, scale, theta_y, theta_x, eps)
     query, key = ready.unbind(3)
     value = qkv[:, :, :, 2]
-    out, _, stats = na2d_forward(query, key, value, None, None, window, ONCE, ONCE, NOT_CAUSAL, 1.0, False, save_stats)
-    return out, ready, stats
+    out, *stats = na2d_forward(query, key, value, None, None, window, ONCE, ONCE, NOT_CAUSAL, 1.0, False, save)
+    return [out, ready, *stats] if save else [out]
 
 
 def backward(

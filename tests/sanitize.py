@@ -24,7 +24,7 @@ def main() -> None:
 
     kernels = {k.fn.__name__ for k in kernels_of_the_package() if k.fn.__name__.endswith("_kernel")}
     with mock.patch.object(JITFunction, "run", watch):
-        for attempt in range(100):  # which kernel takes an attention is drawn with its sizes: again until none is missed
+        for attempt in range(100):  # an attention's sizes decide which kernel takes it: again until none is missed
             for name, generate in OPERATORS.items():
                 if attempt and not name.startswith("na2d"):
                     continue

@@ -43,9 +43,13 @@ def run(
     """function[grid](*tensors, *numbers, **constants) of a `kernel`, with less time on the host.
 
     Triton looks at every argument of every launch for what it has compiled, which takes longer than the launch. Of
-    these kernels only tensors' types, whether they are at multiples of 16 bytes, and constants decide. Addresses in
-    place of tensors spare it a question to the driver for each.
+    these kernels only tensors' types, whether they are at multiples of 16 bytes, and constants decide on CUDA (on ROCm
+    their storages' sizes, too, which is left to Triton). Addresses in place of tensors spare it a question to the
+    driver for each.
     """
+    if torch.version.hip is not None:
+        function[grid](*tensors, *numbers, **constants)
+        return
     addresses = [tensor.data_ptr() for tensor in tensors]
     for address in addresses:
         if address % 16:  # so rare that Triton may look for it

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("hdit_kernels", "DEF")
@@ -79,6 +80,8 @@ def define(
     LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
     LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"hdit_kernels::{name}", fake, lib=LIBRARY)
+    if signature.endswith("-> Tensor[]"):  # for which torch.vmap has no loop of its own
+        torch.library.register_vmap(f"hdit_kernels::{name}", functools.partial(_in_turn, packet.default), lib=LIBRARY)
     if flops is not None:
         # The formula sees shapes for tensors and, last, the output's shape, which no formula here needs.
         register_flop_formula(packet)(lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs))
@@ -100,11 +103,16 @@ def vjp(
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd has to see this call; without it the forward operator is called directly."""
+    """Whether autograd has to see this call; without it the forward operator is called directly.
+
+    Forward mode has to as well, to say that there are no such derivatives, where an operator would drop the tangents.
+    """
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
+    if forward_ad._current_level >= 0:
+        return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     return False
 
 
@@ -126,6 +134,16 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 def cast_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
     """What `cast` makes of a dtype; as autocast itself does, float64 stays as it is."""
     return dtype if autocast is None or dtype == torch.float64 else autocast
+
+
+def _in_turn(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """torch.vmap of an operator that returns a list: a call for each element, the results stacked."""
+    calls = [
+        operator(*[a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)])
+        for i in range(info.batch_size)
+    ]
+    stacked = [torch.stack(results) for results in zip(*calls, strict=True)]
+    return stacked, [0] * len(stacked)
 
 
 def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:

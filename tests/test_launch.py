@@ -71,6 +71,15 @@ def test_what_decides_about_a_kernel_decides_here() -> None:
     assert [call[0] for call in kernel.calls] == ["first"] * 4
 
 
+def test_rocm_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There tensors of storages up to 2 GiB get a binary of their own."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    kernel = Kernel()
+    for _ in range(2):
+        launch.run(kernel, (1, 1, 1), [aligned()], [7], {"A": 1, "B": 2})
+    assert [call[0] for call in kernel.calls] == ["first"] * 2
+
+
 def test_unaligned_tensors_are_left_to_triton() -> None:
     kernel = Kernel()
     for x in (aligned(), aligned()[1:], aligned()[1:]):

@@ -143,6 +143,30 @@ def test_opcheck(seed) -> None:
     )
 
 
+def test_vmap(seed) -> None:
+    query, key, value = (torch.randn(3, 1, 5, 6, 2, 8) for _ in range(3))
+    calls = [na2d(q, key[0], v, 3, return_lse=True) for q, v in zip(query, value, strict=True)]
+    found = torch.vmap(lambda q, k, v: na2d(q, k, v, 3, return_lse=True), (0, None, 1))(
+        query, key[0], value.movedim(0, 1)
+    )
+    assert all(torch.equal(f, torch.stack(w)) for f, w in zip(found, zip(*calls, strict=True), strict=True))
+    qkv, angles = torch.stack([query, key, value], 4), (torch.ones(2), torch.randn(5, 2, 1), torch.randn(6, 2, 1))
+    wanted = torch.stack([neighborhood_self_attention(x, *angles, 3) for x in qkv])
+    assert torch.equal(torch.vmap(lambda x: neighborhood_self_attention(x, *angles, 3))(qkv), wanted)
+
+
+def test_forward_mode_is_refused(seed) -> None:
+    """Rather than answered with no tangent."""
+    query, key, value = qkv_tensors(1, 5, 6, 2, 8, grad=False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            na2d(dual, key, value, 3)
+        na2d(query, key, value, 3)
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda q: na2d(q, key, value, 3), (query,), (torch.ones_like(query),))
+
+
 def test_compiles_whole(seed) -> None:
     def block(query, key, value, qkv, scale, theta_y, theta_x):
         return na2d(query, key, value, 3) + neighborhood_self_attention(qkv, scale, theta_y, theta_x, 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel): 64 rows of a warpgroup's product
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
 WIDEST_STREAMED = 13  # the same of hopper_backward_13, which has four columns beyond those
-LONGEST = 8  # tiles that a program walks down
+LONGEST = 8  # tiles that a program walks down, about: never twice as many, which within_reach relies on
 TRITON = ("3.6", "3.7")  # Gluon may change from one version of Triton to the next; others take the portable kernels
 
 

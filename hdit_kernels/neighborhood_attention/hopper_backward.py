@@ -59,6 +59,8 @@ def backward_into(
     """As `backward.na2d_backward_into` for what `hopper.takes_backward`."""
     if not hopper.reads_wide(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
+    if out.data_ptr() % 16:  # a hook on saved tensors may have moved it
+        out = out.clone()
     delta = stats.new_empty(stats.shape[1:])
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
     grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 3)
@@ -108,7 +110,7 @@ def _na2d_hopper_dq_kernel(
     HALF: gl.constexpr = TILE // 2  # rows of a box
     BOX: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, origin, x, count = strip_of_program(height, heads, strips, length, longer)
+    batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
     y, top, bottom = 0, -origin, height - 1 - origin  # rows count from the strip's first query, as in the forward
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)
     key_x = window_start(x, window_x, 0, width - 1)
@@ -281,7 +283,7 @@ def _na2d_hopper_dkdv_kernel(
     BOX: gl.constexpr = ROWS * COLUMNS
     CHUNK: gl.constexpr = TILE + MORE + LAST
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, y, x, _ = strip_of_program(height, heads, strips, length, longer)
+    batch, head, y, x, _ = strip_of_program(heads, strips, length, longer)
     low_y, low_x = first_query(y, window_y), first_query(x, window_x)
     high_y = last_query(gl.minimum(y + TILE, height) - 1, window_y, height) + 1
     high_x = last_query(gl.minimum(x + TILE, width) - 1, window_x, width) + 1

@@ -103,7 +103,7 @@ def _na2d_hopper_dkdv_13_kernel(
     HALF: gl.constexpr = ROWS // 2  # rows of a box, as in hopper_backward
     BOX: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, y, x, _ = strip_of_program(height, heads, strips, length, longer)
+    batch, head, y, x, _ = strip_of_program(heads, strips, length, longer)
     low_y, low_x = first_query(y, window_y), first_query(x, window_x)
     bottom = last_query(gl.minimum(y + TILE, height) - 1, window_y, height) - low_y
     columns = last_query(gl.minimum(x + TILE, width) - 1, window_x, width) + 1 - low_x

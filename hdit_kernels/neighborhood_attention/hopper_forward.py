@@ -126,7 +126,7 @@ def copy_slot(
 
 
 @gluon.jit
-def strip_of_program(height, heads, strips, length, longer):
+def strip_of_program(heads, strips, length, longer):
     """batch, head, first row, column and number of tiles: `strips` of `length` tiles, the first `longer` of them
     one longer, and one of what is left of the height.
     """
@@ -227,7 +227,7 @@ def _na2d_hopper_forward_kernel(
     OWN: gl.constexpr = product_layout(TILE * COLUMNS)
     NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    batch, head, origin, x, count = strip_of_program(height, heads, strips, length, longer)
+    batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
     y, top, bottom = 0, -origin, height - 1 - origin
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)  # may be before the first row

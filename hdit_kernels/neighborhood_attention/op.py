@@ -49,7 +49,8 @@ def na2d(
 
     Returns:
         out [B, H, W, heads, head_dim] in the query's dtype; with return_lse (out, lse), lse float32 (float64 for
-        float64) [B, H, W, heads], natural logarithm. Both are differentiable; the gradients are deterministic.
+        float64) [B, H, W, heads], natural logarithm. Both are differentiable, once and backward; the gradients are
+        deterministic.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.

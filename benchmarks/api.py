@@ -232,6 +232,7 @@ def print_table(data: dict[str, Any]) -> None:
     ]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
+    escape = require("rich.markup", "bench").escape  # a reason may have brackets
     before = ""
     tried = [row for row in data["rows"] if row["status"] not in runs.UNFINISHED]
     for row in sorted(tried, key=_order(tried)):
@@ -245,7 +246,7 @@ def print_table(data: dict[str, Any]) -> None:
         cells.append("" if row["error"] is None else f"{row['error']:.1e}")
         remark = row["detail"] or ""
         cells.append(remark if row["status"] == "ok" else f"{row['status']}: {row['reason']}")
-        table.add_row(*cells, style=None if row["status"] == "ok" else "red")
+        table.add_row(*map(escape, cells), style=None if row["status"] == "ok" else "red")
     console = require("rich.console", "bench").Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
     if tried:
         console.print(table)

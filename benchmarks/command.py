@@ -47,6 +47,8 @@ def check(args: argparse.Namespace) -> None:
     for module in ("rich.table", "rich.console"):
         require(module, "bench")
     if args.csv is not None:
+        if args.output is not None and args.csv.resolve() == args.output.resolve():
+            raise runs.RunError(f"--csv and --output: expected two files, got {args.csv} twice")
         runs.check_writable(args.csv)
 
 
@@ -65,11 +67,11 @@ def finish(run: runs.Run, args: argparse.Namespace) -> int:
         raise runs.RunError("nothing to measure: none of the chosen contestants takes part in the chosen cases")
     run.save()
     api.close_run(run)
+    if args.csv is not None:
+        runs.write_csv(run.data, args.csv)
     api.print_table(run.data)
     if run.data["environment"]["device_type"] == "cpu":
         say("On a CPU: wall time only; GPU times, memory, and peers that need a GPU are left out.")
-    if args.csv is not None:
-        runs.write_csv(run.data, args.csv)
     counts = {status: sum(row["status"] == status for row in run.data["rows"]) for status in runs.STATUSES}
     say(", ".join(f"{count} {status}" for status, count in counts.items() if count))
     for path in (args.output, args.csv):

@@ -120,15 +120,16 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 
 def table(verdicts: Sequence[Verdict], a: str, b: str) -> Any:
     """A rich.table.Table, the largest changes first."""
-    found = require("rich.table", "bench").Table(title=f"A: {a}\nB: {b}")
+    escape = require("rich.markup", "bench").escape
+    found = require("rich.table", "bench").Table(title=escape(f"A: {a}\nB: {b}"))
     for head in ("case", "pass", "contestant", "time", "A [p20, p80] µs", "B [p20, p80] µs", "change", "verdict"):
-        found.add_column(head, justify="right" if "A" in head or "B" in head or head == "change" else "left")
+        found.add_column(escape(head), justify="right" if "A" in head or "B" in head or head == "change" else "left")
     styles = {"faster": "green", "new": "green", "slower": "red", "broken": "red", "same within noise": "dim"}
     for v in sorted(verdicts, key=lambda v: -abs(v.change if v.change is not None else float("inf"))):
         change = "" if v.change is None else f"{v.change:+.1%}"
         word = v.word + (f" ({v.reason})" if v.reason else "")
         row = [v.case, v.direction, v.contestant, MEASURES[v.which] if v.which else "", _interval(v.a), _interval(v.b)]
-        found.add_row(*row, change, word, style=styles[v.word])
+        found.add_row(*map(escape, [*row, change, word]), style=styles[v.word])
     return found
 
 

@@ -176,12 +176,17 @@ def _machines(records: Records) -> str:
     for path, run in records.runs.items():
         environment, ceilings, clocks = run["environment"], run["ceilings"], run["clocks"] or {}
         rates = [f"copy {ceilings['copy_tb_s']:.2f} TB/s"] if ceilings.get("copy_tb_s") else []
-        rates += [f"bf16 {ceilings['matmul_bf16_tflop_s']:.0f} TFLOP/s"] if ceilings.get("matmul_bf16_tflop_s") else []
+        rates += [f"bf16 {ceilings['matmul_bf16_tflop_s']:.3g} TFLOP/s"] if ceilings.get("matmul_bf16_tflop_s") else []
         seen = "; after it ".join(filter(None, (_clocks(clocks), _clocks(clocks, "_end"))))
         row = [f"[{path.name}]({records.link(path)})", environment["device"], ", ".join(_versions(environment))]
-        commit = (environment["commit"] or "")[:12]
+        commit = _commit(environment["commit"])
         body.append([*row, ", ".join(rates), seen, commit, _sources(records, run)])
     return _table(head, body, left=len(head)) if body else NOTHING
+
+
+def _commit(commit: str | None) -> str:
+    found, dash, state = (commit or "").partition("-")
+    return found[:12] + dash + state
 
 
 def _clocks(clocks: dict[str, Any], when: str = "") -> str:
@@ -543,9 +548,16 @@ def _gpu_test(records: Records, path: Path, data: dict[str, Any]) -> str:
     for tool, found in data.get("sanitizer", {}).items():
         (seen,) = found.values()
         facts.append(f"- compute-sanitizer, {tool}: {seen['errors']} errors over {len(seen['operators'])} operators.")
-    for model, found in data.get("model_parity", {}).items():
-        facts.append(f"- Model parity, {model}: {_fact(found)}.")
     parts = [intro, _table(["operator", *dtypes], body), "\n".join(facts)]
+    if parity := data.get("model_parity"):
+        heads = list(dict.fromkeys(head for values in _values(parity) for head in values))
+        lines = [
+            [model, where, *(f"{values[head]:.2g}" if head in values else "" for head in heads)]
+            for model, found in sorted(parity.items())
+            for where, values in found.items()
+        ]
+        said = "The model's error beside the recorded one of the reference implementation, in some of its networks:"
+        parts += [said, _table(["network", "computed in", *heads], lines, left=2)]
     return _joined([*parts, f"Recorded: {_source(records, path, data)}"])
 
 
@@ -555,12 +567,6 @@ def _values(section: dict[str, dict[str, Any]]) -> list[Any]:
 
 def _worst(found: dict[str, Any] | None) -> str:
     return "" if found is None else f"{found['worst_ratio']:.2f} ({found['worst_tensor']})"
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 BLOCKS: dict[str, Callable[[Records], str]] = {
@@ -695,7 +701,10 @@ def _picture(records: Records, path: Path, run: dict[str, Any], name: str, words
 
 
 def _versions(environment: dict[str, Any]) -> list[str]:
-    return [f"{key} {environment[key]}" for key in ("torch", "triton", "cuda", "hip", "driver") if environment.get(key)]
+    named = {key: environment.get(key) for key in ("torch", "triton", "cuda", "hip", "driver")} | environment.get(
+        "peers", {}
+    )
+    return [f"{key} {version}" for key, version in named.items() if version]
 
 
 def _source(records: Records, path: Path, data: dict[str, Any]) -> str:

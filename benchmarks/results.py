@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import subprocess
 import tempfile
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -54,9 +56,22 @@ def environment() -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
         if on_gpu
         else None,
+        "peers": _peers(),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def _peers() -> dict[str, str]:
+    """Versions of the libraries that are compared with, those that are installed."""
+    found = {}
+    for name, module in (("natten", "natten"), ("liger-kernel", "liger_kernel"), ("quack-kernels", "quack")):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a folder on the path
+            with suppress(Exception):  # or it is not there, or can't be imported without a GPU
+                found[name] = importlib.import_module(module).__version__
+    return found
 
 
 def write(path: Path | str, data: dict[str, Any]) -> None:

@@ -84,6 +84,7 @@ def key(row: Row) -> tuple[str, str, str]:
 def validate(data: Any) -> None:
     """Raises ValueError, naming the place, unless data is a run as SCHEMA.md has it."""
     _fields("the run", data, HEADER, required=HEADER)
+    _fields("environment", data["environment"], {}, required=[*SAME, "commit", "date"])
     _expect(data["schema"] == SCHEMA, f"schema {data['schema']!r}, expected {SCHEMA}")
     _expect(data["kind"] in KINDS, f"kind {data['kind']!r}, expected one of {KINDS}")
     for i, found in enumerate(data["rows"]):
@@ -149,23 +150,33 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Why the rows of two runs can't stand in one file; empty if they can."""
     pairs = [("kind", first["kind"], second["kind"])]
     pairs += [(name, first["environment"].get(name), second["environment"].get(name)) for name in SAME]
+    peers, others = (run["environment"].get("peers", {}) for run in (first, second))
+    pairs += [(name, peers[name], others[name]) for name in sorted(peers.keys() & others.keys())]
     pairs.append(("sources", first["source_sha256"][:12], second["source_sha256"][:12]))
     return [f"{name} {a} and {b}" for name, a, b in pairs if a != b]
+
+
+def with_peers(environment: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """An environment, with the peers of another that it lacks."""
+    return environment | {"peers": other.get("peers", {}) | environment.get("peers", {})}
 
 
 def merge(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
     """One run with the rows of all: of two rows of a case, contestant and pass, the later one that was measured.
 
-    Header and ceilings are the first's. Raises RunError unless kind, device, versions and sources are equal.
+    Header and ceilings are the first's, with the peers of all. Raises RunError unless kind, device, versions and
+    sources are equal.
     """
     rows = {key(found): found for found in first["rows"]}
+    environment = first["environment"]
     for other in others:
         if unequal := differences(first, other):
             raise RunError(f"these runs can't be merged: {', '.join(unequal)}")
+        environment = with_peers(environment, other["environment"])
         for found in other["rows"]:
             if key(found) not in rows or found["status"] not in UNFINISHED:
                 rows[key(found)] = found
-    return {**first, "rows": list(rows.values())}
+    return {**first, "environment": environment, "rows": list(rows.values())}
 
 
 def write_csv(data: dict[str, Any], path: Path | str) -> None:
@@ -214,7 +225,7 @@ class Run:
             old = read(path)
             if unequal := differences(old, data):
                 raise RunError(f"{path} can't be continued, choose another --output: {', '.join(unequal)}")
-            data = old
+            data = old | {"environment": with_peers(old["environment"], data["environment"])}
         return cls(data, path)
 
     def done(self, case: str, contestant: str, direction: str) -> bool:

@@ -191,7 +191,8 @@ def measure_largest(
 
     Batches are powers of two up to LARGEST, whose pass should take no longer than LARGEST_SECONDS; the row's detail
     says what ends them. Memory is predicted from what four images need more than one; where that is too hopeful, half
-    of the batch is tried. deadline: by time.monotonic(). The rest is as in measure_models.
+    of the batch is tried, and twice where the batch left room for it. deadline: by time.monotonic(). The rest is as in
+    measure_models.
     """
     for single in _singles(run):
         size, direction = single["settings"]["size"], single["pass"]
@@ -207,38 +208,49 @@ def measure_largest(
             continue
         on_step(f"{direction} of {network.name} at {size}²: the largest batch that fits")
         checked = Check(single["error"], single["allowed_error"], single["error"], single["allowed_error"])
-        batch, limit = _largest(single, network, device)
+        batch, most, limit = _largest(single, network, device)
+        fitted = None
         while batch > 1:
-            tried = blank(network, size, batch, direction, largest=True) | {"detail": f"limited by {limit}"}
+            reason = f"limited by {limit if batch == most else 'memory'}"
+            tried = blank(network, size, batch, direction, largest=True) | {"detail": reason}
             tried = networks.attempt(tried, network, checked, run, device, seconds)
-            if tried["status"] != "out of memory":
+            if tried["status"] == "out of memory" and fitted is not None:
+                run.put(fitted)
+                run.save()
                 break
-            batch, limit = batch // 2, "memory"
+            if tried["status"] == "out of memory":
+                batch //= 2
+            elif tried["status"] == "ok" and batch < most and 2 * tried["peak_bytes"] <= networks.room(device):
+                fitted, batch = tried, 2 * batch
+            else:
+                break
         else:
+            limit = limit if most == 1 else "memory"
             names = {"case": case_name(size, largest=True), "settings": single["settings"] | {"largest": True}}
             run.put(single | names | {"detail": f"limited by {limit}"})
             run.save()
 
 
-def _largest(single: runs.Row, network: Network, device: torch.device) -> tuple[int, str]:
-    """(batch, what limits it)"""
+def _largest(single: runs.Row, network: Network, device: torch.device) -> tuple[int, int, str]:
+    """(the batch that memory is predicted to have room for, the most that is tried whatever the memory, why no more)"""
     one_us = min((single["gpu_us"] or single["wall_us"])["median"], (single["floor_us"] or math.inf) / BUSY)
     slow = f"{LARGEST_SECONDS:g} s a pass"
     limits = {f"the {LARGEST} images tried at most": float(LARGEST), slow: LARGEST_SECONDS / (one_us / 1e6)}
-    if limits[slow] < 2:
-        return 1, slow
+    limit, allowed = min(limits.items(), key=lambda item: item[1])
+    most = 2 ** math.floor(math.log2(max(allowed, 1)))
+    if most == 1:
+        return 1, 1, limit
     try:
         four = networks.peak(network, single["pass"], 4, device)
     except Exception:  # most of all out of memory; anything else shows in the row of the batch that is tried
         four = None
     networks.release(device)  # or its cache would count as taken
     if four is None:
-        limits["memory"] = 2.0
+        fits = 2.0
     else:
         one = single["peak_bytes"]
-        limits["memory"] = 1 + (networks.room(device) - one) / max((four - one) / 3, 1)
-    limit, most = min(limits.items(), key=lambda item: item[1])
-    return 2 ** math.floor(math.log2(max(most, 1))), limit
+        fits = 1 + (networks.room(device) - one) / max((four - one) / 3, 1)
+    return min(most, 2 ** math.floor(math.log2(max(fits, 1)))), most, limit
 
 
 # The attention operator alone
@@ -337,7 +349,7 @@ def print_summary(run: dict[str, Any]) -> None:
         for i, name in enumerate(head):
             table.add_column(name, justify="right" if i else "left")
         for line in body:
-            table.add_row(*line)
+            table.add_row(*map(require("rich.markup", "bench").escape, line))
         console.print(table)
     print(READING)
     if claim := reports.claim(reports.forward_rows(run)):

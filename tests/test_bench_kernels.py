@@ -434,6 +434,7 @@ def main(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
         (["kernels", "--budget", "soon"], "argument --budget: invalid number of seconds value: 'soon'"),
         (["kernels", "--case", "geglu", "--output", "/dev/null/run.json"], "can't write /dev/null/run.json"),
         (["kernels", "--case", "geglu", "--csv", "/dev/null/run.csv"], "can't write /dev/null/run.csv"),
+        (["kernels", "--output", "a.json", "--csv", "./a.json"], "--csv and --output: expected two files, got a.json"),
         (["kernels", "--case", "geglu 131072*"], "need a GPU"),
         (["kernels", "--case", "geglu", "--contestant", "natten", "--budget", "1"], "nothing to measure"),
         (["list", "--case", "zzz"], "no case matches 'zzz'"),

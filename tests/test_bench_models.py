@@ -617,6 +617,8 @@ def test_out_of_memory_ends_a_family_only() -> None:
     [
         (1000.0, 10, 500, 64, 32, "memory"),  # 10 + 49 images of 10 bytes each
         (1000.0, 10, 500, 8, 8, "memory"),  # 32 and 16 turn out not to fit
+        (1000.0, 100, 500, 64, 32, "memory"),  # 4 were predicted, and leave room for more
+        (1000.0, 100, 500, 8, 8, "memory"),  # then 16 turn out not to fit
         (1000.0, 10, 15, 1, 1, "memory"),
         (100.0, 10, 10**9, 10**9, 4096, "the 4096 images tried at most"),
         (12e3, 10, 10**9, 10**9, 128, "2 s a pass"),  # 166 images would take 2 s, one after another
@@ -644,7 +646,11 @@ def test_the_largest_batch(
 
     def attempt(row: runs.Row, *_: Any) -> runs.Row:
         fit = row["settings"]["batch"] <= fits
-        found = {"status": "ok", "wall_us": stats(2.0)} if fit else {"status": "out of memory", "reason": "full"}
+        found = (
+            {"status": "ok", "wall_us": stats(2.0), "peak_bytes": 10 * row["settings"]["batch"]}
+            if fit
+            else {"status": "out of memory", "reason": "full"}
+        )
         run.put(row | found)
         return row | found
 

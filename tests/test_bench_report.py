@@ -331,6 +331,14 @@ def test_attention_that_was_not_timed_has_no_table(clone: Path) -> None:
     assert "| tokens |" not in text and "not measured (the budget is spent)" in text
 
 
+def test_brackets_in_a_reason_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would take them for its markup."""
+    run = made_up_runs.kernels()
+    run["rows"][0] |= dict.fromkeys(("gpu_us", "wall_us", "host_us")) | {"status": "failed", "reason": "[/x.cu:1] [y]"}
+    api.print_table(run)
+    assert "[/x.cu:1] [y]" in "".join(capsys.readouterr().out.split("\n"))
+
+
 def test_the_terminal_s_table_has_floors_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     api.print_table(made_up_runs.kernels())
     printed = capsys.readouterr().out
@@ -446,7 +454,7 @@ def test_blocks_of_records(clone: Path) -> None:
         "- Tensors of more than 2³¹ elements: worst relative error 0.0012 over 2 operators.",
         "- Operators bitwise equal over 20 runs, forward and backward: 1.",
         "- compute-sanitizer, memcheck: 0 errors over 2 operators.",
-        "- Model parity, A: float32 output 1.2e-06, gradient 2e-05.",
+        "| A | float32 | 1.2e-06 | 2e-05 |",
     ]:
         assert f"{fact}\n" in found
     assert "[benchmarks/results/gpu_tests_some.json](../benchmarks/results/gpu_tests_some.json), Some GPU" in found

@@ -114,6 +114,28 @@ def test_another_day_and_commit_are_taken_up(tmp_path: Path, monkeypatch: pytest
     assert runs.Run.open(path, "kernels", []).data["environment"]["date"] != "2001-01-01"
 
 
+def test_a_peer_may_come_later_but_not_in_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    here = results.environment()
+    for peers, wanted in (
+        ({"natten": "0.21.7"}, {"natten": "0.21.7"}),
+        ({"liger-kernel": "0.8"}, {"natten": "0.21.7", "liger-kernel": "0.8"}),
+    ):
+        found = here | {"peers": peers}
+        monkeypatch.setattr(results, "environment", lambda found=found: found)
+        run = runs.Run.open(path, "kernels", [])
+        run.save()
+        assert run.data["environment"]["peers"] == wanted
+    monkeypatch.setattr(results, "environment", lambda: here | {"peers": {"natten": "0.30"}})
+    with pytest.raises(runs.RunError, match="natten 0.21.7 and 0.30"):
+        runs.Run.open(path, "kernels", [])
+
+
+def test_an_environment_without_a_date_is_refused() -> None:
+    with pytest.raises(ValueError, match="environment: .*'date'.* missing"):
+        runs.validate(data() | {"environment": {}})
+
+
 def test_merge_takes_the_later_measurement() -> None:
     first = data(row(), row("not measured", contestant="b"), row("failed", contestant="c"))
     second = data(row("not measured"), row(contestant="b"), row(contestant="c"), row("unavailable", contestant="d"))

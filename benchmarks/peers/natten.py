@@ -29,7 +29,16 @@ def _incomplete() -> str | None:
     return None if has_kernels else f"NATTEN is here without its compiled part: {INSTALL}"
 
 
-PEER = Peer("NATTEN", "natten", INSTALL, needs_gpu=True, check=_incomplete)
+def _incomplete_or_no_hopper() -> str | None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        return "its hopper-fna backend needs a Hopper GPU"
+    return _incomplete()
+
+
+PEERS = {
+    "hopper-fna": Peer("NATTEN", "natten", INSTALL, needs_gpu=True, check=_incomplete_or_no_hopper),
+    "cutlass-fna": Peer("NATTEN", "natten", INSTALL, needs_gpu=True, check=_incomplete),
+}
 
 Tile = dict[str, Any]  # keyword arguments of natten.na2d
 
@@ -159,8 +168,8 @@ def _settled(implementation: Implementation) -> Implementation:
 CONTESTANTS = [
     Contestant(
         f"natten {backend}",
-        PEER,
+        peer,
         {"na2d": _na2d(backend), "neighborhood_self_attention": _self_attention(backend)},
     )
-    for backend in ("hopper-fna", "cutlass-fna")
+    for backend, peer in PEERS.items()
 ]

@@ -66,7 +66,7 @@ MOST_CASES = 10  # in one picture of bars
 ANNOTATED = 1024  # the size, in pixels, of the paper's claim
 FULL = "out of memory"  # the status of a row
 PASSES = {"forward": "forward pass", "step": "training step"}
-WIDEST = 1  # interval of an exponent that counts as determined
+WIDEST = 0.75  # interval of an exponent that counts as determined
 FITTED = 4  # a power law is fitted to this many of the largest sizes: small ones cost launches, not pixels
 
 

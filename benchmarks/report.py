@@ -43,11 +43,15 @@ _BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- en
 
 @dataclass(frozen=True)
 class Column:
-    """number: row -> what the first contestant's share of the second is told of, None where that says nothing."""
+    """number: row -> what the first contestant's share of the second is told of, None where that says nothing.
+
+    differ: whether two rows have numbers that may be called different.
+    """
 
     label: str
     text: Callable[[Row], str]
     number: Callable[[Row], float | None] | None = None
+    differ: Callable[[Row, Row], bool] = lambda first, second: True
 
 
 @dataclass(frozen=True)
@@ -271,10 +275,18 @@ def _by_size(rows: Sequence[Row], names: Sequence[str], columns: Sequence[Column
         for column in columns:
             line += [column.text(row) if row else "" for row in found]
             if shared and column.number:
-                first, second = (row and column.number(row) for row in found)
-                line.append(plots.share(first / second) if first and second else "")
+                line.append(_share(column, *found))
         body.append(line)
     return [head, *body]
+
+
+def _share(column: Column, first: Row | None, second: Row | None) -> str:
+    if first is None or second is None or column.number is None:
+        return ""
+    one, other = column.number(first), column.number(second)
+    if not one or not other:
+        return ""
+    return plots.share(one / other) if column.differ(first, second) else "same within noise"
 
 
 def claim(rows: Sequence[Row]) -> str:
@@ -623,7 +635,12 @@ def _time(row: Row, which: str) -> str:
 
 
 def _time_column(which: str) -> Column:
-    return Column(MEASURES[which], lambda row: _time(row, which), lambda row: row[which] and row[which]["median"])
+    def differ(first: Row, second: Row) -> bool:
+        return reading.verdict(second[which], first[which], NOISE[which]) != "same within noise"
+
+    return Column(
+        MEASURES[which], lambda row: _time(row, which), lambda row: row[which] and row[which]["median"], differ
+    )
 
 
 def _absent(row: Row) -> str:

@@ -149,6 +149,17 @@ def test_a_guessed_ratio_says_so() -> None:
     assert "of the FLOPs (counted)" in claim and "of the GPU time (extrapolated)" in claim
 
 
+def test_no_share_is_told_of_times_that_may_be_equal() -> None:
+    column = report._time_column("gpu_us")
+    rows = [
+        made_up_runs.row("image 64x64", name, stats(time, 0.05), None)
+        for name, time in (("a", 100), ("b", 104), ("c", 200))
+    ]
+    assert report._share(column, rows[0], rows[2]) == "50%"
+    assert report._share(column, rows[0], rows[1]) == "same within noise"
+    assert report._share(column, rows[0], None) == ""
+
+
 def test_shares_keep_their_digits() -> None:
     assert [plots.share(ratio) for ratio in (2.31, 0.1, 0.0188, 0.00056, 0.0000351)] == [
         *("231%", "10%", "1.88%", "0.056%", "0.0035%"),

@@ -220,6 +220,7 @@ def measure_largest(
                 break
             if tried["status"] == "out of memory":
                 batch //= 2
+                most, limit = batch, "memory"
             elif tried["status"] == "ok" and batch < most and 2 * tried["peak_bytes"] <= networks.room(device):
                 fitted, batch = tried, 2 * batch
             else:

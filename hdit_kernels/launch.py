@@ -74,6 +74,12 @@ def gpu_family(device: torch.device) -> str:
     return "default"
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision: float32 products follow torch's own matmul setting, read at every call."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":

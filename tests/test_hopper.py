@@ -11,6 +11,13 @@ pytest.importorskip("triton", reason="the launchers need Triton: install the ext
 
 from hdit_kernels.neighborhood_attention import hopper  # noqa: E402 (imports triton)
 
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hdit_kernels.launch.multiprocessors", lambda device: 132)
+
 
 def window_start(query: int, window: int, length: int) -> int:
     return min(max(query - window // 2, 0), length - window)
@@ -20,9 +27,10 @@ def window_start(query: int, window: int, length: int) -> int:
 def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> None:
     """What hopper_forward.strip_of_program makes of a plan, for all heights and lengths of strips."""
     boxes = hopper.rows_of_next(window)
-    for height, length in itertools.product(range(window, 150), (1, 3, 8)):
-        shape = (1, height, 8 * 1000, 1, 64)
-        (_, programs, _), integers, _ = hopper.plan(shape, (), (window, window), length)
+    # columns: too many for one wave of strips, or so few that it has long strips
+    for height, length, columns in itertools.product(range(window, 150), (1, 3, 8), (1000, 132)):
+        shape = (1, height, 8 * columns, 1, 64)
+        (_, programs, _), integers, _ = hopper.plan(shape, (), (window, window), DEVICE, length, 4 * length)
         strips, shortest, longer = integers[3:6]
         rows = []
         for strip in range(programs):
@@ -38,7 +46,8 @@ def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> Non
                 for query in queries:
                     start = window_start(query, window, height)
                     assert low <= start and start + window <= high, (height, length, query)
-                assert high - first <= 2 * hopper.LONGEST * hopper.TILE  # what hopper.within_reach relies on
+            reach = 4 * length + 2 if columns == 132 else hopper.REACH  # what 32-bit offsets rely on
+            assert high - first <= reach * hopper.TILE
         assert rows == list(range(height)), (height, length)
 
 
@@ -50,32 +59,49 @@ def test_columns_fit_into_a_row_of_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "length", "strips"),
+    ("shape", "length", "longest", "strips"),
     [
-        ((4, 256, 256, 2), 3, 11),
-        ((32, 32, 32, 12), 3, 1),  # columns of four tiles
-        ((1, 256, 256, 2), 3, 4),  # 256 programs of eight tiles, all in flight at once
-        ((1, 64, 64, 2), 3, 3),  # too few of eight tiles to fill the GPU
-        ((4, 128, 128, 8), 8, 2),
-        ((4, 128, 128, 8), 1, 16),
-        ((1, 256, 256, 2), 1, 32),
-        ((1, 8, 9, 1), 3, 1),
-        ((1, 5, 9, 1), 3, 0),
+        ((4, 256, 256, 2), 3, 32, 1),  # 256 programs of 32 tiles, all in flight at once
+        ((4, 256, 256, 2), 3, 8, 11),  # as many would be longer than the longest
+        ((1, 256, 256, 2), 3, 8, 4),  # 256 programs of eight tiles
+        ((1, 512, 512, 2), 3, 32, 2),
+        ((1, 1024, 1024, 2), 3, 32, 43),
+        ((32, 32, 32, 12), 3, 32, 1),  # columns of four tiles
+        ((8, 64, 64, 6), 3, 32, 3),  # more columns than places
+        ((1, 64, 64, 2), 3, 32, 3),  # too few tiles to fill the GPU
+        ((4, 128, 128, 8), 8, 32, 2),
+        ((4, 128, 128, 8), 1, 1, 16),
+        ((1, 256, 256, 2), 1, 1, 32),
+        ((1, 8, 9, 1), 3, 32, 1),
+        ((1, 5, 9, 1), 3, 32, 0),
     ],
 )
-def test_strips_down(shape: tuple[int, int, int, int], length: int, strips: int) -> None:
+def test_strips_down(shape: tuple[int, int, int, int], length: int, longest: int, strips: int) -> None:
     batch, height, width, heads = shape
-    assert hopper.strips_down(batch * heads * -(-width // hopper.TILE), height // hopper.TILE, length) == strips
+    columns, tiles = batch * heads * -(-width // hopper.TILE), height // hopper.TILE
+    assert hopper.strips_down(columns, tiles, length, longest, 132) == strips
+
+
+def test_one_wave_counts_the_gpu_s_multiprocessors() -> None:
+    assert hopper.strips_down(256, 32, 3, 32, 114) == 11  # an H100 PCIe has no place for 256 at once
+
+
+def test_long_strips_stay_within_reach() -> None:
+    """Of rows of 8 Mi elements, 31 tiles of eight are less than 2**31: no strip of 32."""
+    shape, stride = (4, 256, 256, 2, 64), (2**31, 2**23, 128, 64, 1)
+    assert hopper.plan(shape, ((0, 2**22, 128, 64, 1),), (7, 7), DEVICE, 3, 32)[1][3] == 1
+    assert hopper.within_reach(shape, (stride,))
+    assert hopper.plan(shape, (stride,), (7, 7), DEVICE, 3, 32)[1][3] == 11
 
 
 def test_plan() -> None:
     """Four whole tiles down in one strip, five rows left in another."""
     stride = (2**20, 29 * 96, 96, 32, 1)
-    grid, integers, constants = hopper.plan((2, 37, 29, 3, 32), (stride, stride), (7, 5), 3)
+    grid, integers, constants = hopper.plan((2, 37, 29, 3, 32), (stride, stride), (7, 5), DEVICE, 3, 8)
     assert grid == (3 * 4, 2, 2)
     assert integers == [37, 29, 3, 1, 4, 0, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
     assert constants == {"D": 32, "num_warps": 4, "MORE": 4, "LAST": 2}
-    assert hopper.plan((2, 37, 29, 3, 32), (stride,), (13, 5), 1)[2] == {"D": 32, "num_warps": 4}
+    assert hopper.plan((2, 37, 29, 3, 32), (stride,), (13, 5), DEVICE)[2] == {"D": 32, "num_warps": 4}
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
+from hdit_kernels import launch
+
 TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel): 64 rows of a warpgroup's product
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
 WIDEST_STREAMED = 13  # the same of hopper_backward_13, which has four columns beyond those
-LONGEST = 8  # tiles that a program walks down, about: never twice as many, which within_reach relies on
+REACH = 16  # tiles from a strip's first row on that 32-bit offsets must reach, whatever the length of strips
 TRITON = ("3.6", "3.7")  # Gluon may change from one version of Triton to the next; others take the portable kernels
 
 
@@ -68,11 +70,17 @@ def reads_wide(*tensors: Tensor) -> bool:
 @functools.lru_cache(maxsize=4096)
 def within_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> bool:
     """What `reads_wide` asks of all but the addresses. A packed gradient has the longest rows of what is written."""
-    batch, height, width, heads, head_dim = shape
+    batch, height = shape[:2]
     if max(batch, height // TILE + 1) > 65535:  # programs along an axis of the grid
         return False
-    row = max(3 * width * heads * head_dim, *[step for stride in strides for step in stride[1:3]])
-    return row * TILE * 2 * LONGEST < 2**31 and all(step % 8 == 0 for stride in strides for step in stride[:-1])
+    return tiles_in_reach(shape, strides) >= REACH and all(step % 8 == 0 for stride in strides for step in stride[:-1])
+
+
+def tiles_in_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> int:
+    """How many tiles from a strip's first row on 32-bit offsets reach."""
+    _, _, width, heads, head_dim = shape
+    row = max([3 * width * heads * head_dim, *[step for stride in strides for step in stride[1:3]]])
+    return (2**31 - 1) // (row * TILE)
 
 
 def rows_of_next(window: int) -> dict[str, int]:
@@ -84,29 +92,37 @@ def rows_of_next(window: int) -> dict[str, int]:
     return {"MORE": more, "LAST": last}
 
 
-def strips_down(columns: int, tiles: int, length: int) -> int:
+def strips_down(columns: int, tiles: int, length: int, longest: int, multiprocessors: int) -> int:
     """Into how many strips, of about `length` whole tiles each, a column of tiles is cut; `columns` of them in all.
 
-    Longer ones, where all of them are in flight at once and still fill the GPU. Measured on an H100 (the log).
+    Longer ones, up to `longest`, where they are one wave: two programs a multiprocessor, all in flight at once, with at
+    most a tenth of the places empty. Measured on an H100 (the log).
     """
-    fewest = -(-tiles // LONGEST)
-    if length > 1 and 132 < fewest * columns <= 3 * 132:
-        return fewest
+    places = 2 * multiprocessors
+    wave = places // columns
+    if wave * columns >= 0.9 * places and wave * length <= tiles <= wave * longest:
+        return wave
     return (tiles + length // 2) // length or min(tiles, 1)
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    shape: Sequence[int], strides: Sequence[Sequence[int]], window: Sequence[int], length: int
+    shape: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    window: Sequence[int],
+    device: torch.device,
+    length: int = 1,
+    longest: int = 1,
 ) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
 
-    length: of a strip, in tiles; 1 for kernels that don't walk. Cached, since it costs as much host time as the launch
-    itself.
+    length, longest: of a strip, in tiles, see `strips_down`; 1 for kernels that don't walk. Cached, since it costs as
+    much host time as the launch itself.
     """
     batch, height, width, heads, head_dim = shape
     tiles_x, (tiles, left) = -(-width // TILE), divmod(height, TILE)
-    whole = strips_down(batch * heads * tiles_x, tiles, length)
+    longest = min(longest, tiles_in_reach(shape, strides) - 2)  # copies are two tiles ahead
+    whole = strips_down(batch * heads * tiles_x, tiles, length, longest, launch.multiprocessors(device))
     integers = [height, width, heads, whole, *(divmod(tiles, whole) if whole else (0, 0)), *window]
     integers += [step // 8 for stride in strides for step in stride[:-1]]
     constants = {"D": head_dim, "num_warps": 4}

@@ -63,11 +63,11 @@ def backward_into(
         out = out.clone()
     delta = stats.new_empty(stats.shape[1:])
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
-    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 3)
+    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), query.device, 3, 8)
     tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta)
     constants = constants | {"HAS_DLSE": dlse is not None}
     launch.run(_na2d_hopper_dq_kernel, grid, tensors, [scale, logit_scale, *integers], constants)
-    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 1)
+    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), query.device)
     constants = constants | {"maxnreg": 168}
     numbers = [scale, logit_scale, *integers]
     launch.run(_na2d_hopper_dkdv_kernel, grid, (dout, query, key, value, stats, delta, dk, dv), numbers, constants)

@@ -53,7 +53,7 @@ def dkdv_into(
 ) -> None:
     """As `backward.portable_dkdv_into` for what `hopper.takes_dkdv_13`."""
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dk.stride())
-    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), 1)
+    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), query.device)
     tensors = (dout, query, key, value, terms.view(torch.float32), dk, dv)
     constants = constants | {"maxnreg": 168}
     launch.run(_na2d_hopper_dkdv_13_kernel, grid, tensors, [scale, logit_scale, *integers], constants)

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -40,20 +41,24 @@ def forward(
     """As `forward.na2d_forward` for what `hopper.takes_forward`."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
     strides = (query.stride(), key.stride(), value.stride())
-    kernel, grid, integers, constants = _plan(query.shape, strides, tuple(window), return_lse)
+    kernel, grid, integers, constants = _plan(query.shape, strides, tuple(window), query.device, return_lse)
     launch.run(kernel, grid, (query, key, value, out, stats, lse), [logit_scale, int(save_stats), *integers], constants)
     return [out] + return_lse * [lse] + save_stats * [stats]
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    shape: Sequence[int], strides: Sequence[Sequence[int]], window: Sequence[int], return_lse: bool
+    shape: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    window: Sequence[int],
+    device: torch.device,
+    return_lse: bool,
 ) -> tuple[Any, tuple[int, int, int], list[int], dict[str, Any]]:
     """Kernel, and `hopper.plan` of it with what else it takes."""
     kernel, length = _na2d_hopper_forward_kernel, 3 if shape[-1] == 64 else 8  # measured
     if shape[-1] == 128:
         from hdit_kernels.neighborhood_attention.hopper_forward_128 import _na2d_hopper_forward_128_kernel as kernel
-    grid, integers, constants = hopper.plan(shape, strides, window, length)
+    grid, integers, constants = hopper.plan(shape, strides, window, device, length, 32)
     # Three programs a multiprocessor, where all logits fit: at head_dim 64, those of windows 8 and 9 would spill.
     registers = 168 if shape[-1] == 32 or (shape[-1] == 64 and window[0] < 8) else None
     return kernel, grid, integers, constants | {"HAS_LSE": return_lse, "maxnreg": registers}

@@ -60,7 +60,9 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 def truth(case: Case, device: torch.device, seed: int, function: Callable[..., Tensor] | None = None) -> Truth:
     """Draws a case's inputs and computes what its reference, or another function of them, gives.
 
-    The output's gradient is random plus the output itself, so that gradients summed over tokens don't cancel.
+    The output's gradient is random plus the output itself, so that gradients summed over tokens don't cancel. It is
+    contiguous, as the one that is timed: torch 2.11's cuDNN attention takes it as laid out in memory like that of the
+    shape's first backward pass, and gave wrong gradients for another layout (seen on an H100).
     """
     function = function or case.reference
     tensors = case.inputs(device, seed)
@@ -68,7 +70,7 @@ def truth(case: Case, device: torch.device, seed: int, function: Callable[..., T
     with large_tiles(device):
         with torch.no_grad():
             out = function(**exact)
-        dout = (torch.randn_like(out) + out).to(case.dtype)
+        dout = (torch.randn_like(out) + out).to(case.dtype).contiguous()
         wanted = _both_ways(case, function, exact, dout)
         del exact, out
         narrow = {name: t if name in case.frozen else t.to(case.dtype) for name, t in tensors.items()}

@@ -208,7 +208,7 @@ class Calls:
         if direction == "forward":
             return self._forward
         if self.dout is None:
-            # As in the check: with randn_like's own layout SDPA's gradients failed it on an H200, for a reason unknown.
+            # Of the layout that the check has, see correctness.truth.
             self.dout = torch.randn_like(self._forward(), memory_format=torch.contiguous_format)
         dout = self.dout
         if direction == "forward+backward":

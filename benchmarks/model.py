@@ -89,11 +89,13 @@ def case_name(name: str, batch: int) -> str:
 
 def blank(name: str, network: Network, batch: int, direction: str, device: torch.device) -> runs.Row:
     """A row with what is known before measuring."""
+    side = networks.checked_side(network, device)
     return runs.row(
         case_name(name, batch),
         network.name,
         direction,
         "not measured",
+        detail=f"checked at {side}²" if side != network.side else None,
         family="model",
         operator=name,
         settings={"preset": name, "batch": batch, "precision": networks.precision(device)},
@@ -146,16 +148,20 @@ def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batch
 
 def listing(patterns: Sequence[str] = ()) -> list[str]:
     """Lines for `python -m benchmarks list`, of cases that a pattern matches."""
-    return list_passes("model", PASSES, patterns)
+    return list_passes("model", PASSES, patterns, BATCHES)
 
 
-def list_passes(kind: str, passes: Sequence[str], patterns: Sequence[str]) -> list[str]:
+def list_passes(kind: str, passes: Sequence[str], patterns: Sequence[str], batches: Batches) -> list[str]:
+    """batches: what is measured unless other cases are asked for."""
     cases = {case_name(name, batch): name for name in BATCHES for batch in BATCHES[name]}
     found = {case: name for case, name in cases.items() if not patterns or api.matches(case, patterns)}
     if not found:
         return []
     lines = [f"{kind}: {', '.join(passes)}"]
-    lines += [f"  {case}: ours, k-diffusion, {networks.dit_like(presets[name]).name}" for case, name in found.items()]
+    default = {case_name(name, batch) for name in batches for batch in batches[name]}
+    for case, name in found.items():
+        remark = "" if case in default else f"  (only with --case '{case}')"
+        lines.append(f"  {case}: ours, k-diffusion, {networks.dit_like(presets[name]).name}{remark}")
     absent = kdiffusion.available()
     reason = f"needs --k-diffusion FOLDER here ({absent}: {kdiffusion.INSTALL})" if absent else "runs here"
     return [*lines, f"  k-diffusion: {reason}"]

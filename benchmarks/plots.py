@@ -138,6 +138,12 @@ class Curve:
         return self.law is not None and self.law.high - self.law.low <= WIDEST
 
     @property
+    def last(self) -> str:
+        """The exponent between the two largest sizes measured, which tells where a curve that bends is heading."""
+        (small, low), (large, high) = self.measured[-2:]
+        return f"{math.log(high / low) / (2 * math.log(large / small)):.2f} from {small:g}² to {large:g}²"
+
+    @property
     def legend(self) -> str:
         """Its name, and the exponent where the fit determines one."""
         return f"{self.contestant}: exponent {self.law}" if self.determined else self.contestant

@@ -317,13 +317,15 @@ def _exponents(rows: Sequence[Row], panels: dict[str, tuple[str, list[plots.Curv
     for title, (_, curves) in panels.items():
         found = {curve.contestant: curve for curve in curves if curve.law}
         body.append([title, *(_law(found[name]) if name in found else "too few points" for name in names)])
-    intro = f"Cost grows as the number of {what} to the power of (95% interval, over the largest sizes measured):"
+    intro = f"Cost grows as the number of {what} to the power of (95% interval, over the largest sizes measured; then "
+    intro += "between the two largest alone, where small sizes' fixed costs weigh least):"
     return _joined([intro, _table(["cost", *names], body)]) if body else ""
 
 
 def _law(curve: plots.Curve) -> str:
     sizes = [size for size, _ in curve.measured[-plots.FITTED :]]
-    return f"{'' if curve.determined else 'not determined: '}{curve.law} from {sizes[0]}² to {sizes[-1]}²"
+    fitted = f"{'' if curve.determined else 'not determined: '}{curve.law} from {sizes[0]}² to {sizes[-1]}²"
+    return f"{fitted}; {curve.last}"
 
 
 def largest_table(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
@@ -484,9 +486,9 @@ def _short(row: Row) -> str:
 
 
 def _rival(rows: Sequence[Row], ours: Row, which: str) -> Row | None:
-    """The fastest timed contestant of ours' case that is not ours."""
+    """The fastest timed contestant of ours' case that is not ours, nor attends to all tokens: another model."""
     same = [row for row in rows if row["case"] == ours["case"] and not reading.is_ours(row["contestant"])]
-    return reading.best(same, which)
+    return reading.best([row for row in same if row["contestant"] != reading.FULL_ATTENTION], which)
 
 
 def _beside(ours: Row, rival: Row, which: str) -> str:

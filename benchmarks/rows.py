@@ -13,6 +13,9 @@ MEASURES = {"gpu_us": "GPU time", "wall_us": "wall time"}
 NOISE = {"gpu_us": 0.03, "wall_us": 0.10}  # medians of two processes on one machine differ by about this much
 
 
+FULL_ATTENTION = "sdpa"  # the contestant that neighborhood attention replaces
+
+
 def is_ours(contestant: str) -> bool:
     return contestant.startswith(("ours", "HDiT"))
 

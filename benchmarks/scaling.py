@@ -360,7 +360,7 @@ def print_summary(run: dict[str, Any]) -> None:
             if curve.determined:
                 print(f"{title}: {curve.contestant} grows as pixels to the power of {curve.law} (95% interval)")
             elif curve.law:
-                print(f"{title}: {curve.contestant}'s exponent is not determined by these sizes")
+                print(f"{title}: {curve.contestant}'s exponent is not determined by these sizes; it is {curve.last}")
 
 
 # The command

@@ -23,4 +23,4 @@ def run(args: argparse.Namespace) -> int:
 
 def listing(patterns: Sequence[str] = ()) -> list[str]:
     """Lines for `python -m benchmarks list`, of cases that a pattern matches."""
-    return model.list_passes("train", PASSES, patterns)
+    return model.list_passes("train", PASSES, patterns, BATCHES)

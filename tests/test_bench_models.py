@@ -463,6 +463,8 @@ def test_lists_cases_and_why_a_peer_cannot_run() -> None:
         assert "needs --k-diffusion FOLDER here" in lines[-1]
         assert module.listing(["ffhq"])[1:3] == [line for line in lines if "ffhq" in line]
         assert not module.listing(["zzz"])
+    assert "  ffhq-1024 batch 1: ours, k-diffusion, DiT-B/4" in model.listing()
+    assert "  ffhq-1024 batch 1: ours, k-diffusion, DiT-B/4  (only with --case 'ffhq-1024 batch 1')" in train.listing()
     assert len(scaling.listing(["4096"])) == 3 and not scaling.listing(["zzz"])
     lines = scaling.listing()
     assert "  image 4096x4096 batch 1" in lines and "  image 64x64 largest batch  (needs a GPU)" in lines

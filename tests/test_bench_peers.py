@@ -71,6 +71,13 @@ def test_computes_every_small_case(rival: Contestant, seed: int) -> None:
         assert all(error.right for error in found.values()), (case.name, found)
 
 
+def test_checked_gradients_get_the_layout_that_is_timed(seed: int) -> None:
+    """Whatever the reference's output is like: that of full attention has its heads outside its tokens."""
+    entry = Entry(na2d(2, 8, 8, 3, 8, 3, "float32", full_size=False), contestant("sdpa"))
+    truth = correctness.truth(entry.checked, CPU, seed, entry.implementation.reference)
+    assert not truth.wanted["out"].is_contiguous() and truth.dout.is_contiguous()
+
+
 def test_sdpa_and_what_is_timed_of_it(seed: int) -> None:
     """Its output is [B, tokens, heads, D], finish makes the case's of it, and the gradients that are timed are those of
     full attention for the contiguous dout."""

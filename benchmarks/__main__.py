@@ -1,4 +1,4 @@
-"""`python -m benchmarks list|kernels|model|train|scaling|report|compare|tune`.
+"""`python -m benchmarks list|kernels|model|train|scaling|merge|report|compare|tune`.
 
 A command is a module with add_arguments(parser) and run(args) -> exit status, imported only when it is asked for. Exit
 status: 0; 1 if something failed, ran out of memory or became slower; 2 for what the user has to change, in one line.
@@ -18,6 +18,7 @@ COMMANDS = {
     "model": ("benchmarks.model", "the presets against the reference HDiT and DiT"),
     "train": ("benchmarks.train", "training steps of the presets"),
     "scaling": ("benchmarks.scaling", "how cost grows with the image, HDiT beside DiT"),
+    "merge": ("benchmarks.merge", "run files of equal machines and sources, such as one for each GPU, put into one"),
     "report": ("benchmarks.report", "Markdown and pictures from a folder of run files"),
     "compare": ("benchmarks.compare", "two run files or git revisions, a verdict for each case"),
     "tune": ("benchmarks.tune", "the launch configurations of the portable neighborhood attention kernels, on Hopper"),

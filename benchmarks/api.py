@@ -120,7 +120,7 @@ def run_cases(
     began = time.monotonic()
     run = open_run("kernels", output, command or ["benchmarks.api.run_cases"], on_line)
     with timing.side_stream(device()):
-        session = Session(device(), run.data["ceilings"], compiling=not quick)
+        session = Session(device(), run.session["ceilings"], compiling=not quick)
         if budget_seconds is not None:
             session.deadline = began + budget_seconds
         for case in chosen:
@@ -150,7 +150,7 @@ def open_run(
     command: Sequence[str] = ("benchmarks.api.open_run",),
     on_line: Callable[[str], None] = lambda line: None,
 ) -> runs.Run:
-    """A run to add rows to, its ceilings measured; the one that output holds already, if it does.
+    """A run to add rows to, this session's ceilings measured; the one that output holds already, if it does.
 
     kind: of runs.KINDS. command: recorded in its data. on_line: called with each line of progress. close_run() ends it.
     Raises runs.RunError for what the caller has to change.
@@ -158,11 +158,10 @@ def open_run(
     run = runs.Run.open(output, kind, command)
     if run.data["rows"]:
         on_line(f"{run.path} holds {len(run.data['rows'])} rows: what is missing is measured")
-    if not run.data["ceilings"]:
-        with timing.side_stream(device()):
-            run.data["ceilings"] = ceilings.measure(device(), on_line)
-        run.data["clocks"] = ceilings.clocks(device())
-        run.save()
+    with timing.side_stream(device()):
+        run.session["ceilings"] = ceilings.measure(device(), on_line)
+    run.session["clocks"] = ceilings.clocks(device())
+    run.save()
     return run
 
 
@@ -171,7 +170,7 @@ def close_run(run: runs.Run) -> None:
     if run.timed:
         timing.release(device())
         found = ceilings.clocks(device())
-        run.data["clocks"] = run.data["clocks"] | {f"{name}_end": found[name] for name in ("sm_mhz", "memory_mhz")}
+        run.session["clocks"] |= {f"{name}_end": found[name] for name in ("sm_mhz", "memory_mhz")}
         run.save()
 
 

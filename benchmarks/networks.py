@@ -410,7 +410,7 @@ def _attempted(
     finally:
         call = None
         release(device)
-    rate = run.data["ceilings"].get(ceilings.KEY["bfloat16" if device.type == "cuda" else "float32"])
+    rate = run.session["ceilings"].get(ceilings.KEY["bfloat16" if device.type == "cuda" else "float32"])
     floor_us = blank["flops"] / (rate * 1e6) if rate else None
     return found | {
         "status": "ok",

@@ -177,13 +177,14 @@ def save_pictures(records: Records, suffixes: Sequence[str]) -> list[Path]:
 def _machines(records: Records) -> str:
     head = ["run", "device", "versions", "ceilings", "clocks before timing", "commit", "sources"]
     body = []
-    for path, run in records.runs.items():
-        environment, ceilings, clocks = run["environment"], run["ceilings"], run["clocks"] or {}
+    every = [(path, run, session) for path, run in records.runs.items() for session in runs.sessions(run)]
+    for path, run, session in every:
+        environment, ceilings, clocks = run["environment"], session["ceilings"], session["clocks"] or {}
         rates = [f"copy {ceilings['copy_tb_s']:.2f} TB/s"] if ceilings.get("copy_tb_s") else []
         rates += [f"bf16 {ceilings['matmul_bf16_tflop_s']:.3g} TFLOP/s"] if ceilings.get("matmul_bf16_tflop_s") else []
         seen = "; after it ".join(filter(None, (_clocks(clocks), _clocks(clocks, "_end"))))
         row = [f"[{path.name}]({records.link(path)})", environment["device"], ", ".join(_versions(environment))]
-        commit = _commit(environment["commit"])
+        commit = _commit(session["commit"])
         body.append([*row, ", ".join(rates), seen, commit, _sources(records, run)])
     return _table(head, body, left=len(head)) if body else NOTHING
 

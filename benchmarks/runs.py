@@ -62,7 +62,11 @@ HEADER: dict[str, tuple[type, ...]] = {
     "clocks": (dict,),
     "ceilings": (dict,),
     "rows": (list,),
+    "continued": (list,),
 }
+LATER: dict[str, tuple[type, ...]] = {"command": (list,), "commit": (str, _NULL), "date": (str,)}
+LATER |= {name: HEADER[name] for name in ("clocks", "ceilings")}
+"""What a later session, in "continued", is told of."""
 
 
 class RunError(ValueError):
@@ -83,7 +87,9 @@ def key(row: Row) -> tuple[str, str, str]:
 
 def validate(data: Any) -> None:
     """Raises ValueError, naming the place, unless data is a run as SCHEMA.md has it."""
-    _fields("the run", data, HEADER, required=HEADER)
+    _fields("the run", data, HEADER, required=[name for name in HEADER if name != "continued"])
+    for i, session in enumerate(data.get("continued", [])):
+        _fields(f"continued {i}", session, LATER, required=LATER)
     _fields("environment", data["environment"], {}, required=[*SAME, "commit", "date"])
     _expect(data["schema"] == SCHEMA, f"schema {data['schema']!r}, expected {SCHEMA}")
     _expect(data["kind"] in KINDS, f"kind {data['kind']!r}, expected one of {KINDS}")
@@ -164,19 +170,27 @@ def with_peers(environment: dict[str, Any], other: dict[str, Any]) -> dict[str, 
 def merge(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
     """One run with the rows of all: of two rows of a case, contestant and pass, the later one that was measured.
 
-    Header and ceilings are the first's, with the peers of all. Raises RunError unless kind, device, versions and
-    sources are equal.
+    The header is the first's, with the peers of all; the others' commands and ceilings follow in "continued". Raises
+    RunError unless kind, device, versions and sources are equal.
     """
     rows = {key(found): found for found in first["rows"]}
-    environment = first["environment"]
+    environment, continued = first["environment"], sessions(first)[1:]
     for other in others:
         if unequal := differences(first, other):
             raise RunError(f"these runs can't be merged: {', '.join(unequal)}")
         environment = with_peers(environment, other["environment"])
+        continued += sessions(other)
         for found in other["rows"]:
             if key(found) not in rows or found["status"] not in UNFINISHED:
                 rows[key(found)] = found
-    return {**first, "environment": environment, "rows": list(rows.values())}
+    merged = {**first, "environment": environment, "rows": list(rows.values())}
+    return merged | ({"continued": continued} if continued else {})
+
+
+def sessions(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """What LATER names, of the session that began a run and of those that continued it."""
+    first = {name: run[name] if name in run else run["environment"][name] for name in LATER}
+    return [first, *run.get("continued", [])]
 
 
 def write_csv(data: dict[str, Any], path: Path | str) -> None:
@@ -195,10 +209,15 @@ def write_csv(data: dict[str, Any], path: Path | str) -> None:
 
 
 class Run:
-    """A run in the making, and its file if it has one. timed: whether it was given a time since it was opened."""
+    """A run in the making, and its file if it has one. timed: whether it was given a time since it was opened.
 
-    def __init__(self, data: dict[str, Any], path: Path | None = None) -> None:
+    session: where this session's ceilings and clocks go: the data itself, or for a run that is continued what `put`
+    adds to its "continued" with the first time.
+    """
+
+    def __init__(self, data: dict[str, Any], path: Path | None = None, session: dict[str, Any] | None = None) -> None:
         self.data, self.path, self.timed = data, path, False
+        self.session = data if session is None else session
         self._rows = {key(found): found for found in data["rows"]}
 
     @classmethod
@@ -225,7 +244,8 @@ class Run:
             old = read(path)
             if unequal := differences(old, data):
                 raise RunError(f"{path} can't be continued, choose another --output: {', '.join(unequal)}")
-            data = old | {"environment": with_peers(old["environment"], data["environment"])}
+            (session,) = sessions(data)
+            return cls(old | {"environment": with_peers(old["environment"], data["environment"])}, path, session)
         return cls(data, path)
 
     def done(self, case: str, contestant: str, direction: str) -> bool:
@@ -237,7 +257,10 @@ class Run:
         """Adds rows, in place of those of the same case, contestant and pass. save() writes them."""
         for found in rows:
             self._rows[key(found)] = found
-            self.timed |= found["status"] == "ok"
+            if found["status"] == "ok" and not self.timed:
+                self.timed = True
+                if self.session is not self.data:
+                    self.data["continued"] = [*self.data.get("continued", []), self.session]
         self.data["rows"] = list(self._rows.values())
 
     def save(self) -> None:

@@ -285,7 +285,7 @@ def measure_attention(
     to all tokens. patience: seconds of a pass. deadline: by time.monotonic(). compiling: whether those that compile for
     long are measured, too.
     """
-    session = operators.Session(device, run.data["ceilings"], deadline, compiling, patience=patience)
+    session = operators.Session(device, run.session["ceilings"], deadline, compiling, patience=patience)
     for grid in grids:
         case, rivals = grid_case(grid, device)
         settings = {name: case.settings[name] for name in ("batch", "heads", "head_dim", "kernel_size", "dtype")}

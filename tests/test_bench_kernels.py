@@ -253,16 +253,17 @@ def test_inputs_are_drawn_anew_and_shared() -> None:
 
 
 def test_clocks_are_read_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each session that timed something, and only then."""
-    path, readings = tmp_path / "run.json", iter([1980, 1755, 1700])
+    """By every session; again, and told, by each that timed something."""
+    path, readings = tmp_path / "run.json", iter([1980, 1900, 1755, 1890, 1880, 1700])
     monkeypatch.setattr(ceilings, "clocks", lambda device: {"sm_mhz": next(readings), "memory_mhz": 1, "seen": "here"})
-    found = {"sm_mhz": 1980, "memory_mhz": 1, "seen": "here"}
     api.run_cases([case()], [contestant("broken", raising(ValueError("no")))], output=path)
-    assert runs.read(path)["clocks"] == found
-    for last in (1755, 1755, 1700):  # in the second there is nothing left to measure
-        rivals = [contestant("right"), *([contestant("more")] if last == 1700 else [])]
-        api.run_cases([case()], rivals, output=path)
-        assert runs.read(path)["clocks"] == found | {"sm_mhz_end": last, "memory_mhz_end": 1}
+    for name in ("right", "right", "more"):  # in the second there is nothing left to measure
+        api.run_cases([case()], [contestant(name)], output=path)
+    found = [session["clocks"] for session in runs.sessions(runs.read(path))]
+    ends = [(1900, 1755), (1880, 1700)]
+    timed = [{"sm_mhz": a, "memory_mhz": 1, "seen": "here", "sm_mhz_end": b, "memory_mhz_end": 1} for a, b in ends]
+    assert found == [{"sm_mhz": 1980, "memory_mhz": 1, "seen": "here"}, *timed]
+    assert next(readings, None) is None
 
 
 # Budget, resuming, progress

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import results, runs
+from benchmarks import __main__, results, runs
 
 TIME = {"median": 10.0, "p20": 9.5, "p80": 11.0, "repeats": 20}
 
@@ -67,7 +67,7 @@ def test_schema_names_every_field() -> None:
     assert [name for name in named if f"`{name}`" not in text] == []
     assert f"schema {runs.SCHEMA}" in text
     optional = [line.split("`")[1] for line in text.splitlines() if ", optional |" in line]
-    assert optional == list(runs.OPTIONAL)
+    assert optional == ["continued", *runs.OPTIONAL]
 
 
 def test_a_run_is_taken_up(tmp_path: Path) -> None:
@@ -148,6 +148,49 @@ def test_merge_takes_the_later_measurement() -> None:
     ]
     runs.validate(merged)
     assert len(first["rows"]) == 3  # as it was
+
+
+def test_later_sessions_are_told_of(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    run = runs.Run.open(path, "kernels", ["first"])
+    assert run.session is run.data
+    run.session["ceilings"] = {"copy_tb_s": 1.0}
+    run.put(row())
+    run.save()
+    idle = runs.Run.open(path, "kernels", ["idle"])  # times nothing, so it is not told of
+    idle.put(row("not measured", contestant="b"))
+    idle.save()
+    assert "continued" not in runs.read(path)
+    again = runs.Run.open(path, "kernels", ["second"])
+    again.session["ceilings"] = {"copy_tb_s": 2.0}
+    again.put(row(contestant="b"), row(contestant="c"))
+    again.session["clocks"] |= {"sm_mhz_end": 1980}
+    again.save()
+    data = runs.read(path)
+    first, second = runs.sessions(data)
+    assert first["command"] == ["first"] and first["ceilings"] == data["ceilings"] == {"copy_tb_s": 1.0}
+    assert second["command"] == ["second"] and second["ceilings"] == {"copy_tb_s": 2.0}
+    assert second["date"] == data["environment"]["date"] and second["clocks"]["sm_mhz_end"] == 1980
+    with pytest.raises(ValueError, match=r"continued 0: \['commit'\] missing"):
+        runs.validate(data | {"continued": [{n: value for n, value in second.items() if n != "commit"}]})
+
+
+def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / f"{name}.json" for name in "abc"]
+    for path, contestant in zip(paths, ("a", "b"), strict=False):
+        runs.Run(data(row(contestant=contestant)) | {"command": [contestant]}, path).save()
+    assert __main__.main(["merge", str(paths[0]), str(paths[1]), "--output", str(paths[2])]) == 0
+    merged = runs.read(paths[2])
+    assert [found["contestant"] for found in merged["rows"]] == ["a", "b"]
+    assert [session["command"] for session in runs.sessions(merged)] == [["a"], ["b"]]
+    assert "2 rows of 2 files" in capsys.readouterr().out
+    assert __main__.main(["merge", str(paths[0]), "--output", str(paths[2])]) == 2
+    assert "expected two run files or more, got 1" in capsys.readouterr().err
+    other = data(row()) | {"source_sha256": "e" * 64}
+    runs.Run(other, paths[1]).save()
+    assert __main__.main(["merge", str(paths[0]), str(paths[1]), "--output", str(paths[2])]) == 2
+    assert "can't be merged: sources" in capsys.readouterr().err
+    assert runs.read(paths[2]) == merged  # as it was
 
 
 @pytest.mark.parametrize("name", ["device", "torch", "driver"])

@@ -158,7 +158,7 @@ class Curve:
 
 
 def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -> Curve:
-    """cost: "flops", "peak_bytes", "gpu_us" or "wall_us" (seconds then); size: the name of the setting.
+    """cost: "flops", "peak_bytes" (GiB then), "gpu_us" or "wall_us" (seconds then); size: the name of the setting.
 
     Times are extrapolated to larger sizes whose FLOPs are counted, at the FLOP rate of the largest measured size, where
     two or more were measured.
@@ -167,7 +167,8 @@ def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -
     if cost in MEASURES:
         measured = [(row, row[cost]["median"] / 1e6) for row in own if row["status"] == "ok" and row[cost]]
     else:
-        measured = [(row, row[cost]) for row in own if row[cost] and (cost == "flops" or row["status"] == "ok")]
+        unit = 1 if cost == "flops" else 2**30
+        measured = [(row, row[cost] / unit) for row in own if row[cost] and (cost == "flops" or row["status"] == "ok")]
     points = [(row["settings"][size], value) for row, value in measured]
     extrapolated = []
     if cost in MEASURES and len(measured) >= 2 and measured[-1][0]["flops"]:
@@ -194,7 +195,7 @@ def scaling_panels(rows: Sequence[Row]) -> dict[str, tuple[str, list[Curve]]]:
             title = f"{MEASURES[which]}, {direction}"
             panels[title[0].upper() + title[1:]] = "seconds", [curve(name, own, which) for name in names]
         if any(row["peak_bytes"] for row in own if row["status"] == "ok"):
-            memory = {f"Peak memory, {direction}": ("bytes", [curve(name, own, "peak_bytes") for name in names])}
+            memory = {f"Peak memory, {direction}": ("GiB", [curve(name, own, "peak_bytes") for name in names])}
     return panels | memory  # a training step's memory where that is measured, else a forward pass's
 
 
@@ -267,11 +268,23 @@ def _lines(axes: Any, curves: Sequence[Curve], sizes: Sequence[int], label: str)
                 axes.annotate(FULL, place, fontsize="small", color=color, **offset)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.17)  # room for what is written
+    if high < 100 * low:  # powers of ten alone would leave an axis of one or two numbers
+        ticks = _round_numbers(low, high)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks(sizes, [f"{size}²" for size in sizes])
     axes.minorticks_off()
     axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
     axes.set_xlabel(label)
     axes.legend(loc="upper left")
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 (within a decade more) times the powers of ten, those from low to high."""
+    digits = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
 
 
 def _annotate(axes: Any, curves: Sequence[Curve]) -> None:
@@ -360,9 +373,12 @@ def _bars(axes: Any, rows: Sequence[Row], names: Sequence[str], cases: Sequence[
 
 
 def _on_roofline(run: dict[str, Any]) -> list[tuple[Row, float, float]]:
-    """(row, FLOPs a byte, FLOPs a second) of the timed rows that have FLOPs, bytes and a measured ceiling."""
+    """(row, FLOPs a byte, FLOPs a second) of the timed rows that have FLOPs, bytes and a measured ceiling; without full
+    attention, which does more work than its row's FLOPs.
+    """
     which, ceilings = reading.measure(run["rows"]), run["ceilings"]
     timed = [row for row in run["rows"] if row["status"] == "ok" and row[which] and row["flops"] and row["bytes"]]
+    timed = [row for row in timed if row["contestant"] != reading.FULL_ATTENTION]
     under = [row for row in timed if ceilings.get("copy_tb_s") and ceilings.get(_roof(row))]
     return [(row, row["flops"] / row["bytes"], row["flops"] / (row[which]["median"] / 1e6)) for row in under]
 

@@ -103,6 +103,24 @@ def test_what_was_not_measured_is_extrapolated_by_flops() -> None:
     assert not plots.curve("DiT-B/4", own, "peak_bytes").extrapolated
 
 
+def test_an_axis_of_less_than_two_decades_has_round_numbers_and_room_for_the_legend() -> None:
+    run = made_up_runs.scaling()
+    run["rows"] = [found for found in model_rows(run) if found["settings"]["size"] <= 1024]
+    memory = plots.pictures(run)["scaling"]().axes[-1]
+    assert [text.get_text() for text in memory.get_yticklabels()] == ["0.7", "1", "1.5"]
+    assert plots._round_numbers(3, 40) == [5, 10, 20]
+    assert max(max(line.get_ydata()) for line in memory.get_lines()) < memory.get_ylim()[1] / 1.2
+
+
+def test_full_attention_is_under_no_roof_of_neighborhood_attention() -> None:
+    run = made_up_runs.kernels()
+    before = len(plots._on_roofline(run))
+    for found in run["rows"]:
+        if found["contestant"] == "sdpa":
+            found.update(status="ok", reason=None, gpu_us=stats(20), wall_us=stats(50))
+    assert len(plots._on_roofline(run)) == before > 0
+
+
 def test_one_point_is_not_extrapolated() -> None:
     own = [found for found in model_rows(made_up_runs.scaling()) if found["settings"]["size"] in (1024, 2048)]
     dit = plots.curve("DiT-B/4", own, "gpu_us")
@@ -121,7 +139,7 @@ def test_the_scaling_picture_never_draws_a_guess_as_measured() -> None:
     cost, forward, step, memory = figure.axes
     assert cost.get_title() == "FLOPs of a forward pass (counted)" and cost.get_yscale() == cost.get_xscale() == "log"
     assert [axes.get_title() for axes in (forward, step)] == ["GPU time, forward pass", "GPU time, training step"]
-    assert memory.get_title() == "Peak memory, training step"
+    assert memory.get_title() == "Peak memory, training step" and memory.get_ylabel() == "GiB"
     hdit, dit, guess = forward.get_lines()
     costs = plots.curve("DiT-B/4", model_rows(run), "gpu_us")
     assert list(dit.get_ydata())[:5] == [y for _, y in costs.measured] and all(map(math.isnan, dit.get_ydata()[5:]))

@@ -11,7 +11,9 @@ from benchmarks.command import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="run files; the first one's header is kept")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="run file (JSON) to write")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="run file (JSON) to write, or to replace"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

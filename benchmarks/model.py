@@ -77,6 +77,9 @@ def measure(
                     row["reason"] = "the budget is spent"
                 else:
                     on_step(f"{row['case']}, {direction}: {network.name}")
+                    side = networks.checked_side(network, device)
+                    if isinstance(checks[network.name], networks.Check) and side != network.side:
+                        row["detail"] = f"checked at {side}²"
                     networks.attempt(row, network, checks[network.name], run, device, seconds)
                     continue
                 run.put(row)
@@ -89,13 +92,11 @@ def case_name(name: str, batch: int) -> str:
 
 def blank(name: str, network: Network, batch: int, direction: str, device: torch.device) -> runs.Row:
     """A row with what is known before measuring."""
-    side = networks.checked_side(network, device)
     return runs.row(
         case_name(name, batch),
         network.name,
         direction,
         "not measured",
-        detail=f"checked at {side}²" if side != network.side else None,
         family="model",
         operator=name,
         settings={"preset": name, "batch": batch, "precision": networks.precision(device)},

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows as reading
+from benchmarks import runs
 from benchmarks.fits import PowerLaw, power_law
 from benchmarks.rows import MEASURES
 from benchmarks.runs import Row
@@ -272,6 +273,8 @@ def _lines(axes: Any, curves: Sequence[Curve], sizes: Sequence[int], label: str)
     axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.17)  # room for what is written
     if high < 100 * low:  # powers of ten alone would leave an axis of one or two numbers
         ticks = _round_numbers(low, high)
+        if len(ticks) < 2:
+            ticks = [t for t in require("matplotlib.ticker", "bench").MaxNLocator(4).tick_values(low, high) if t > 0]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks(sizes, [f"{size}²" for size in sizes])
     axes.minorticks_off()
@@ -281,7 +284,7 @@ def _lines(axes: Any, curves: Sequence[Curve], sizes: Sequence[int], label: str)
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 (within a decade more) times the powers of ten, those from low to high."""
+    """1, 2 and 5 times the powers of ten, on less than a decade also 1.5, 3, 4 and 7; those from low to high."""
     digits = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
@@ -376,11 +379,20 @@ def _on_roofline(run: dict[str, Any]) -> list[tuple[Row, float, float]]:
     """(row, FLOPs a byte, FLOPs a second) of the timed rows that have FLOPs, bytes and a measured ceiling; without full
     attention, which does more work than its row's FLOPs.
     """
-    which, ceilings = reading.measure(run["rows"]), run["ceilings"]
+    which, ceilings = reading.measure(run["rows"]), _ceilings(run)
     timed = [row for row in run["rows"] if row["status"] == "ok" and row[which] and row["flops"] and row["bytes"]]
     timed = [row for row in timed if row["contestant"] != reading.FULL_ATTENTION]
     under = [row for row in timed if ceilings.get("copy_tb_s") and ceilings.get(_roof(row))]
     return [(row, row["flops"] / row["bytes"], row["flops"] / (row[which]["median"] / 1e6)) for row in under]
+
+
+def _ceilings(run: dict[str, Any]) -> dict[str, float]:
+    """The highest of each rate that the run's sessions measured."""
+    found: dict[str, float] = {}
+    for session in runs.sessions(run):
+        rates = {name: rate for name, rate in session["ceilings"].items() if isinstance(rate, (int, float))}
+        found |= {name: max(rate, found.get(name, 0.0)) for name, rate in rates.items()}
+    return found
 
 
 def _roof(row: Row) -> str:
@@ -391,8 +403,9 @@ def _roof(row: Row) -> str:
 def roofline(run: dict[str, Any]) -> Any:
     """Arithmetic intensity against the rate reached, under the copy and matmul rates that the run measured."""
     points = _on_roofline(run)
-    bandwidth = run["ceilings"]["copy_tb_s"] * 1e12
-    peaks = {name: run["ceilings"][name] * 1e12 for name in reading.distinct((row for row, _, _ in points), _roof)}
+    ceilings = _ceilings(run)
+    bandwidth = ceilings["copy_tb_s"] * 1e12
+    peaks = {name: ceilings[name] * 1e12 for name in reading.distinct((row for row, _, _ in points), _roof)}
     figure = _figure(8.5, 6)
     axes = figure.subplots()
     intensities = [x for _, x, _ in points]

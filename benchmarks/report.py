@@ -426,7 +426,7 @@ def _kernel_table(rows: Sequence[Row]) -> str:
     for case, direction in reading.distinct(rows, lambda row: (row["case"], row["pass"])):
         own = [row for row in rows if (row["case"], row["pass"]) == (case, direction)]
         ours = next((row for row in own if reading.is_ours(row["contestant"])), None)
-        line = [_short(own[0]), direction, _microseconds(own[0]["floor_us"])]
+        line = [_short(own[0]), direction, _microseconds((ours or own[0])["floor_us"])]
         if ours is None or ours["status"] != "ok":
             body.append([*line, "" if ours is None else ours["status"], "", "", "", "", "", ""])
             continue

@@ -11,8 +11,6 @@ Stats = dict[str, Any]  # median, p20, p80 in microseconds, repeats
 
 MEASURES = {"gpu_us": "GPU time", "wall_us": "wall time"}
 NOISE = {"gpu_us": 0.03, "wall_us": 0.10}  # medians of two processes on one machine differ by about this much
-
-
 FULL_ATTENTION = "sdpa"  # the contestant that neighborhood attention replaces
 
 
@@ -43,7 +41,7 @@ def measure(rows: Iterable[Row]) -> str:
 
 
 def ratio_to_floor(row: Row, which: str, quantile: str = "median") -> float | None:
-    """Time over the least time that the run's own ceilings allow; None without either."""
+    """Time over the least time that its session's ceilings allow; None without either."""
     if row["status"] != "ok" or not row[which] or not row["floor_us"]:
         return None
     return row[which][quantile] / row["floor_us"]

@@ -179,7 +179,7 @@ def merge(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
         if unequal := differences(first, other):
             raise RunError(f"these runs can't be merged: {', '.join(unequal)}")
         environment = with_peers(environment, other["environment"])
-        continued += sessions(other)
+        continued += [session for session in sessions(other) if session not in (sessions(first)[0], *continued)]
         for found in other["rows"]:
             if key(found) not in rows or found["status"] not in UNFINISHED:
                 rows[key(found)] = found

@@ -332,6 +332,17 @@ def test_the_summary_spans_the_cases(clone: Path) -> None:
     assert "| `na2d` | forward | 2 | 1.30 to 3.00 | 0.87x to 4.00x as fast |" in found
 
 
+def test_the_floor_shown_is_that_of_our_own_session(clone: Path) -> None:
+    run = made_up_runs.kernels()
+    ours = next(found for found in run["rows"] if found["contestant"] == "ours")
+    ours["floor_us"] = 77.0
+    run["rows"].sort(key=lambda found: found["contestant"] == "ours")  # ours last
+    put(clone, "kernels.json", run)
+    text = report.render(block("kernels"), report.recorded(clone / "README.md", clone))
+    line = next(line for line in text.splitlines() if "| forward | 77.0 µs |" in line)
+    assert f"| {ours['gpu_us']['median'] / 77:.2f} |" in line
+
+
 def test_the_summary_takes_each_operator_from_the_newest_run_that_timed_it(clone: Path) -> None:
     old, new = made_up_runs.kernels(), made_up_runs.kernels()
     new["environment"] |= {"date": "2099-01-01T00:00:00+00:00", "device": "a newer GPU"}

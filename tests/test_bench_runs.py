@@ -184,6 +184,7 @@ def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [found["contestant"] for found in merged["rows"]] == ["a", "b"]
     assert [session["command"] for session in runs.sessions(merged)] == [["a"], ["b"]]
     assert "2 rows of 2 files" in capsys.readouterr().out
+    assert runs.merge(merged, runs.read(paths[1])) == merged  # nothing is told of twice
     assert __main__.main(["merge", str(paths[0]), "--output", str(paths[2])]) == 2
     assert "expected two run files or more, got 1" in capsys.readouterr().err
     other = data(row()) | {"source_sha256": "e" * 64}

@@ -10,15 +10,19 @@ from benchmarks.command import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="run files; the first one's header is kept")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="run file (JSON) to write, or to replace"
+        "files", type=Path, nargs="+", metavar="FILE", help="run files; of two rows of a case the later file's stays"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="run file (JSON) to write, a new one"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     if len(args.files) < 2:
         raise runs.RunError(f"merge: expected two run files or more, got {len(args.files)}")
+    if args.output.exists():
+        raise runs.RunError(f"merge: --output {args.output} exists, expected a new file")
     runs.check_writable(args.output)
     merged = runs.Run(runs.merge(*map(runs.read, args.files)), args.output)
     merged.save()

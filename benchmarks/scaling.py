@@ -360,7 +360,8 @@ def print_summary(run: dict[str, Any]) -> None:
             if curve.determined:
                 print(f"{title}: {curve.contestant} grows as pixels to the power of {curve.law} (95% interval)")
             elif curve.law:
-                print(f"{title}: {curve.contestant}'s exponent is not determined by these sizes; it is {curve.last}")
+                undetermined = "exponent is not determined by these sizes; between two alone it is"
+                print(f"{title}: {curve.contestant}'s {undetermined} {curve.last}")
 
 
 # The command

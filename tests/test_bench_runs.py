@@ -185,11 +185,14 @@ def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [session["command"] for session in runs.sessions(merged)] == [["a"], ["b"]]
     assert "2 rows of 2 files" in capsys.readouterr().out
     assert runs.merge(merged, runs.read(paths[1])) == merged  # nothing is told of twice
-    assert __main__.main(["merge", str(paths[0]), "--output", str(paths[2])]) == 2
+    assert __main__.main(["merge", str(paths[0]), str(paths[1]), "--output", str(paths[2])]) == 2
+    assert "c.json exists, expected a new file" in capsys.readouterr().err
+    new = str(tmp_path / "new.json")
+    assert __main__.main(["merge", str(paths[0]), "--output", new]) == 2
     assert "expected two run files or more, got 1" in capsys.readouterr().err
     other = data(row()) | {"source_sha256": "e" * 64}
     runs.Run(other, paths[1]).save()
-    assert __main__.main(["merge", str(paths[0]), str(paths[1]), "--output", str(paths[2])]) == 2
+    assert __main__.main(["merge", str(paths[0]), str(paths[1]), "--output", new]) == 2
     assert "can't be merged: sources" in capsys.readouterr().err
     assert runs.read(paths[2]) == merged  # as it was
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,7 @@ import torch
 from hdit_kernels import reference
 from tests import accuracy
 from tests.cases import Case, Generator
+from tests.cases.neighborhood_attention import na2d_strips
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("few_large_tiles")]
 
@@ -85,6 +87,22 @@ def plain_inputs(case: Case, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
     return {name: t if name in case.frozen else t.to(dtype) for name, t in tensors.items()}
 
 
+def beside_references(
+    case: Case, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each output and gradient: ours, the reference in float64, plain PyTorch in dtype."""
+    outputs, gradients, cotangents = run(case, case.call, tensors, None)
+    exact = {name: t.double() for name, t in tensors.items()}
+    wanted, wanted_gradients, _ = run(case, case.reference, exact, cotangents)
+    with accuracy.plain():
+        plain, plain_gradients, _ = run(case, case.reference, plain_inputs(case, tensors, dtype), cotangents)
+    found = {f"out{i}": triple for i, triple in enumerate(zip(outputs, wanted, plain, strict=True))}
+    for name, gradient in gradients.items():
+        assert gradient.dtype == tensors[name].dtype and gradient.shape == tensors[name].shape, case.description
+        found["d" + name] = (gradient, wanted_gradients[name], plain_gradients[name])
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_random_cases(operator: str, kind: str, seed: int, poisoned: None, record) -> None:
@@ -96,31 +114,55 @@ def test_random_cases(operator: str, kind: str, seed: int, poisoned: None, recor
     for _ in range(CASES):
         case = OPERATORS[operator](sizes, values, dtype, mixed)
         tensors = on_gpu(case.tensors)
-        outputs, gradients, cotangents = run(case, case.call, tensors, None)
-        exact = {name: t.double() for name, t in tensors.items()}
-        wanted, wanted_gradients, _ = run(case, case.reference, exact, cotangents)
-        with accuracy.plain():
-            plain, plain_gradients, _ = run(case, case.reference, plain_inputs(case, tensors, dtype), cotangents)
-        found = {f"out{i}": (o, w, p) for i, (o, w, p) in enumerate(zip(outputs, wanted, plain, strict=True))}
-        for name, gradient in gradients.items():
-            assert gradient.dtype == tensors[name].dtype and gradient.shape == tensors[name].shape, case.description
-            triple = (gradient, wanted_gradients[name], plain_gradients[name])
-            if name in case.pooled:
+        for name, (result, want, simple) in beside_references(case, tensors, dtype).items():
+            if name.removeprefix("d") in case.pooled:
                 ours, theirs = pools.setdefault(name, (accuracy.Pool(), accuracy.Pool()))
-                ours.add(triple[0], triple[1])
-                theirs.add(triple[2], triple[1])
-            else:
-                found["d" + name] = triple
-        for name, (result, want, simple) in found.items():
+                ours.add(result, want)
+                theirs.add(simple, want)
+                continue
             error = accuracy.relative_error(result, want)
             limit = accuracy.allowed(dtype, accuracy.relative_error(simple, want))
             worst = max(worst, (error / limit, error, name, case.description))
     for name, (ours, theirs) in pools.items():
         limit = accuracy.allowed(dtype, theirs.relative)
-        worst = max(worst, (ours.relative / limit, ours.relative, "d" + name, "pooled over the cases"))
+        worst = max(worst, (ours.relative / limit, ours.relative, name, "pooled over the cases"))
     ratio, error, tensor, where = worst
     seen = dict(cases=CASES, worst_ratio=min(ratio, 1e9), error=min(error, 1e9), worst_tensor=tensor, case=where)
     record("operators", operator, kind, seen)
+    assert ratio <= 1.0, f"{tensor} is {ratio:.2f} times its limit: {where}"
+
+
+@pytest.fixture
+def few_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One to three strips that run at once, as large images have them and small cases never do."""
+    hopper = pytest.importorskip("hdit_kernels.neighborhood_attention.hopper")
+    forward = importlib.import_module("hdit_kernels.neighborhood_attention.hopper_forward")
+
+    def strips_down(columns: int, tiles: int, length: int, *rest: object) -> tuple[int, bool]:
+        return (tiles, False) if length == 1 else (min(tiles, 1 + columns % 3), True)
+
+    caches = hopper.plan, forward._plan
+    monkeypatch.setattr(hopper, "strips_down", strips_down)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_strips_that_run_at_once(head_dim: int, seed: int, poisoned: None, few_strips: None, record) -> None:
+    """Walked down and up by turns: Hopper's kernels, the others don't have strips."""
+    sizes, values = random.Random(f"strips {head_dim} {seed}"), torch.Generator().manual_seed(seed)
+    worst = (0.0, "", "")
+    for _ in range(CASES):
+        case = na2d_strips(sizes, values, torch.bfloat16, head_dim)
+        for name, (result, want, simple) in beside_references(case, on_gpu(case.tensors), torch.bfloat16).items():
+            limit = accuracy.allowed(torch.bfloat16, accuracy.relative_error(simple, want))
+            worst = max(worst, (min(accuracy.relative_error(result, want) / limit, 1e9), name, case.description))
+    ratio, tensor, where = worst
+    seen = dict(cases=CASES, worst_ratio=ratio, worst_tensor=tensor, case=where)
+    record("operators", f"na2d, strips that run at once, head_dim {head_dim}", "bfloat16", seen)
     assert ratio <= 1.0, f"{tensor} is {ratio:.2f} times its limit: {where}"
 
 

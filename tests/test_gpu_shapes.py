@@ -12,7 +12,7 @@ import hdit_kernels
 from hdit_kernels import reference
 from tests import accuracy
 from tests.cases import Case
-from tests.test_gpu_operators import plain_inputs, run
+from tests.test_gpu_operators import beside_references
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("few_large_tiles")]
 
@@ -88,17 +88,8 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_real_shapes(shape: str, seed: int, record) -> None:
     this = SHAPES[shape]()
-    outputs, gradients, cotangents = run(this, this.call, this.tensors, None)
-    wanted, wanted_gradients, _ = run(
-        this, this.reference, {n: t.double() for n, t in this.tensors.items()}, cotangents
-    )
-    with accuracy.plain():
-        inputs = plain_inputs(this, this.tensors, torch.bfloat16)
-        plain, plain_gradients, _ = run(this, this.reference, inputs, cotangents)
-    found = {f"out{i}": triple for i, triple in enumerate(zip(outputs, wanted, plain, strict=True))}
-    found |= {f"d{n}": (gradients[n], wanted_gradients[n], plain_gradients[n]) for n in gradients}
     ratios = {}
-    for name, (result, want, simple) in found.items():
+    for name, (result, want, simple) in beside_references(this, this.tensors, torch.bfloat16).items():
         limit = accuracy.allowed(torch.bfloat16, accuracy.relative_error(simple, want))
         ratios[name] = min(accuracy.relative_error(result, want) / limit, 1e9)
     record("real_shapes", shape, "mixed", dict(shape=list(next(iter(this.tensors.values())).shape), ratios=ratios))

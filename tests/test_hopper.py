@@ -31,16 +31,19 @@ def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> Non
     for height, length, columns in itertools.product(range(window, 150), (1, 3, 8), (1000, 132)):
         shape = (1, height, 8 * columns, 1, 64)
         (_, programs, _), integers, _ = hopper.plan(shape, (), (window, window), DEVICE, length, 4 * length)
-        strips, shortest, longer = integers[3:6]
+        strips, shortest, longer, facing = integers[3:7]
+        assert facing == (columns == 132 and 2 * length <= height // hopper.TILE <= 8 * length and window % 2)
         rows = []
         for strip in range(programs):
             tile = strip * shortest + min(strip, longer)
             count = 1 if strip == strips else shortest + (strip < longer)
             first = tile * hopper.TILE
+            if up := facing and strip % 2 and strip < strips:
+                first = height - first - count * hopper.TILE  # rows from below, as the kernel counts them
             key_y = min(first - window // 2, height - window)
             for y in range(first, first + count * hopper.TILE, hopper.TILE):
                 queries = range(y, min(y + hopper.TILE, height))
-                rows += queries
+                rows += [height - 1 - query for query in queries] if up else queries
                 # the tile's own slot of eight rows, and the boxes of the next
                 low, high = key_y + (y - first), key_y + (y - first) + hopper.TILE + sum(boxes.values())
                 for query in queries:
@@ -48,7 +51,7 @@ def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> Non
                     assert low <= start and start + window <= high, (height, length, query)
             reach = 4 * length + 2 if columns == 132 else hopper.REACH  # what 32-bit offsets rely on
             assert high - first <= reach * hopper.TILE
-        assert rows == list(range(height)), (height, length)
+        assert sorted(rows) == list(range(height)), (height, length)
 
 
 def test_columns_fit_into_a_row_of_keys() -> None:
@@ -59,39 +62,57 @@ def test_columns_fit_into_a_row_of_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "length", "longest", "strips"),
+    ("shape", "length", "longest", "programs", "strips"),
     [
-        ((4, 256, 256, 2), 3, 32, 1),  # 256 programs of 32 tiles, all in flight at once
-        ((4, 256, 256, 2), 3, 8, 11),  # as many would be longer than the longest
-        ((1, 256, 256, 2), 3, 8, 4),  # 256 programs of eight tiles
-        ((1, 512, 512, 2), 3, 32, 2),
-        ((1, 1024, 1024, 2), 3, 32, 43),
-        ((32, 32, 32, 12), 3, 32, 1),  # columns of four tiles
-        ((8, 64, 64, 6), 3, 32, 3),  # more columns than places
-        ((1, 64, 64, 2), 3, 32, 3),  # too few tiles to fill the GPU
-        ((4, 128, 128, 8), 8, 32, 2),
-        ((4, 128, 128, 8), 1, 1, 16),
-        ((1, 256, 256, 2), 1, 1, 32),
-        ((1, 8, 9, 1), 3, 32, 1),
-        ((1, 5, 9, 1), 3, 32, 0),
+        ((4, 256, 256, 2), 3, 32, (2,), (1, True)),  # 256 programs of 32 tiles, all in flight at once
+        ((4, 256, 256, 2), 3, 8, (2,), (11, False)),  # as many would be longer than the longest
+        ((1, 256, 256, 2), 3, 8, (2,), (4, True)),  # 256 programs of eight tiles
+        ((1, 256, 256, 2), 3, 8, (2, 3), (4, True)),
+        ((1, 256, 256, 2), 3, 8, (3, 2), (6, True)),
+        ((1, 512, 512, 2), 3, 32, (2,), (2, True)),
+        ((1, 1024, 1024, 2), 3, 32, (2, 3), (43, False)),
+        ((32, 32, 32, 12), 3, 32, (2, 3), (1, False)),  # columns of four tiles
+        ((8, 64, 64, 6), 3, 32, (2,), (3, False)),  # more columns than places
+        ((8, 64, 64, 6), 3, 32, (2, 3), (1, True)),
+        ((1, 64, 64, 2), 3, 32, (2, 3), (3, False)),  # too few tiles to fill the GPU
+        ((4, 128, 128, 8), 8, 32, (2,), (2, False)),
+        ((4, 128, 128, 8), 1, 1, (2,), (16, False)),
+        ((1, 256, 256, 2), 1, 1, (2,), (32, False)),
+        ((1, 8, 9, 1), 3, 32, (2,), (1, False)),
+        ((1, 5, 9, 1), 3, 32, (2,), (0, False)),
     ],
 )
-def test_strips_down(shape: tuple[int, int, int, int], length: int, longest: int, strips: int) -> None:
+def test_strips_down(
+    shape: tuple[int, int, int, int], length: int, longest: int, programs: tuple[int, ...], strips: tuple[int, bool]
+) -> None:
     batch, height, width, heads = shape
     columns, tiles = batch * heads * -(-width // hopper.TILE), height // hopper.TILE
-    assert hopper.strips_down(columns, tiles, length, longest, 132) == strips
+    assert hopper.strips_down(columns, tiles, length, longest, 132, programs) == strips
 
 
 def test_one_wave_counts_the_gpu_s_multiprocessors() -> None:
-    assert hopper.strips_down(256, 32, 3, 32, 114) == 11  # an H100 PCIe has no place for 256 at once
+    assert hopper.strips_down(256, 32, 3, 32, 114, (2,)) == (11, False)  # an H100 PCIe has no place for 256 at once
 
 
 def test_long_strips_stay_within_reach() -> None:
-    """Of rows of 8 Mi elements, 31 tiles of eight are less than 2**31: no strip of 32."""
+    """Of rows of 7 Mi elements, 36 tiles are less than 2**31, enough for strips of 32; of 8 Mi, 31 are."""
     shape, stride = (4, 256, 256, 2, 64), (2**31, 2**23, 128, 64, 1)
-    assert hopper.plan(shape, ((0, 2**22, 128, 64, 1),), (7, 7), DEVICE, 3, 32)[1][3] == 1
+    assert hopper.plan(shape, ((0, 7 * 2**20, 128, 64, 1),), (7, 7), DEVICE, 3, 32)[1][3] == 1
     assert hopper.within_reach(shape, (stride,))
     assert hopper.plan(shape, (stride,), (7, 7), DEVICE, 3, 32)[1][3] == 11
+
+
+@pytest.mark.parametrize("row", [2**21, 2**22, 2**22 + 2**21, 7 * 2**20, 2**23, 12 * 2**20, 2**24 - 8])
+def test_no_offset_overflows(row: int) -> None:
+    """The furthest that a strip reads: two tiles ahead of its last, and 16 columns, as far apart as rows at most."""
+    for columns, longest in itertools.product((8, 64, 256, 264), (8, 32)):
+        shape = (1, 1024, 8 * columns, 1, 64)
+        stride = (0, row, row, 64, 1)
+        if not hopper.within_reach(shape, (stride,)):
+            continue
+        _, integers, _ = hopper.plan(shape, (stride,), (9, 9), DEVICE, 3, longest)
+        tiles = integers[4] + (integers[5] > 0)
+        assert ((tiles + 2) * hopper.TILE - 1 + 15) * row + 64 < 2**31
 
 
 def test_plan() -> None:
@@ -99,9 +120,19 @@ def test_plan() -> None:
     stride = (2**20, 29 * 96, 96, 32, 1)
     grid, integers, constants = hopper.plan((2, 37, 29, 3, 32), (stride, stride), (7, 5), DEVICE, 3, 8)
     assert grid == (3 * 4, 2, 2)
-    assert integers == [37, 29, 3, 1, 4, 0, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
+    assert integers == [37, 29, 3, 1, 4, 0, 0, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
     assert constants == {"D": 32, "num_warps": 4, "MORE": 4, "LAST": 2}
-    assert hopper.plan((2, 37, 29, 3, 32), (stride,), (13, 5), DEVICE)[2] == {"D": 32, "num_warps": 4}
+    assert hopper.plan((2, 37, 29, 3, 32), (stride,), (13, 5), DEVICE)[1:] == (
+        [37, 29, 3, 4, 1, 0, 13, 5, 2**17, 29 * 12, 12, 4],  # kernels that don't walk face nobody
+        {"D": 32, "num_warps": 4},
+    )
+
+
+def test_strips_that_run_at_once_are_walked_down_and_up() -> None:
+    shape = (1, 256, 256, 2, 64)
+    for window, facing in (((7, 7), 1), ((8, 7), 0), ((7, 8), 1)):
+        assert hopper.plan(shape, (), window, DEVICE, 3, 32)[1][3:7] == [4, 8, 0, facing]
+    assert hopper.plan((1, 1024, 1024, 2, 64), (), (7, 7), DEVICE, 3, 32)[1][6] == 0
 
 
 @pytest.mark.parametrize(

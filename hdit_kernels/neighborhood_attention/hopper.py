@@ -69,7 +69,7 @@ def reads_wide(*tensors: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def within_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> bool:
-    """What `reads_wide` asks of all but the addresses. A packed gradient has the longest rows of what is written."""
+    """What `reads_wide` asks of all but the addresses."""
     batch, height = shape[:2]
     if max(batch, height // TILE + 1) > 65535:  # programs along an axis of the grid
         return False
@@ -77,7 +77,9 @@ def within_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> bool
 
 
 def tiles_in_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> int:
-    """How many tiles from a strip's first row on 32-bit offsets reach."""
+    """How many tiles from a strip's first row on 32-bit offsets reach. Of what is written, a packed gradient has the
+    longest rows.
+    """
     _, _, width, heads, head_dim = shape
     row = max([3 * width * heads * head_dim, *[step for stride in strides for step in stride[1:3]]])
     return (2**31 - 1) // (row * TILE)
@@ -92,17 +94,20 @@ def rows_of_next(window: int) -> dict[str, int]:
     return {"MORE": more, "LAST": last}
 
 
-def strips_down(columns: int, tiles: int, length: int, longest: int, multiprocessors: int) -> int:
-    """Into how many strips, of about `length` whole tiles each, a column of tiles is cut; `columns` of them in all.
+def strips_down(
+    columns: int, tiles: int, length: int, longest: int, multiprocessors: int, programs: Sequence[int]
+) -> tuple[int, bool]:
+    """Into how many strips, of about `length` whole tiles each, a column of tiles is cut (what is left of the height
+    follows), and whether all of them run at once; `columns` of them in all.
 
-    Longer ones, up to `longest`, where they are one wave: two programs a multiprocessor, all in flight at once, with at
-    most a tenth of the places empty. Measured on an H100 (the log).
+    Longer ones, up to `longest`, where they are one wave: as many programs a multiprocessor as the first of `programs`
+    that leaves at most a tenth of the places empty, all in flight at once. Measured on an H100 (the log).
     """
-    places = 2 * multiprocessors
-    wave = places // columns
-    if wave * columns >= 0.9 * places and wave * length <= tiles <= wave * longest:
-        return wave
-    return (tiles + length // 2) // length or min(tiles, 1)
+    for places in (each * multiprocessors for each in programs):
+        wave = places // columns
+        if wave * columns >= 0.9 * places and wave * length <= tiles <= wave * longest:
+            return wave, True
+    return (tiles + length // 2) // length or min(tiles, 1), False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -113,17 +118,26 @@ def plan(
     device: torch.device,
     length: int = 1,
     longest: int = 1,
+    programs: tuple[int, ...] = (2,),
 ) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
 
-    length, longest: of a strip, in tiles, see `strips_down`; 1 for kernels that don't walk. Cached, since it costs as
-    much host time as the launch itself.
+    length, longest, programs: see `strips_down`; kernels that don't walk leave them out. Cached, since it costs as much
+    host time as the launch itself.
     """
     batch, height, width, heads, head_dim = shape
     tiles_x, (tiles, left) = -(-width // TILE), divmod(height, TILE)
-    longest = min(longest, tiles_in_reach(shape, strides) - 2)  # copies are two tiles ahead
-    whole = strips_down(batch * heads * tiles_x, tiles, length, longest, launch.multiprocessors(device))
-    integers = [height, width, heads, whole, *(divmod(tiles, whole) if whole else (0, 0)), *window]
+    reach = (
+        tiles_in_reach(shape, strides) - 3
+    )  # copies are two tiles ahead, and the first rows of keys before the strip
+    columns, multiprocessors = batch * heads * tiles_x, launch.multiprocessors(device)
+    whole, at_once = strips_down(columns, tiles, length, min(longest, reach), multiprocessors, programs)
+    integers = [height, width, heads, whole, *(divmod(tiles, whole) if whole else (0, 0))]
+    if longest > 1:
+        # Strips that run at once are walked down and up by turns, so that neighbours read the rows that both need at
+        # the same time. An even window is not the same upwards.
+        integers.append(int(at_once and window[0] % 2))
+    integers += window
     integers += [step // 8 for stride in strides for step in stride[:-1]]
     constants = {"D": head_dim, "num_warps": 4}
     if max(window) <= WIDEST:

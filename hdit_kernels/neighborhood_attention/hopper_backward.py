@@ -26,6 +26,7 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
     TOKENS,
     copy_rows,
     copy_slot,
+    direction,
     in_registers,
     is_within,
     operand,
@@ -96,7 +97,7 @@ def _dq_box(
 def _na2d_hopper_dq_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, dlse_ptr, dq_ptr, delta_ptr, scale, logit_scale,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    window_y: tl.int32, window_x: tl.int32,
+    facing: tl.int32, window_y: tl.int32, window_x: tl.int32,
     o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
@@ -111,7 +112,8 @@ def _na2d_hopper_dq_kernel(
     BOX: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
-    y, top, bottom = 0, -origin, height - 1 - origin  # rows count from the strip's first query, as in the forward
+    y = 0  # rows count from the strip's first query, as in the forward
+    origin, step, top, bottom = direction(origin, count, strips, height, facing)
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)
     key_x = window_start(x, window_x, 0, width - 1)
     columns = window_start(gl.minimum(x + TILE, width) - 1, window_x, 0, width - 1) + window_x - key_x
@@ -127,11 +129,12 @@ def _na2d_hopper_dq_kernel(
     value_ptr += (batch * v_b + head * v_n + origin * v_h + key_x * v_w) * 8
     dq_ptr += (batch * g_b + head * g_n + origin * g_h + x * g_w) * 8
     q_h, q_w, o_h, o_w, k_h, k_w, v_h, v_w, g_h, g_w = (
-        q_h.to(gl.int32), q_w.to(gl.int32), o_h.to(gl.int32), o_w.to(gl.int32), k_h.to(gl.int32), k_w.to(gl.int32),
-        v_h.to(gl.int32), v_w.to(gl.int32), g_h.to(gl.int32), g_w.to(gl.int32),
+        step * q_h.to(gl.int32), q_w.to(gl.int32), step * o_h.to(gl.int32), o_w.to(gl.int32),
+        step * k_h.to(gl.int32), k_w.to(gl.int32), step * v_h.to(gl.int32), v_w.to(gl.int32),
+        step * g_h.to(gl.int32), g_w.to(gl.int32),
     )  # fmt: skip
-    out_w = heads * (D // 8)
-    out_h = width * out_w
+    row_h = step * width * heads  # of tokens in memory order
+    out_w, out_h = heads * (D // 8), row_h * (D // 8)
     q = gl.allocate_shared_memory(dtype, [2, TOKENS, D], SHARED)
     dout = gl.allocate_shared_memory(dtype, [2, TOKENS, D], SHARED)
     out = gl.allocate_shared_memory(dtype, [TOKENS, D], SHARED)
@@ -149,7 +152,7 @@ def _na2d_hopper_dq_kernel(
 
     place = gl.arange(0, TOKENS, gl.SliceLayout(1, ACC))
     column = gl.minimum(place % TILE, width - 1 - x)
-    lse = gl.load(stats_ptr + (gl.minimum(place // TILE, bottom) * width + column) * heads)
+    lse = gl.load(stats_ptr + gl.minimum(place // TILE, bottom) * row_h + column * heads)
     exponent_scale = in_registers(logit_scale, place)
     for tile in range(count):
         # Copies are asked for a tile ahead: the next queries here, the keys and values after next once the first boxes
@@ -161,7 +164,7 @@ def _na2d_hopper_dq_kernel(
         delta = gl.sum(dout_own.load(ROW).to(gl.float32) * out.load(ROW).to(gl.float32), 1)
         row = gl.arange(0, TOKENS, gl.SliceLayout(1, ROW))
         inside = (y + row // TILE <= bottom) & (x + row % TILE < width)
-        at = ((y + row // TILE) * width + row % TILE) * heads
+        at = (y + row // TILE) * row_h + row % TILE * heads
         if HAS_DLSE:
             delta -= gl.load(dlse_ptr + at, mask=inside, other=0.0)
         gl.store(delta_ptr + at, delta, mask=inside)
@@ -171,7 +174,7 @@ def _na2d_hopper_dq_kernel(
             copy_rows(dout.index(after), dout_ptr, y + TILE, top, bottom, width - x, o_h, o_w, TILE, TILE, D)
             copy_rows(out, out_ptr, y + TILE, top, bottom, width - x, out_h, out_w, TILE, TILE, D)
         async_copy.commit_group()
-        next_lse = gl.load(stats_ptr + (gl.minimum(y + TILE + place // TILE, bottom) * width + column) * heads)
+        next_lse = gl.load(stats_ptr + gl.minimum(y + TILE + place // TILE, bottom) * row_h + column * heads)
 
         dq = gl.zeros([TOKENS, D], gl.float32, ACC)
         for box in gl.static_range(2):

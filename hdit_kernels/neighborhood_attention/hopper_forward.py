@@ -58,10 +58,11 @@ def _plan(
     kernel, length = _na2d_hopper_forward_kernel, 3 if shape[-1] == 64 else 8  # measured
     if shape[-1] == 128:
         from hdit_kernels.neighborhood_attention.hopper_forward_128 import _na2d_hopper_forward_128_kernel as kernel
-    grid, integers, constants = hopper.plan(shape, strides, window, device, length, 32)
     # Three programs a multiprocessor, where all logits fit: at head_dim 64, those of windows 8 and 9 would spill.
-    registers = 168 if shape[-1] == 32 or (shape[-1] == 64 and window[0] < 8) else None
-    return kernel, grid, integers, constants | {"HAS_LSE": return_lse, "maxnreg": registers}
+    three = shape[-1] == 32 or (shape[-1] == 64 and window[0] < 8)
+    programs = ((3, 2) if shape[-1] == 32 else (2, 3)) if three else (2,)
+    grid, integers, constants = hopper.plan(shape, strides, window, device, length, 32, programs)
+    return kernel, grid, integers, constants | {"HAS_LSE": return_lse, "maxnreg": 168 if three else None}
 
 
 @gluon.constexpr_function
@@ -146,6 +147,20 @@ def strip_of_program(heads, strips, length, longer):
 
 
 @gluon.jit
+def direction(origin, count, strips, height, facing):
+    """Of a strip: the row that it starts from, the step to the next (1, or −1 where it is walked upwards), and the
+    image's first and last row, counted from there in steps.
+    """
+    step = 1 - 2 * (facing & (gl.program_id(1) % 2) & (gl.program_id(1) < strips).to(gl.int32))
+    if step < 0:
+        origin += count * TILE - 1
+        top, bottom = origin + 1 - height, origin
+    else:
+        top, bottom = -origin, height - 1 - origin
+    return origin, step, top, bottom
+
+
+@gluon.jit
 def window_start(query, window, first, last):
     """First key of the query's window on an axis that goes from first to last."""
     return gl.minimum(gl.maximum(query - window // 2, first), last + 1 - window)
@@ -221,7 +236,7 @@ def store_tile(
 def _na2d_hopper_forward_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    window_y: tl.int32, window_x: tl.int32,
+    facing: tl.int32, window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
@@ -234,7 +249,8 @@ def _na2d_hopper_forward_kernel(
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
-    y, top, bottom = 0, -origin, height - 1 - origin
+    y = 0
+    origin, step, top, bottom = direction(origin, count, strips, height, facing)
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)  # may be before the first row
     key_x = window_start(x, window_x, 0, width - 1)
     columns = window_start(gl.minimum(x + TILE, width) - 1, window_x, 0, width - 1) + window_x - key_x
@@ -244,8 +260,10 @@ def _na2d_hopper_forward_kernel(
     value_ptr += (batch * v_b + head * v_n + origin * v_h + key_x * v_w) * 8
     token = ((batch * height + origin) * width + x) * heads + head
     q_h, q_w, k_h, k_w, v_h, v_w = (
-        q_h.to(gl.int32), q_w.to(gl.int32), k_h.to(gl.int32), k_w.to(gl.int32), v_h.to(gl.int32), v_w.to(gl.int32),
+        step * q_h.to(gl.int32), q_w.to(gl.int32), step * k_h.to(gl.int32), k_w.to(gl.int32),
+        step * v_h.to(gl.int32), v_w.to(gl.int32),
     )  # fmt: skip
+    row = step * width * heads  # of tokens in memory order
     q = gl.allocate_shared_memory(dtype, [TOKENS, D], SHARED)
     k = gl.allocate_shared_memory(dtype, [2, TILE * COLUMNS, D], SHARED)
     v = gl.allocate_shared_memory(dtype, [2, TILE * COLUMNS, D], SHARED)
@@ -321,13 +339,13 @@ def _na2d_hopper_forward_kernel(
         acc = warpgroup_mma_wait(0, deps=[acc])
 
         inside = (y + place // TILE <= bottom) & (x + place % TILE < width)
-        at = token + (place // TILE * width + place % TILE) * heads
+        at = token + place // TILE * row + place % TILE * heads
         lse = maximum + gl.log2(total)
         gl.store(stats_ptr + at, lse, mask=inside & (save_stats > 0))
         if HAS_LSE:
             gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
         acc *= (1.0 / total)[:, None]
-        store_tile(out_ptr + token * D, acc, y, x, bottom, width, width * heads * (D // 8), heads * (D // 8), dtype, D)
-        token += width.to(gl.int64) * (TILE * heads)
+        store_tile(out_ptr + token * D, acc, y, x, bottom, width, row * (D // 8), heads * (D // 8), dtype, D)
+        token += row.to(gl.int64) * TILE
         y += TILE
         key_y += TILE

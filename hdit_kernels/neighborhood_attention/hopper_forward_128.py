@@ -22,6 +22,7 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
     TOKENS,
     copy_rows,
     copy_slot,
+    direction,
     exponentials,
     in_registers,
     operand,
@@ -40,7 +41,7 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
 def _na2d_hopper_forward_128_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    window_y: tl.int32, window_x: tl.int32,
+    facing: tl.int32, window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
@@ -53,7 +54,8 @@ def _na2d_hopper_forward_128_kernel(
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
-    y, top, bottom = 0, -origin, height - 1 - origin
+    y = 0
+    origin, step, top, bottom = direction(origin, count, strips, height, facing)
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)  # may be before the first row
     key_x = window_start(x, window_x, 0, width - 1)
     columns = window_start(gl.minimum(x + TILE, width) - 1, window_x, 0, width - 1) + window_x - key_x
@@ -63,8 +65,10 @@ def _na2d_hopper_forward_128_kernel(
     value_ptr += (batch * v_b + head * v_n + origin * v_h + key_x * v_w) * 8
     token = ((batch * height + origin) * width + x) * heads + head
     q_h, q_w, k_h, k_w, v_h, v_w = (
-        q_h.to(gl.int32), q_w.to(gl.int32), k_h.to(gl.int32), k_w.to(gl.int32), v_h.to(gl.int32), v_w.to(gl.int32),
+        step * q_h.to(gl.int32), q_w.to(gl.int32), step * k_h.to(gl.int32), k_w.to(gl.int32),
+        step * v_h.to(gl.int32), v_w.to(gl.int32),
     )  # fmt: skip
+    row = step * width * heads  # of tokens in memory order
     q = gl.allocate_shared_memory(dtype, [TOKENS, D], SHARED)
     slots = gl.allocate_shared_memory(dtype, [3, TILE * COLUMNS, D], SHARED)
     copy_rows(q, query_ptr, y, top, bottom, width - x, q_h, q_w, TILE, TILE, D)
@@ -128,13 +132,13 @@ def _na2d_hopper_forward_128_kernel(
         acc = warpgroup_mma_wait(0, deps=[acc])
 
         inside = (y + place // TILE <= bottom) & (x + place % TILE < width)
-        at = token + (place // TILE * width + place % TILE) * heads
+        at = token + place // TILE * row + place % TILE * heads
         lse = maximum + gl.log2(total)
         gl.store(stats_ptr + at, lse, mask=inside & (save_stats > 0))
         if HAS_LSE:
             gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
         acc *= (1.0 / total)[:, None]
-        store_tile(out_ptr + token * D, acc, y, x, bottom, width, width * heads * (D // 8), heads * (D // 8), dtype, D)
-        token += width.to(gl.int64) * (TILE * heads)
+        store_tile(out_ptr + token * D, acc, y, x, bottom, width, row * (D // 8), heads * (D // 8), dtype, D)
+        token += row.to(gl.int64) * TILE
         y += TILE
         key_y += TILE

@@ -63,6 +63,14 @@ def na2d_small_windows(sizes: random.Random, values: torch.Generator, dtype: tor
     return na2d(sizes, values, dtype, mixed, windows, dilations=((1, 1),), head_dims=(32, 64, 64, 128))
 
 
+def na2d_strips(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, head_dim: int) -> Case:
+    """Of what Hopper's own kernels take, grids of two tiles or more down."""
+    while True:
+        case = na2d(sizes, values, dtype, False, (1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 9), ((1, 1),), (head_dim,))
+        if case.tensors["query"].shape[1] >= 16:
+            return case
+
+
 def na2d_large_windows(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
     """What Hopper's dK/dV kernel for larger windows takes."""
     return na2d(sizes, values, dtype, mixed, (10, 11, 12, 13, 13), dilations=((1, 1),), head_dims=(32, 64))

@@ -33,7 +33,7 @@ def allowed(dtype: torch.dtype, plain_error: float) -> float:
 
 
 class Pool:
-    """Errors of gradients that are near-cancelling sums over tokens, pooled over cases: sqrt(Σ‖err‖² / Σ‖ref‖²)."""
+    """Errors of gradients that nearly cancel, pooled over cases: sqrt(Σ‖err‖² / Σ‖ref‖²)."""
 
     def __init__(self) -> None:
         self.error = self.reference = 0.0

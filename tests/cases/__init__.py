@@ -15,8 +15,8 @@ class Case(NamedTuple):
 
     tensors: the inputs by the public function's argument names, CPU float32 or narrower, some non-contiguous; call and
     reference take them as keywords (plus whatever settings they hold) and return a tensor or a tuple of tensors.
-    frozen: inputs without a gradient. pooled: inputs whose gradient is a near-cancelling sum over tokens, so its error
-        is pooled over cases.
+    frozen: inputs without a gradient. pooled: inputs whose gradient nearly cancels (a sum over tokens, the softmax of
+        two keys), so its error is pooled over cases.
     """
 
     description: str

@@ -1,13 +1,15 @@
 """`python -m benchmarks list|kernels|model|train|scaling|merge|report|compare|tune`.
 
 A command is a module with add_arguments(parser) and run(args) -> exit status, imported only when it is asked for. Exit
-status: 0; 1 if something failed, ran out of memory or became slower; 2 for what the user has to change, in one line.
+status: 0; 1 if something failed, ran out of memory or became slower; 2 for what the user has to change, in one line;
+141 if whoever reads the output has gone, as of other commands in a pipe.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -43,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module = importlib.import_module(path)
                 module.add_arguments(own)
         args = parser.parse_args(argv)
-        return module.run(args)
+        status: int = module.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `… | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 141
     except KeyboardInterrupt:
         print("python -m benchmarks: interrupted; the same command with the same --output goes on", file=sys.stderr)
         return 130

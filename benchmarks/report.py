@@ -757,7 +757,9 @@ def run(args: argparse.Namespace) -> int:
         if args.folder is None and args.output is not None:
             raise ValueError("--output needs a FOLDER: without one the clone's own documents are written")
         written = write_documents() if args.folder is None else write_page(args.folder, args.output or args.folder)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise runs.RunError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+    except ValueError as error:
         raise runs.RunError(" ".join(str(error).split())) from error
     for path in written:
         print(f"Written: {path}")

@@ -491,6 +491,16 @@ def test_interrupted_run_says_how_to_go_on(capsys: pytest.CaptureFixture[str], m
     assert status == 130 and "interrupted" in err and err.count("\n") == 1
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`python -m benchmarks list | head`."""
+    command = [sys.executable, "-m", "benchmarks", "list"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_quick_from_end_to_end(tmp_path: Path) -> None:
     """The real command in a process of its own, in a minute at most: rows of every operator, times or why not."""
     output, table = tmp_path / "run.json", tmp_path / "run.csv"

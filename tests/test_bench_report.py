@@ -419,7 +419,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
     good = tmp_path / "good"
     results.write(good / "a.json", made_up_runs.models())
     for arguments, words in [
-        ((str(tmp_path / "absent"),), "absent"),
+        ((str(tmp_path / "absent"),), "absent: No such file or directory"),
         ((str(empty),), "holds no run"),
         ((str(text),), "a.json"),
         ((str(schema),), "schema 7"),

@@ -210,15 +210,17 @@ def _measure(tree: Path, kind: str, output: Path, options: Sequence[str]) -> dic
 def joined(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Several runs of the same sources as one: medians of the medians, and intervals that span all of them.
 
-    A measurement that isn't timed in one of those that tried it keeps what that one says.
+    A measurement that failed in one of those that tried it keeps what that one says; one whose time was up in a turn,
+    as in the first, which compiles everything, is that of the others.
     """
     rows = []
     measured = [_measurements(turn) for turn in turns]
-    for name, row in measured[0].items():
+    for name in measured[0]:
         own = [found[name] for found in measured if name in found]
-        lost = next((found for found in own if found["status"] != "ok"), None)
-        spans = {which: _span([found[which] for found in own]) for which in MEASURES if all(f[which] for f in own)}
-        rows.append(lost or row | spans)
+        tried = [found for found in own if found["status"] not in UNFINISHED] or own
+        lost = next((found for found in tried if found["status"] != "ok"), None)
+        spans = {which: _span([found[which] for found in tried]) for which in MEASURES if all(f[which] for f in tried)}
+        rows.append(lost or tried[0] | spans)
     return turns[0] | {"rows": rows}
 
 

@@ -302,3 +302,13 @@ def test_joins_turns() -> None:
     assert both["p20"] == two["p20"] and both["p80"] == one["p80"]
     assert both["median"] == pytest.approx((one["median"] + two["median"]) / 2)
     assert found["rows"][1] == lost and len(found["rows"]) == len(first["rows"])
+
+
+def test_turns_joined_leave_out_those_whose_time_was_up() -> None:
+    first, second = made_up_runs.kernels(), made_up_runs.kernels()
+    timed = second["rows"][0]
+    names = timed["case"], timed["contestant"], timed["pass"]
+    first["rows"][0] = runs.row(*names, "not measured", reason="the budget is spent")
+    assert compare.joined([first, second])["rows"][0] == timed
+    second["rows"][0] = first["rows"][0]
+    assert compare.joined([first, second])["rows"][0] == first["rows"][0]

@@ -134,7 +134,7 @@ def test_random_cases(operator: str, kind: str, seed: int, poisoned: None, recor
 
 @pytest.fixture
 def few_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One to three strips that run at once, as large images have them and small cases never do."""
+    """One to three strips that count as one wave, as those of large images do, and those of small cases never."""
     hopper = pytest.importorskip("hdit_kernels.neighborhood_attention.hopper")
     forward = importlib.import_module("hdit_kernels.neighborhood_attention.hopper_forward")
 
@@ -152,7 +152,7 @@ def few_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_strips_that_run_at_once(head_dim: int, seed: int, poisoned: None, few_strips: None, record) -> None:
-    """Walked down and up by turns: Hopper's kernels, the others don't have strips."""
+    """Walked down and up by turns by Hopper's kernels; the others have none."""
     sizes, values = random.Random(f"strips {head_dim} {seed}"), torch.Generator().manual_seed(seed)
     worst = (0.0, "", "")
     for _ in range(CASES):

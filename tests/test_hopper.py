@@ -68,7 +68,8 @@ def test_columns_fit_into_a_row_of_keys() -> None:
         ((4, 256, 256, 2), 3, 8, (2,), (11, False)),  # as many would be longer than the longest
         ((1, 256, 256, 2), 3, 8, (2,), (4, True)),  # 256 programs of eight tiles
         ((1, 256, 256, 2), 3, 8, (2, 3), (4, True)),
-        ((1, 256, 256, 2), 3, 8, (3, 2), (6, True)),
+        ((1, 256, 256, 2), 8, 32, (3, 2), (4, True)),  # six would be shorter than the shortest
+        ((1, 256, 256, 4), 8, 32, (3, 2), (3, True)),
         ((1, 512, 512, 2), 3, 32, (2,), (2, True)),
         ((1, 1024, 1024, 2), 3, 32, (2, 3), (43, False)),
         ((32, 32, 32, 12), 3, 32, (2, 3), (1, False)),  # columns of four tiles
@@ -102,17 +103,20 @@ def test_long_strips_stay_within_reach() -> None:
     assert hopper.plan(shape, (stride,), (7, 7), DEVICE, 3, 32)[1][3] == 11
 
 
-@pytest.mark.parametrize("row", [2**21, 2**22, 2**22 + 2**21, 7 * 2**20, 2**23, 12 * 2**20, 2**24 - 8])
-def test_no_offset_overflows(row: int) -> None:
-    """The furthest that a strip reads: two tiles ahead of its last, and 16 columns, as far apart as rows at most."""
-    for columns, longest in itertools.product((8, 64, 256, 264), (8, 32)):
-        shape = (1, 1024, 8 * columns, 1, 64)
-        stride = (0, row, row, 64, 1)
-        if not hopper.within_reach(shape, (stride,)):
-            continue
-        _, integers, _ = hopper.plan(shape, (stride,), (9, 9), DEVICE, 3, longest)
-        tiles = integers[4] + (integers[5] > 0)
-        assert ((tiles + 2) * hopper.TILE - 1 + 15) * row + 64 < 2**31
+@pytest.mark.parametrize("reach", range(hopper.REACH, 37))
+def test_no_offset_overflows(reach: int) -> None:
+    """Columns may be as far apart as rows: the furthest key that a strip reads is 18 rows beyond its tiles."""
+    row = (2**31 - 1) // (hopper.TILE * reach) // 8 * 8
+    stride = (0, row, row, 128, 1)
+    assert hopper.tiles_in_reach((1, 8, 8, 1, 128), (stride,)) == reach
+    longest = 0
+    for tiles in range(3, 81):
+        shape = (1, tiles * hopper.TILE, 8 * 132, 1, 128)  # two strips are one wave
+        assert hopper.within_reach(shape, (stride,))
+        _, integers, _ = hopper.plan(shape, (stride,), (9, 9), DEVICE, 3, 32)
+        longest = max(longest, integers[4] + (integers[5] > 0))
+    assert longest == min(32, reach - 3)
+    assert (hopper.TILE * longest + 18) * row + 128 < 2**31
 
 
 def test_plan() -> None:
@@ -123,7 +127,7 @@ def test_plan() -> None:
     assert integers == [37, 29, 3, 1, 4, 0, 0, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
     assert constants == {"D": 32, "num_warps": 4, "MORE": 4, "LAST": 2}
     assert hopper.plan((2, 37, 29, 3, 32), (stride,), (13, 5), DEVICE)[1:] == (
-        [37, 29, 3, 4, 1, 0, 13, 5, 2**17, 29 * 12, 12, 4],  # kernels that don't walk face nobody
+        [37, 29, 3, 4, 1, 0, 13, 5, 2**17, 29 * 12, 12, 4],  # no `facing` of kernels that don't walk
         {"D": 32, "num_warps": 4},
     )
 

@@ -211,7 +211,7 @@ def joined(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Several runs of the same sources as one: medians of the medians, and intervals that span all of them.
 
     A measurement that failed in one of those that tried it keeps what that one says; one whose time was up in a turn,
-    as in the first, which compiles everything, is that of the others.
+    as in the first, which may compile everything, is that of the others.
     """
     rows = []
     measured = [_measurements(turn) for turn in turns]

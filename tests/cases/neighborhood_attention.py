@@ -70,10 +70,10 @@ def na2d_small_windows(sizes: random.Random, values: torch.Generator, dtype: tor
     return na2d(sizes, values, dtype, mixed, windows, dilations=((1, 1),), head_dims=(32, 64, 64, 128))
 
 
-def na2d_strips(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, head_dim: int) -> Case:
+def na2d_strips(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
     """Of what Hopper's own kernels take: many tiles down, and few even windows, which are not walked upwards."""
     windows, heights = (1, 3, 3, 5, 5, 7, 7, 7, 8, 9), range(16, 131)
-    return na2d(sizes, values, dtype, False, windows, ((1, 1),), (head_dim,), heights)
+    return na2d(sizes, values, dtype, mixed, windows, ((1, 1),), (32, 64, 128), heights)
 
 
 def na2d_large_windows(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:

@@ -33,7 +33,7 @@ from benchmarks.runs import KINDS, SAME, UNFINISHED, Row, RunError, key
 from hdit._extras import require
 
 CONFIRMATIONS = 3  # more turns of each revision, for the cases that still differ
-QUICK_SECONDS = 12  # of a turn
+QUICK_SECONDS = 9  # of a turn
 OURS = {"kernels": ["ours"], "model": ["ours"], "train": ["ours"], "scaling": ["ours", "HDiT"]}  # contestants
 STDERR = 2  # the file descriptor
 

@@ -58,8 +58,9 @@ class Column:
 class Records:
     """What was recorded, seen from a document.
 
-    runs: run files by path, those of a GPU first, then the newest. gpu_tests: files of `pytest -m gpu --record`.
-    pictures: the folder that holds the runs' pictures. root: the clone whose sources are "the present ones".
+    runs: run files by path, those of a GPU first, of them those of the present sources by name, then the newest.
+    gpu_tests: files of `pytest -m gpu --record`. pictures: the folder that holds the runs' pictures. root: the clone
+    whose sources are "the present ones".
     """
 
     runs: dict[Path, dict[str, Any]]
@@ -89,8 +90,15 @@ def load(folder: Path, pictures: Path, document: Path, root: Path = results.ROOT
             found[path] = runs.read(path)
         elif "operators" in data:
             gpu_tests[path] = data
-    newest = sorted(found.items(), key=lambda item: item[1]["environment"]["date"], reverse=True)
-    ordered = sorted(newest, key=lambda item: item[1]["environment"]["device_type"] == "cpu")
+    present = results.source_hash(root)
+
+    def date_if_earlier(item: tuple[Path, dict[str, Any]]) -> str:
+        return "" if item[1]["source_sha256"] == present else item[1]["environment"]["date"]
+
+    def rank(item: tuple[Path, dict[str, Any]]) -> tuple[bool, bool]:
+        return item[1]["environment"]["device_type"] == "cpu", item[1]["source_sha256"] != present
+
+    ordered = sorted(sorted(found.items(), key=date_if_earlier, reverse=True), key=rank)
     return Records(dict(ordered), gpu_tests, pictures, document, root)
 
 

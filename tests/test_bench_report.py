@@ -514,19 +514,23 @@ def test_blocks_of_records(clone: Path) -> None:
     )  # and the table of machines
 
 
-def test_a_gpu_s_newest_run_comes_first(clone: Path) -> None:
-    for name, device_type, date in [
-        ("a", "cpu", "2027-01-01"),
-        ("b", "cuda", "2026-01-01"),
-        ("c", "cuda", "2026-06-01"),
+def test_a_gpu_s_run_of_the_present_sources_comes_first(clone: Path) -> None:
+    present = results.source_hash(clone)
+    for name, device_type, date, source in [
+        ("a", "cpu", "2027-01-01", present),
+        ("b", "cuda", "2026-06-01", "0" * 64),
+        ("c", "cuda", "2026-06-02", "0" * 64),
+        ("d", "cuda", "2026-01-01", present),
+        ("e", "cuda", "2026-01-02", present),  # on another day: the order of a machine's runs is no news
     ]:
-        put(clone, f"{name}.json", made_up_runs.scaling(device=f"device {name}", device_type=device_type, date=date))
+        made = made_up_runs.scaling(device=f"device {name}", device_type=device_type, date=date)
+        put(clone, f"{name}.json", made | {"source_sha256": source})
     records = report.recorded(clone / "README.md", clone)
-    assert [path.stem for path in records.runs] == ["c", "b", "a"]
+    assert "".join(path.stem for path in records.runs) == "decba"
     readme = report.render(block("scaling"), records)
-    assert "device c" in readme and "device b" not in readme and "device a" not in readme
+    assert "device d" in readme and not any(f"device {name}" in readme for name in "abce")
     details = report.render(block("scaling-details"), records)
-    assert all(f"device {name}" in details for name in "abc")
+    assert all(f"device {name}" in details for name in "abcde")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ def compare_runs(
         for name in SAME
         if a["environment"].get(name) != b["environment"].get(name)
     ]
+    peers, others = (run["environment"].get("peers", {}) for run in (a, b))
+    different += [f"{n} {peers[n]} and {others[n]}" for n in peers.keys() & others.keys() if peers[n] != others[n]]
     if different and not allow_different:
         raise ValueError(
             f"A and B differ in {'; '.join(different)}: pass --allow-different to compare them all the same"
@@ -87,7 +89,13 @@ def compare_runs(
     found = [_judge(row, after[name], noise or NOISE) for name, row in before.items() if name in after]
     verdicts = [judged for judged in found if judged]
     if not verdicts:
-        raise ValueError("A and B have no timed measurement in common")
+        left = [next((row for row in run["rows"] if row["status"] == "not measured"), None) for run in (a, b)]
+        why = [
+            f"; {name} did not measure {row['case']}: {row['reason']}"
+            for name, row in (("A", left[0]), ("B", left[1]))
+            if row
+        ]
+        raise ValueError(f"A and B have no timed measurement in common{''.join(why)}")
     return verdicts
 
 

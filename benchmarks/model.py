@@ -133,6 +133,8 @@ def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batch
     rivals = [networks.dit_like(presets[name]).name for name in chosen]
     api.check_contestants(args.contestant, ["ours", "k-diffusion", *rivals])
     found = command.open_run(args, kind)
+    if version := kdiffusion.version(args.k_diffusion):
+        found.name_peer("k-diffusion", version)
     measure(
         found,
         chosen,

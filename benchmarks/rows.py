@@ -51,7 +51,10 @@ def verdict(a: Stats, b: Stats, noise: float) -> str:
     """What b is beside a: "faster", "slower" or "same within noise".
 
     A difference counts only where the p20..p80 intervals don't overlap and the medians differ by more than noise · a's.
+    A single sample has no interval, so it tells no difference.
     """
+    if min(a["repeats"], b["repeats"]) < 2:
+        return "same within noise"
     apart = b["p80"] < a["p20"] or a["p80"] < b["p20"]
     if not apart or abs(b["median"] - a["median"]) <= noise * a["median"]:
         return "same within noise"

@@ -105,7 +105,7 @@ def validate(data: Any) -> None:
                 timed = True
                 _fields(f"{where}, {name}", found[name], STATS, required=STATS)
         ok = found["status"] == "ok"
-        _expect(ok or not timed, f"{where}: a time, though its status is {found['status']!r}")
+        _expect(ok == timed, f"{where}: {'a' if timed else 'no'} time, though its status is {found['status']!r}")
         _expect(ok or bool(found["reason"]), f"{where}: status {found['status']!r} without a reason")
     keys = [key(found) for found in data["rows"]]
     twice = next((k for k in keys if keys.count(k) > 1), None) if len(set(keys)) < len(keys) else None
@@ -247,6 +247,14 @@ class Run:
             (session,) = sessions(data)
             return cls(old | {"environment": with_peers(old["environment"], data["environment"])}, path, session)
         return cls(data, path)
+
+    def name_peer(self, name: str, version: str) -> None:
+        """Records the version of a peer that is found by an option. Raises RunError if the run has rows of another."""
+        peers = self.data["environment"].setdefault("peers", {})
+        if peers.setdefault(name, version) != version:
+            raise RunError(
+                f"{self.path} can't be continued, choose another --output: {name} {peers[name]} and {version}"
+            )
 
     def done(self, case: str, contestant: str, direction: str) -> bool:
         """Whether this has been measured, or has failed: what a run that is taken up leaves out."""

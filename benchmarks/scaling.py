@@ -412,10 +412,10 @@ def run(args: argparse.Namespace) -> int:
     common: dict[str, Any] = {"device": device, "on_step": command.say}
     models = common | {"seconds": 0.3 if args.quick else 1.5}
     patient = {"patience": args.patience}
+    attention = common | patient | {"deadline": deadline, "compiling": not args.quick}
+    measure_attention(found, chosen.grids, args.contestant, **attention)  # first, since models take what time there is
     left = deadline - time.monotonic()
     measure_models(found, chosen.sizes, PASSES, args.contestant, budget_seconds=left, **patient, **models)
-    attention = common | patient | {"deadline": deadline, "compiling": not args.quick}
-    measure_attention(found, chosen.grids, args.contestant, **attention)
     measure_largest(found, chosen.largest, args.contestant, deadline=deadline, **models)
     status = command.finish(found, args)
     if any(row["family"] == "model" for row in found.data["rows"]):

@@ -42,12 +42,13 @@ class Stats:
 @dataclass(frozen=True)
 class Effort:
     """When a median is known well enough: its 95% confidence interval is at most `width` of it wide, after at least
-    `fewest` samples. `seconds` and `most` end the sampling before that (but never before three samples)."""
+    `fewest` samples. `seconds` and `most` end the sampling before that, but never before `least` samples."""
 
     width: float = 0.01
     fewest: int = 20
     most: int = 500
     seconds: float = 0.5
+    least: int = 3
 
     def within(self, seconds: float) -> Effort:
         """The same, in no more than these seconds."""
@@ -76,9 +77,9 @@ def sample(once: Callable[[], float], effort: Effort) -> Stats:
     """Calls once(), which gives one sample in microseconds, as often as the effort says."""
     deadline = time.monotonic() + effort.seconds
     samples: list[float] = []
-    while len(samples) < max(3, effort.most):
+    while len(samples) < max(effort.least, effort.most):
         samples.append(once())
-        if len(samples) < 3:
+        if len(samples) < effort.least:
             continue
         if time.monotonic() >= deadline:
             break

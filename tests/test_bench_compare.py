@@ -30,6 +30,10 @@ def faster(run: dict[str, Any], factor: float, contestant: str = "ours", which: 
     return found
 
 
+def spread(median: float, p20: float, p80: float, repeats: int = 5) -> rows.Stats:
+    return {"median": median, "p20": p20, "p80": p80, "repeats": repeats}
+
+
 def words(verdicts: list[compare.Verdict], contestant: str = "ours") -> set[str]:
     return {v.word for v in verdicts if v.contestant == contestant}
 
@@ -44,8 +48,9 @@ def words(verdicts: list[compare.Verdict], contestant: str = "ours") -> set[str]
         (stats(100, 0.001), stats(98, 0.001), 0.03, "same within noise"),  # apart, but inside the band
         (stats(100, 0.001), stats(98, 0.001), 0.01, "faster"),
         (stats(100, 0.001), stats(102, 0.001), 0.01, "slower"),
-        ({"median": 100, "p20": 90, "p80": 101}, {"median": 120, "p20": 101, "p80": 130}, 0.03, "same within noise"),
-        ({"median": 100, "p20": 90, "p80": 101}, {"median": 120, "p20": 102, "p80": 130}, 0.03, "slower"),
+        (spread(100, 90, 101), spread(120, 101, 130), 0.03, "same within noise"),
+        (spread(100, 90, 101), spread(120, 102, 130), 0.03, "slower"),
+        (spread(100, 90, 101), spread(120, 120, 120, repeats=1), 0.03, "same within noise"),  # of how much noise?
     ],
 )
 def test_a_difference_counts_beyond_the_spread_only(a: rows.Stats, b: rows.Stats, noise: float, word: str) -> None:
@@ -113,7 +118,16 @@ def test_other_kinds_and_strangers_are_refused() -> None:
         compare.compare_runs(made_up_runs.kernels(), made_up_runs.models(), allow_different=True)
     a, b = made_up_runs.kernels(), made_up_runs.kernels()
     b["rows"] = [row | {"case": f"other {row['case']}"} for row in b["rows"]]
-    with pytest.raises(ValueError, match="no timed measurement in common"):
+    with pytest.raises(ValueError, match="no timed measurement in common$"):
+        compare.compare_runs(a, b)
+    b = made_up_runs.kernels()
+    for row in b["rows"]:
+        row.update(status="not measured", reason="the budget is spent", gpu_us=None, wall_us=None, host_us=None)
+    with pytest.raises(ValueError, match="in common; B did not measure .*: the budget is spent"):
+        compare.compare_runs(made_up_runs.kernels(), b)
+    a, b = made_up_runs.kernels(), made_up_runs.kernels()
+    a["environment"]["peers"], b["environment"]["peers"] = {"natten": "1", "quack-kernels": "1"}, {"natten": "2"}
+    with pytest.raises(ValueError, match="differ in natten 1 and 2: pass --allow-different"):
         compare.compare_runs(a, b)
 
 

@@ -51,6 +51,7 @@ def test_valid_rows_pass() -> None:
         (lambda d: d["rows"][0].update(error=True), "error"),
         (lambda d: d["rows"][0].update(status="failed", reason="wrong"), "a time, though"),
         (lambda d: d["rows"][0].update(status="failed", wall_us=None), "without a reason"),
+        (lambda d: d["rows"][0].update(wall_us=None), "no time, though its status is 'ok'"),
         (lambda d: d["rows"][0]["wall_us"].pop("p80"), "p80"),
     ],
 )

@@ -8,10 +8,14 @@ small functions with torch.compile (K_DIFFUSION_USE_COMPILE=0 stops that) and le
 
 from __future__ import annotations
 
+import configparser
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,6 +39,23 @@ def available(path: Path | None = None) -> str | None:
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         return " ".join(str(error).split())
     return None
+
+
+def version(path: Path | None = None) -> str | None:
+    """Of the checkout by its setup.cfg and, of a clone, git; of the installed package. None where nothing says."""
+    if path is None:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version("k-diffusion")
+        return None
+    settings = configparser.ConfigParser()
+    settings.read([folder / "setup.cfg" for folder in (path, path.parent)])
+    found = settings.get("metadata", "version", fallback=None)
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
+        if (path / ".git").exists():
+            command = ["git", "-C", str(path), "rev-parse", "--short=12", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    return "+".join(filter(None, (found, commit))) or None
 
 
 def build(config: HDiTConfig, path: Path | None = None) -> nn.Module:

@@ -203,6 +203,15 @@ def test_flex_computes_the_case(seed: int) -> None:
     assert correctness.relative_error(out, wanted) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_after_norm_and_rotation(seed: int) -> None:
+    case = neighborhood_self_attention(2, 19, 37, 2, 16, 5, "float32", full_size=False)
+    tensors = case.inputs(CPU, seed)
+    out = flex.self_attention(**tensors, block_mask=flex.block_mask(19, 37, 5, 1, CPU))
+    wanted = case.reference(**{name: t.double() for name, t in tensors.items()})
+    assert correctness.relative_error(out, wanted) < 1e-5
+
+
 # NATTEN
 
 

@@ -1,8 +1,9 @@
 """FlexAttention with neighborhood attention's mask (Dong et al. 2024, arXiv:2412.05496), compiled.
 
 Its blocks are 128 tokens, so the tokens are put in the order of tiles of 8x16, which makes a block's window compact; a
-model could keep them so, and the reordering is not timed. The block mask is derived from the two axes: torch's own
-create_block_mask tries all pairs of tokens, which no memory holds at 1024x1024.
+model could keep them so, and for na2d the reordering is not timed. For neighborhood_self_attention it is, as part of
+one compiled function with normalisation and rotation, which may take it along. The block mask is derived from the two
+axes: torch's own create_block_mask tries all pairs of tokens, which no memory holds at 1024x1024.
 """
 
 from __future__ import annotations
@@ -110,4 +111,22 @@ def build(case: Case) -> Implementation:
     )
 
 
-CONTESTANTS = [Contestant("flex", PEER, {"na2d": build})]
+def self_attention(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, block_mask: BlockMask) -> Tensor:
+    """neighborhood_self_attention, the tokens in rows."""
+    ready = reference.qk_norm_rope(qkv, scale, theta_y, theta_x)
+    query, key, value = (to_tiles(tensor) for tensor in ready.unbind(3))
+    out = flex_attention(query, key, value, block_mask=block_mask, scale=1.0)
+    return from_tiles(out, *qkv.shape[1:3])
+
+
+def build_self_attention(case: Case) -> Implementation:
+    height, width = case.shapes["qkv"][1:3]
+    mask = block_mask(height, width, case.settings["kernel_size"], 1, torch.device("cuda"))
+    return Implementation(
+        functools.partial(compiled.compile(self_attention), block_mask=mask),
+        detail="one function with qk_norm_rope's reference, into 8x16 tiles and back",
+        compiles=True,
+    )
+
+
+CONTESTANTS = [Contestant("flex", PEER, {"na2d": build, "neighborhood_self_attention": build_self_attention})]

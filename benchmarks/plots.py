@@ -66,6 +66,7 @@ ROOFS = {  # ceilings by the dtype of a case
 MOST_CASES = 10  # in one picture of bars
 ANNOTATED = 1024  # the size, in pixels, of the paper's claim
 FULL = "out of memory"  # the status of a row
+COSTS = MEASURES | {"flops": "FLOPs", "peak_bytes": "peak memory"}
 PASSES = {"forward": "forward pass", "step": "training step"}
 WIDEST = 0.75  # interval of an exponent that counts as determined
 FITTED = 4  # a power law is fitted to this many of the largest sizes: small ones cost launches, not pixels
@@ -123,11 +124,12 @@ def pictures(run: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 class Curve:
     """One contestant's cost at sizes in ascending order. extrapolated: beyond the last measured one, never measured.
 
-    full: the sizes at which memory did not suffice. law: of cost against the square of size (pixels, tokens), fitted to
+    cost: what COSTS calls it. full: the sizes at which memory did not suffice. law: of cost against the square of size (pixels, tokens), fitted to
     the largest measured sizes, None with fewer than three.
     """
 
     contestant: str
+    cost: str
     measured: list[tuple[float, float]]
     extrapolated: list[tuple[float, float]]
     full: tuple[int, ...]
@@ -159,7 +161,7 @@ class Curve:
 
 
 def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -> Curve:
-    """cost: "flops", "peak_bytes" (GiB then), "gpu_us" or "wall_us" (seconds then); size: the name of the setting.
+    """cost: of COSTS (peak_bytes in GiB then, times in seconds); size: the name of the setting.
 
     Times are extrapolated to larger sizes whose FLOPs are counted, at the FLOP rate of the largest measured size, where
     two or more were measured.
@@ -179,7 +181,7 @@ def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -
     fitted = points[-FITTED:]
     law = power_law([x**2 for x, _ in fitted], [y for _, y in fitted]) if len(fitted) >= 3 else None
     full = tuple(row["settings"][size] for row in own if row["status"] == FULL)
-    return Curve(contestant, points, extrapolated, full, law)
+    return Curve(contestant, COSTS[cost], points, extrapolated, full, law)
 
 
 def scaling_panels(rows: Sequence[Row]) -> dict[str, tuple[str, list[Curve]]]:
@@ -300,7 +302,7 @@ def _annotate(axes: Any, curves: Sequence[Curve]) -> None:
     (own, own_guessed), (other, other_guessed) = ends
     arrow = {"arrowstyle": "<->", "color": "0.3", "shrinkA": 6, "shrinkB": 6}
     axes.annotate("", (ANNOTATED, own), (ANNOTATED, other), arrowprops=arrow)
-    text = f"{share(own / other)} of {curves[1].contestant}\nat {ANNOTATED}²"
+    text = f"{share(own / other)} of {curves[1].contestant}'s\n{curves[1].cost} at {ANNOTATED}²"
     text += " (extrapolated)" if own_guessed or other_guessed else ""
     # Costs rise with the size: below the lower curve, to the right, there is none that the text could hide.
     place = {"xytext": (8, -6), "textcoords": "offset points", "va": "top", "fontsize": "small", "bbox": LABEL}

@@ -264,7 +264,8 @@ def resource_tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     for direction, intro in (("forward", "Parameters and memory of a forward pass"), ("step", "A training step")):
         own = [row for row in single if row["pass"] == direction]
         which = reading.measure(own)
-        columns = [_time_column(which)] if direction == "step" else [Column("parameters", _parameters)]
+        times = [*map(_time_column, dict.fromkeys((which, "wall_us")))]
+        columns = times if direction == "step" else [Column("parameters", _parameters)]
         columns += memory if any(row["peak_bytes"] for row in own) else []
         if own:
             found[f"{intro}, batch 1"] = _by_size(own, names, columns)

@@ -280,6 +280,16 @@ def test_the_page_shows_the_clocks_of_before_and_after(tmp_path: Path) -> None:
     assert "TFLOP/s |  |" in machines(run, tmp_path)
 
 
+def test_the_sessions_of_a_run_are_one_line(tmp_path: Path) -> None:
+    run = made_up_runs.kernels()
+    later = {"command": [], "commit": "1" * 40, "date": "2026-11-24", "clocks": {"sm_mhz": 1530, "memory_mhz": 3201}}
+    ceilings = {"copy_tb_s": 4.001, "matmul_bf16_tflop_s": 738.4}
+    run["continued"] = [later | {"ceilings": ceilings}, later | {"ceilings": {}, "clocks": {}}]
+    _, _, line = machines(run, tmp_path).splitlines()
+    assert "| copy 4.00 TB/s, bf16 738–750 TFLOP/s | SM 1530–1980 MHz, memory 3201 MHz |" in line
+    assert f"| {'0' * 12}, {'1' * 12} |" in line
+
+
 def machines(run: dict[str, Any], folder: Path) -> str:
     results.write(folder / "run.json", run)
     return report.BLOCKS["machines"](report.load(folder, folder, folder / "report.md"))
@@ -322,6 +332,19 @@ def test_the_page_has_every_part(page: tuple[Path, list[Path]]) -> None:
     assert "87.1 µs [86.2 µs, 88.0 µs]" in text
 
 
+def test_largest_batches_are_sorted_and_said_to_be_powers_of_two() -> None:
+    found = [
+        row("a", name, 100, 110, **{"pass": direction}, settings={"size": size, "batch": 4, "largest": True})
+        for direction in ("step", "forward")
+        for size in (128, 64)
+        for name in ("DiT", "HDiT")
+    ]
+    ((title, (_, *body)),) = report.largest_table(found).items()
+    assert title == "The largest batch that fits, of powers of two"
+    models = [(name, direction) for name in ("HDiT", "DiT") for direction in ("forward", "step")]
+    assert [tuple(line[:3]) for line in body] == [(size, *model) for size in ("64²", "128²") for model in models]
+
+
 def test_the_summary_spans_the_cases(clone: Path) -> None:
     run = made_up_runs.kernels()
     next(found for found in run["rows"] if found["contestant"] == "natten cutlass-fna")["gpu_us"] = stats(174.2)
@@ -331,6 +354,20 @@ def test_the_summary_spans_the_cases(clone: Path) -> None:
     put(clone, "kernels.json", run)
     found = report.render(block("kernels-summary"), report.recorded(clone / "README.md", clone))
     assert "| `na2d` | forward | 2 | 1.30 to 3.00 | 0.87x to 4.00x as fast |" in found
+
+
+def test_a_run_s_part_of_a_block_starts_with_its_device(clone: Path) -> None:
+    for device in ("GPU 1", "GPU 2"):
+        for kind, make in KINDS.items():
+            made = make()
+            made["environment"] = made["environment"] | {"device": device}
+            put(clone, f"{kind}{device[-1]}.json", made)
+    records = report.recorded(clone / "docs" / "page.md", clone)
+    for name in ("scaling-details", "attention", "kernels", "models", "training"):
+        text = report.BLOCKS[name](records)
+        assert re.findall(r"^\*\*(.*)\*\*$", text, re.MULTILINE) == ["GPU 1", "GPU 2"] and text.startswith("**GPU 1**")
+    headings = re.findall(r"^### (.*)$", report.BLOCKS["kernels"](records), re.MULTILINE)
+    assert headings == [f"`{operator}`, {device}" for device in ("GPU 1", "GPU 2") for operator in ("na2d", "rms_norm")]
 
 
 def test_the_floor_shown_is_that_of_our_own_session(clone: Path) -> None:

@@ -1,7 +1,8 @@
 """The pictures of a run, as matplotlib figures in one style.
 
 Colours are Okabe and Ito's, told apart in every colour vision; each contestant has a mark of its own.
-Solid lines and filled marks are measured or counted; what is dashed and hollow is extrapolated and says so.
+Solid lines and filled marks are measured or counted; dashed lines with hollow marks are extrapolated and say so. Hollow
+marks of the roofline are peers, measured too.
 """
 
 from __future__ import annotations
@@ -412,14 +413,15 @@ def roofline(run: dict[str, Any]) -> Any:
     axes = figure.subplots()
     intensities = [x for _, x, _ in points]
     low, high = min(intensities) / 2, 2 * max(*intensities, *(2 * peak / bandwidth for peak in peaks.values()))
-    small = {"textcoords": "offset points", "ha": "right", "fontsize": "small", "zorder": 3, "bbox": LABEL}
+    small = {"textcoords": "offset points", "fontsize": "small", "annotation_clip": False}
     for name, peak in peaks.items():
         knee = peak / bandwidth
         axes.plot([min(low, knee), knee, high], [min(low, knee) * bandwidth, peak, peak], color="0.2", linewidth=1.2)
         kind = name.split("_")[1]
-        axes.annotate(f"{peak / 1e12:.3g} TFLOP/s, {kind} matmul", (high, peak), (0, 4), **small)
-    middle = math.sqrt(low * max(peaks.values()) / bandwidth)
-    axes.annotate(f"{bandwidth / 1e12:.3g} TB/s, copy", (middle, middle * bandwidth), (-4, 4), **small)
+        # Right of the axes, where no point is.
+        axes.annotate(f"{peak / 1e12:.3g} TFLOP/s,\n{kind} matmul", (high, peak), (4, 0), va="center", **small)
+    top = max(peaks.values())  # above it, no point is either
+    axes.annotate(f"{bandwidth / 1e12:.3g} TB/s, copy", (top / bandwidth, top), (0, 4), ha="right", **small)
     for i, family in enumerate(reading.distinct((row for row, _, _ in points), lambda row: row["family"])):
         color, mark = FAMILIES[i % len(FAMILIES)], FAMILY_MARKS[i % len(FAMILY_MARKS)]
         for ours, fill, size in ((False, "none", 14), (True, color, 26)):

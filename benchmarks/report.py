@@ -503,8 +503,30 @@ def _notes(rows: Sequence[Row]) -> str:
     lines = []
     for name in reading.contestants(timed):
         details = reading.distinct((r for r in timed if r["contestant"] == name), lambda row: row["detail"])
-        lines.append(f"- {name}: {' · '.join(details)}.")
+        lines.append(f"- {name}: {_collapsed(details)}.")
     return "\n".join(lines)
+
+
+def _collapsed(details: Sequence[str], separators: Sequence[str] = ("; ", ", ")) -> str:
+    """Details clause by clause, each with its different values, words that all of them share written once."""
+    if not separators:
+        return _collapsed_words(list(dict.fromkeys(details)))
+    clauses = [detail.split(separators[0]) for detail in details]
+    found = []
+    for i in range(max(map(len, clauses))):
+        own = [parts[i] for parts in clauses if i < len(parts)]
+        found.append(("" if len(own) == len(clauses) else "in some cases ") + _collapsed(own, separators[1:]))
+    return separators[0].join(found)
+
+
+def _collapsed_words(phrases: Sequence[str]) -> str:
+    """Different phrases side by side, the words that all begin and end with written once."""
+    words = [phrase.split(" ") for phrase in phrases]
+    most = min(map(len, words)) - 1  # each keeps a word of its own
+    first = next((i for i in range(most) if len({found[i] for found in words}) > 1), most)
+    last = next((i for i in range(most - first) if len({found[-1 - i] for found in words}) > 1), most - first)
+    own = " · ".join(" ".join(found[first : len(found) - last]) for found in words)
+    return " ".join([*words[0][:first], own, *words[0][len(words[0]) - last :]])
 
 
 def _short(row: Row) -> str:

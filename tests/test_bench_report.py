@@ -232,6 +232,24 @@ def test_roofline_points_and_roofs() -> None:
     assert "roofline" not in plots.pictures(run)
 
 
+def test_no_ceiling_s_label_covers_a_point() -> None:
+    run = made_up_runs.kernels()
+    run["ceilings"]["matmul_fp32_tflop_s"] = 50.0
+    work = {"bytes": 10**7, "settings": {"dtype": "float32"}, "family": "tokens"}
+    for case in range(40):  # all along the roofs, up to the last intensity
+        flops = int(10 ** (6 + case / 10))
+        fastest = max(flops / 50e6, 10**7 / (made_up_runs.COPY * 1e6))
+        run["rows"].append(row(f"token_merge {case}", "ours", fastest, fastest, flops=flops, **work))
+    figure = plots.pictures(run)["roofline"]()
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    points = [axes.transData.transform(p) for found in axes.collections for p in found.get_offsets()]
+    assert len(boxes) == 3 and len(points) > 40
+    assert not any(box.padded(3).contains(*point) for box in boxes for point in points)
+    assert all(figure.bbox.containsx(x) and figure.bbox.containsy(y) for box in boxes for x, y in box.get_points())
+
+
 def test_contestants_look_different_and_colour_blind_safe() -> None:
     okabe_ito = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
     names = ["ours", "natten hopper-fna", "natten cutlass-fna", "flex", "sdpa", "liger", "quack", "compiled", "eager"]
@@ -427,6 +445,21 @@ def test_the_terminal_s_table_has_floors_and_memory(capsys: pytest.CaptureFixtur
     assert "1.30 x 67.0 µs" in printed and "memory" not in printed
     api.print_table(made_up_runs.models())
     assert re.search(r"memory .* GiB ", capsys.readouterr().out, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("details", "collapsed"),
+    [
+        (["plain PyTorch, fullgraph"], "plain PyTorch, fullgraph"),
+        (["compiled; tile 8x8, 4 warps", "compiled; tile 4x16, 4 warps"], "compiled; tile 8x8 · 4x16, 4 warps"),
+        (["sees all 64 keys; checked on a 1 k7", "sees all 64 keys; checked on a 2 k7"], None),
+        (["tanh GELU", "tanh GELU; checked on a"], "tanh GELU; in some cases checked on a"),
+        (["one", "one more", "other"], "one · one more · other"),
+        (["a b", "a c b", "a b b"], "a b · c b · b b"),
+    ],
+)
+def test_details_say_once_what_they_share(details: list[str], collapsed: str | None) -> None:
+    assert report._collapsed(details) == (collapsed or "sees all 64 keys; checked on a 1 · 2 k7")
 
 
 def test_a_slower_kernel_is_called_slower() -> None:

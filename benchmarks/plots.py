@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import rows as reading
 from benchmarks import runs
-from benchmarks.fits import PowerLaw, power_law
+from benchmarks.fits import PowerLaw, largest_sizes
 from benchmarks.rows import MEASURES
 from benchmarks.runs import Row
 from hdit._extras import require
@@ -69,8 +69,7 @@ ANNOTATED = 1024  # the size, in pixels, of the paper's claim
 FULL = "out of memory"  # the status of a row
 COSTS = MEASURES | {"flops": "FLOPs", "peak_bytes": "peak memory"}
 PASSES = {"forward": "forward pass", "step": "training step"}
-WIDEST = 0.75  # interval of an exponent that counts as determined
-FITTED = 4  # a power law is fitted to this many of the largest sizes: small ones cost launches, not pixels
+WIDEST = 0.3  # interval of an exponent that counts as determined
 
 
 def digest(run: dict[str, Any]) -> str:
@@ -125,8 +124,8 @@ def pictures(run: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 class Curve:
     """One contestant's cost at sizes in ascending order. extrapolated: beyond the last measured one, never measured.
 
-    cost: what COSTS calls it. full: the sizes at which memory did not suffice. law: of cost against the square of size (pixels, tokens), fitted to
-    the largest measured sizes, None with fewer than three.
+    cost: what COSTS calls it. full: the sizes at which memory did not suffice. law: of cost against the square of size
+    (pixels, tokens), as fits.largest_sizes has it.
     """
 
     contestant: str
@@ -138,8 +137,16 @@ class Curve:
 
     @property
     def determined(self) -> bool:
-        """Whether the fit determines the exponent."""
-        return self.law is not None and self.law.high - self.law.low <= WIDEST
+        """Whether the fit determines the exponent: its interval is narrow and tells growth from none."""
+        return self.law is not None and self.law.low > 0 and self.law.high - self.law.low <= WIDEST
+
+    @property
+    def fitted(self) -> str:
+        """The sizes that the law was fitted to."""
+        if self.law is None:
+            return ""
+        sizes = [size for size, _ in self.measured[-self.law.points :]]
+        return f"from {sizes[0]:g}² to {sizes[-1]:g}²"
 
     @property
     def last(self) -> str:
@@ -179,8 +186,7 @@ def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -
         last, seconds = measured[-1]
         beyond = [row for row in own if row["settings"][size] > points[-1][0] and row["flops"]]
         extrapolated = [(row["settings"][size], seconds * row["flops"] / last["flops"]) for row in beyond]
-    fitted = points[-FITTED:]
-    law = power_law([x**2 for x, _ in fitted], [y for _, y in fitted]) if len(fitted) >= 3 else None
+    law = largest_sizes([x**2 for x, _ in points], [y for _, y in points])
     full = tuple(row["settings"][size] for row in own if row["status"] == FULL)
     return Curve(contestant, COSTS[cost], points, extrapolated, full, law)
 
@@ -220,9 +226,10 @@ def scaling(run: dict[str, Any], rows: Sequence[Row]) -> Any:
         axes.remove()
     figure.suptitle(f"Cost of one image as it grows: HDiT and DiT at batch 1\n{_machine(run)}")
     figure.supxlabel(
-        "1 multiply-accumulate = 2 FLOPs; patches of 4x4 pixels. Exponents: cost ∝ pixels^exponent over the largest "
-        f"{FITTED} sizes measured, with 95% intervals.\nThe HDiT-B/4 family is our reading of a sentence of the paper "
-        "(arXiv 2401.11605): each doubling adds a neighborhood level, 384 wide and 2 deep, in front.",
+        "1 multiply-accumulate = 2 FLOPs; patches of 4x4 pixels. Exponents: cost ∝ pixels^exponent, with 95% "
+        "intervals, over those of the largest\nsizes (three or more) that determine it best. The HDiT-B/4 family is "
+        "our reading of a sentence of the paper (arXiv 2401.11605):\neach doubling adds a neighborhood level, 384 wide "
+        "and 2 deep, in front.",
         fontsize="small",
     )
     return figure

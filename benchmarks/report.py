@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import plots, results, runs
 from benchmarks import rows as reading
+from benchmarks.fits import PowerLaw
 from benchmarks.rows import MEASURES, NOISE
 from benchmarks.runs import Row
 
@@ -335,17 +336,19 @@ def _exponents(rows: Sequence[Row], panels: dict[str, tuple[str, list[plots.Curv
     """what: what cost is a power of. panels: as plots.scaling_panels gives them."""
     names, body = reading.contestants(rows), []
     for title, (_, curves) in panels.items():
-        found = {curve.contestant: curve for curve in curves if curve.law}
-        body.append([title, *(_law(found[name]) if name in found else "too few points" for name in names)])
-    intro = f"Cost grows as the number of {what} to the power of (95% interval, over the largest sizes measured; then "
-    intro += "between the two largest alone, where small sizes' fixed costs weigh least):"
+        found = {curve.contestant: _law(curve, curve.law) for curve in curves if curve.law}
+        body.append([title, *(found.get(name, "too few points") for name in names)])
+    intro = (
+        f"Cost grows as the number of {what} to the power of (95% interval over those of the largest sizes, three or "
+        f"more, that determine it best; not determined where it is wider than {plots.WIDEST} or holds 0; then between "
+        "the two largest alone, where small sizes' fixed costs weigh least):"
+    )
     return _joined([intro, _table(["cost", *names], body)]) if body else ""
 
 
-def _law(curve: plots.Curve) -> str:
-    sizes = [size for size, _ in curve.measured[-plots.FITTED :]]
-    fitted = f"{'' if curve.determined else 'not determined: '}{curve.law} from {sizes[0]}² to {sizes[-1]}²"
-    return f"{fitted}; {curve.last}"
+def _law(curve: plots.Curve, law: PowerLaw) -> str:
+    interval = str(law) if curve.determined else f"not determined {law.interval}"
+    return f"{interval} {curve.fitted}; {curve.last}"
 
 
 def largest_table(rows: Sequence[Row]) -> dict[str, list[list[str]]]:

@@ -51,6 +51,39 @@ def test_the_interval_is_that_of_linear_regression() -> None:
     assert list(fits.T_95) == pytest.approx([scipy_stats.t.ppf(0.975, df) for df in range(1, 21)], abs=6e-4)
 
 
+PIXELS = [float(4**k) for k in range(6, 13)]  # 64² to 4096²
+
+
+def test_a_power_law_is_fitted_to_all_sizes_that_follow_it() -> None:
+    noise = [1.01, 1.01, 0.98, 1.0, 1.02, 0.99, 1.0]
+    law = fits.largest_sizes(PIXELS, [2e-9 * x**1.5 * factor for x, factor in zip(PIXELS, noise, strict=True)])
+    assert law is not None and law.points == len(PIXELS) and law.low < 1.5 < law.high
+    exact = fits.largest_sizes(PIXELS, [2e-9 * x**1.5 for x in PIXELS])
+    assert exact is not None and exact.exponent == pytest.approx(1.5)
+    assert fits.largest_sizes(PIXELS[:2], [1, 2]) is None
+
+
+def linear(fixed: float) -> plots.Curve:
+    """Cost of the form a + b·N; fixed: a, as a share of b times the largest N."""
+    points = [(x**0.5, fixed * PIXELS[-1] + x) for x in PIXELS]
+    return plots.Curve("ours", "GPU time", points, [], (), fits.largest_sizes(PIXELS, [y for _, y in points]))
+
+
+@pytest.mark.parametrize("fixed", [0.001, 0.003, 0.005])
+def test_sizes_that_fixed_costs_rule_are_not_fitted(fixed: float) -> None:
+    curve = linear(fixed)
+    every = fits.power_law(PIXELS, [y for _, y in curve.measured])
+    assert curve.determined and curve.law and curve.law.points == 4 and curve.fitted == "from 512² to 4096²"
+    assert every.high < 1 < curve.law.high and curve.law.exponent == pytest.approx(1, abs=0.07)
+
+
+@pytest.mark.parametrize("fixed", [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0])
+def test_fixed_costs_leave_the_exponent_undetermined(fixed: float) -> None:
+    """Flat sizes, however many, make a narrow interval, yet of what is no growth."""
+    curve = linear(fixed)
+    assert not curve.determined and "exponent" not in curve.legend
+
+
 @pytest.mark.parametrize(
     ("x", "y"), [([1, 2], [1, 2]), ([1, 2, 3], [1, 2]), ([1, 2, 3], [1, 0, 2]), ([2, 2, 2], [1, 2, 3])]
 )
@@ -332,8 +365,8 @@ def test_the_page_has_every_part(page: tuple[Path, list[Path]]) -> None:
     assert "- DiT-B/4: out of memory (" in text
     assert "| 1024² | HDiT-B/4 | step | 8 | 63.8 | 111.76 GiB | limited by memory |" in text
     assert re.search(
-        r"\| GPU time, forward pass \| 0\.\d\d \[.*\] from 512² to 4096²; 0\.\d\d from 2048² to 4096² \| "
-        r".* from 128² to 1024²; 1\.\d\d from 512² to 1024² \|",
+        r"\| GPU time, training step \| 0\.\d\d \[[\d., ]+\] from 512² to 4096²; 0\.\d\d from 2048² to 4096² \| "
+        r"not determined \[[\d., ]+\] from 128² to 1024²; 1\.\d\d from 512² to 1024² \|",
         text,
     )
     assert "| 512² | 89.1 µs | 134 µs | 1.33 ms | 690 µs | 75.6 ms |" in text

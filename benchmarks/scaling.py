@@ -361,10 +361,8 @@ def print_summary(run: dict[str, Any]) -> None:
                 growth = f"grows as pixels to the power of {curve.law} (95% interval) {curve.fitted}"
                 print(f"{title}: {curve.contestant} {growth}; {curve.last}")
             elif curve.law:
-                undetermined = (
-                    f"exponent is not determined, {curve.law.interval} {curve.fitted}; between two alone it is"
-                )
-                print(f"{title}: {curve.contestant}'s {undetermined} {curve.last}")
+                unknown = f"exponent is not determined, {curve.law.interval} {curve.fitted}; between two alone it is"
+                print(f"{title}: {curve.contestant}'s {unknown} {curve.last}")
 
 
 # The command

@@ -23,7 +23,7 @@ from benchmarks.networks import Check, Network
 from benchmarks.peers import kdiffusion
 from hdit import HDiT, HDiTConfig, presets
 from hdit.config import Attention, GlobalAttention, Level, NeighborhoodAttention, NoAttention, ShiftedWindowAttention
-from tests import golden_files
+from tests import golden_files, made_up_runs
 from tests.made_up_runs import stats
 from tests.tiny import CONFIG
 
@@ -758,6 +758,8 @@ def test_summary_states_exponents(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     run.put(run.data["rows"][0] | {"wall_us": stats(1e6)})
     scaling.print_summary(run.data)
     assert "Wall time, forward pass: HDiT-B/4's exponent is not determined, [" in capsys.readouterr().out
+    scaling.print_summary(made_up_runs.scaling())
+    assert "The largest batch that fits, of powers of two" in capsys.readouterr().out
 
 
 def test_selection_of_sizes_and_grids() -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 T_95: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 T_95 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
+SAME = 0.005  # exponents that differ by less are printed as the same
+
 
 @dataclass(frozen=True)
 class PowerLaw:
@@ -28,7 +30,26 @@ class PowerLaw:
         return self.factor * x**self.exponent
 
     def __str__(self) -> str:
-        return f"{self.exponent:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.exponent:.2f} {self.interval}"
+
+    @property
+    def interval(self) -> str:
+        return f"[{self.low:.2f}, {self.high:.2f}]"
+
+
+def largest_sizes(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
+    """The power law of the largest x alone, where the cost y grows and small sizes' fixed costs are small.
+
+    Of fits to the three or more largest x, the one with the narrowest interval; the growth between the two largest must
+    lie in it, which it does not where the curve bends, fixed costs rule and many small sizes would make it narrow. x:
+    ascending. None with fewer than three; which were fitted, the law's `points` says.
+    """
+    if len(x) < 3:
+        return None
+    last = math.log(y[-1] / y[-2]) / math.log(x[-1] / x[-2])
+    fits = [power_law(x[-points:], y[-points:]) for points in range(3, len(x) + 1)]
+    straight = [law for law in fits if law.low - SAME < last < law.high + SAME]
+    return min(straight or fits[:1], key=lambda law: law.high - law.low)
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:

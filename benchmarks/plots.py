@@ -1,7 +1,8 @@
 """The pictures of a run, as matplotlib figures in one style.
 
 Colours are Okabe and Ito's, told apart in every colour vision; each contestant has a mark of its own.
-Solid lines and filled marks are measured or counted; what is dashed and hollow is extrapolated and says so.
+Solid lines and filled marks are measured or counted; dashed lines with hollow marks are extrapolated and say so. Hollow
+marks of the roofline are peers, measured too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from benchmarks import rows as reading
 from benchmarks import runs
-from benchmarks.fits import PowerLaw, power_law
+from benchmarks.fits import PowerLaw, largest_sizes
 from benchmarks.rows import MEASURES
 from benchmarks.runs import Row
 from hdit._extras import require
@@ -66,9 +67,9 @@ ROOFS = {  # ceilings by the dtype of a case
 MOST_CASES = 10  # in one picture of bars
 ANNOTATED = 1024  # the size, in pixels, of the paper's claim
 FULL = "out of memory"  # the status of a row
+COSTS = MEASURES | {"flops": "FLOPs", "peak_bytes": "peak memory"}
 PASSES = {"forward": "forward pass", "step": "training step"}
-WIDEST = 0.75  # interval of an exponent that counts as determined
-FITTED = 4  # a power law is fitted to this many of the largest sizes: small ones cost launches, not pixels
+WIDEST = 0.3  # interval of an exponent that counts as determined
 
 
 def digest(run: dict[str, Any]) -> str:
@@ -123,11 +124,12 @@ def pictures(run: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 class Curve:
     """One contestant's cost at sizes in ascending order. extrapolated: beyond the last measured one, never measured.
 
-    full: the sizes at which memory did not suffice. law: of cost against the square of size (pixels, tokens), fitted to
-    the largest measured sizes, None with fewer than three.
+    cost: what COSTS calls it. full: the sizes at which memory did not suffice. law: of cost against the square of size
+    (pixels, tokens), as fits.largest_sizes has it.
     """
 
     contestant: str
+    cost: str
     measured: list[tuple[float, float]]
     extrapolated: list[tuple[float, float]]
     full: tuple[int, ...]
@@ -135,8 +137,16 @@ class Curve:
 
     @property
     def determined(self) -> bool:
-        """Whether the fit determines the exponent."""
-        return self.law is not None and self.law.high - self.law.low <= WIDEST
+        """Whether the fit determines the exponent: its interval is narrow and tells growth from none."""
+        return self.law is not None and self.law.low > 0 and self.law.high - self.law.low <= WIDEST
+
+    @property
+    def fitted(self) -> str:
+        """The sizes that the law was fitted to."""
+        if self.law is None:
+            return ""
+        sizes = [size for size, _ in self.measured[-self.law.points :]]
+        return f"from {sizes[0]:g}² to {sizes[-1]:g}²"
 
     @property
     def last(self) -> str:
@@ -159,7 +169,7 @@ class Curve:
 
 
 def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -> Curve:
-    """cost: "flops", "peak_bytes" (GiB then), "gpu_us" or "wall_us" (seconds then); size: the name of the setting.
+    """cost: of COSTS (peak_bytes in GiB then, times in seconds); size: the name of the setting.
 
     Times are extrapolated to larger sizes whose FLOPs are counted, at the FLOP rate of the largest measured size, where
     two or more were measured.
@@ -176,10 +186,9 @@ def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -
         last, seconds = measured[-1]
         beyond = [row for row in own if row["settings"][size] > points[-1][0] and row["flops"]]
         extrapolated = [(row["settings"][size], seconds * row["flops"] / last["flops"]) for row in beyond]
-    fitted = points[-FITTED:]
-    law = power_law([x**2 for x, _ in fitted], [y for _, y in fitted]) if len(fitted) >= 3 else None
+    law = largest_sizes([x**2 for x, _ in points], [y for _, y in points])
     full = tuple(row["settings"][size] for row in own if row["status"] == FULL)
-    return Curve(contestant, points, extrapolated, full, law)
+    return Curve(contestant, COSTS[cost], points, extrapolated, full, law)
 
 
 def scaling_panels(rows: Sequence[Row]) -> dict[str, tuple[str, list[Curve]]]:
@@ -217,9 +226,10 @@ def scaling(run: dict[str, Any], rows: Sequence[Row]) -> Any:
         axes.remove()
     figure.suptitle(f"Cost of one image as it grows: HDiT and DiT at batch 1\n{_machine(run)}")
     figure.supxlabel(
-        "1 multiply-accumulate = 2 FLOPs; patches of 4x4 pixels. Exponents: cost ∝ pixels^exponent over the largest "
-        f"{FITTED} sizes measured, with 95% intervals.\nThe HDiT-B/4 family is our reading of a sentence of the paper "
-        "(arXiv 2401.11605): each doubling adds a neighborhood level, 384 wide and 2 deep, in front.",
+        "1 multiply-accumulate = 2 FLOPs; patches of 4x4 pixels. Exponents: cost ∝ pixels^exponent, with 95% "
+        "intervals, over those of the largest\nsizes (three or more) that determine it best. The HDiT-B/4 family is "
+        "our reading of a sentence of the paper (arXiv 2401.11605):\neach doubling adds a neighborhood level, 384 wide "
+        "and 2 deep, in front.",
         fontsize="small",
     )
     return figure
@@ -300,7 +310,7 @@ def _annotate(axes: Any, curves: Sequence[Curve]) -> None:
     (own, own_guessed), (other, other_guessed) = ends
     arrow = {"arrowstyle": "<->", "color": "0.3", "shrinkA": 6, "shrinkB": 6}
     axes.annotate("", (ANNOTATED, own), (ANNOTATED, other), arrowprops=arrow)
-    text = f"{share(own / other)} of {curves[1].contestant}\nat {ANNOTATED}²"
+    text = f"{share(own / other)} of {curves[1].contestant}'s\n{curves[1].cost} at {ANNOTATED}²"
     text += " (extrapolated)" if own_guessed or other_guessed else ""
     # Costs rise with the size: below the lower curve, to the right, there is none that the text could hide.
     place = {"xytext": (8, -6), "textcoords": "offset points", "va": "top", "fontsize": "small", "bbox": LABEL}
@@ -410,14 +420,15 @@ def roofline(run: dict[str, Any]) -> Any:
     axes = figure.subplots()
     intensities = [x for _, x, _ in points]
     low, high = min(intensities) / 2, 2 * max(*intensities, *(2 * peak / bandwidth for peak in peaks.values()))
-    small = {"textcoords": "offset points", "ha": "right", "fontsize": "small", "zorder": 3, "bbox": LABEL}
+    small = {"textcoords": "offset points", "fontsize": "small", "annotation_clip": False}
     for name, peak in peaks.items():
         knee = peak / bandwidth
         axes.plot([min(low, knee), knee, high], [min(low, knee) * bandwidth, peak, peak], color="0.2", linewidth=1.2)
         kind = name.split("_")[1]
-        axes.annotate(f"{peak / 1e12:.3g} TFLOP/s, {kind} matmul", (high, peak), (0, 4), **small)
-    middle = math.sqrt(low * max(peaks.values()) / bandwidth)
-    axes.annotate(f"{bandwidth / 1e12:.3g} TB/s, copy", (middle, middle * bandwidth), (-4, 4), **small)
+        # Right of the axes, where no point is.
+        axes.annotate(f"{peak / 1e12:.3g} TFLOP/s,\n{kind} matmul", (high, peak), (4, 0), va="center", **small)
+    top = max(peaks.values())  # above it, no point is either
+    axes.annotate(f"{bandwidth / 1e12:.3g} TB/s, copy", (top / bandwidth, top), (0, 4), ha="right", **small)
     for i, family in enumerate(reading.distinct((row for row, _, _ in points), lambda row: row["family"])):
         color, mark = FAMILIES[i % len(FAMILIES)], FAMILY_MARKS[i % len(FAMILY_MARKS)]
         for ours, fill, size in ((False, "none", 14), (True, color, 26)):

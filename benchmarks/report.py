@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import plots, results, runs
 from benchmarks import rows as reading
+from benchmarks.fits import PowerLaw
 from benchmarks.rows import MEASURES, NOISE
 from benchmarks.runs import Row
 
@@ -183,17 +184,19 @@ def save_pictures(records: Records, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _machines(records: Records) -> str:
+    """A line for each run, with what its sessions measured as ranges."""
     head = ["run", "device", "versions", "ceilings", "clocks before timing", "commit", "sources"]
     body = []
-    every = [(path, run, session) for path, run in records.runs.items() for session in runs.sessions(run)]
-    for path, run, session in every:
-        environment, ceilings, clocks = run["environment"], session["ceilings"], session["clocks"] or {}
-        rates = [f"copy {ceilings['copy_tb_s']:.2f} TB/s"] if ceilings.get("copy_tb_s") else []
-        rates += [f"bf16 {ceilings['matmul_bf16_tflop_s']:.3g} TFLOP/s"] if ceilings.get("matmul_bf16_tflop_s") else []
+    for path, run in records.runs.items():
+        environment, sessions = run["environment"], runs.sessions(run)
+        ceilings = [session["ceilings"] for session in sessions]
+        rates = [_range("copy", ceilings, "copy_tb_s", ".2f", "TB/s")]
+        rates += [_range("bf16", ceilings, "matmul_bf16_tflop_s", ".3g", "TFLOP/s")]
+        clocks = [session["clocks"] or {} for session in sessions]
         seen = "; after it ".join(filter(None, (_clocks(clocks), _clocks(clocks, "_end"))))
+        commits = ", ".join(dict.fromkeys(_commit(session["commit"]) for session in sessions))
         row = [f"[{path.name}]({records.link(path)})", environment["device"], ", ".join(_versions(environment))]
-        commit = _commit(session["commit"])
-        body.append([*row, ", ".join(rates), seen, commit, _sources(records, run)])
+        body.append([*row, ", ".join(filter(None, rates)), seen, commits, _sources(records, run)])
     return _table(head, body, left=len(head)) if body else NOTHING
 
 
@@ -202,9 +205,16 @@ def _commit(commit: str | None) -> str:
     return found[:12] + dash + state
 
 
-def _clocks(clocks: dict[str, Any], when: str = "") -> str:
+def _clocks(clocks: Sequence[dict[str, Any]], when: str = "") -> str:
     names = (("SM", f"sm_mhz{when}"), ("memory", f"memory_mhz{when}"))
-    return ", ".join(f"{name} {clocks[key]} MHz" for name, key in names if clocks.get(key))
+    return ", ".join(filter(None, (_range(name, clocks, key, "", "MHz") for name, key in names)))
+
+
+def _range(name: str, sessions: Sequence[dict[str, Any]], key: str, digits: str, unit: str) -> str:
+    """What sessions have under a key, from the least to the greatest; empty if none has it."""
+    values = [session[key] for session in sessions if session.get(key)]
+    ends = [format(value, digits) for value in (min(values), max(values))] if values else []
+    return f"{name} {'–'.join(dict.fromkeys(ends))} {unit}" if ends else ""
 
 
 def _scaling_picture(records: Records) -> str:
@@ -222,6 +232,7 @@ def _scaling_details(records: Records) -> str:
     parts = []
     for path, run in records.of("scaling", "model"):
         rows = [row for row in run["rows"] if row["family"] == "model"]
+        parts.append(_device_line(run))
         parts.append(_picture(records, path, run, "scaling", "Cost of HDiT-B/4 and DiT-B/4 as images grow"))
         parts.append(_scaling_cost(records, path, run))
         parts += [f"{title}:\n\n{_lines(table)}" for title, table in resource_tables(rows).items()]
@@ -264,7 +275,8 @@ def resource_tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     for direction, intro in (("forward", "Parameters and memory of a forward pass"), ("step", "A training step")):
         own = [row for row in single if row["pass"] == direction]
         which = reading.measure(own)
-        columns = [_time_column(which)] if direction == "step" else [Column("parameters", _parameters)]
+        times = [*map(_time_column, dict.fromkeys((which, "wall_us")))]
+        columns = times if direction == "step" else [Column("parameters", _parameters)]
         columns += memory if any(row["peak_bytes"] for row in own) else []
         if own:
             found[f"{intro}, batch 1"] = _by_size(own, names, columns)
@@ -324,30 +336,35 @@ def _exponents(rows: Sequence[Row], panels: dict[str, tuple[str, list[plots.Curv
     """what: what cost is a power of. panels: as plots.scaling_panels gives them."""
     names, body = reading.contestants(rows), []
     for title, (_, curves) in panels.items():
-        found = {curve.contestant: curve for curve in curves if curve.law}
-        body.append([title, *(_law(found[name]) if name in found else "too few points" for name in names)])
-    intro = f"Cost grows as the number of {what} to the power of (95% interval, over the largest sizes measured; then "
-    intro += "between the two largest alone, where small sizes' fixed costs weigh least):"
+        found = {curve.contestant: _law(curve, curve.law) for curve in curves if curve.law}
+        body.append([title, *(found.get(name, "too few points") for name in names)])
+    intro = (
+        f"Cost grows as the number of {what} to the power of (95% interval over those of the largest sizes, three or "
+        f"more, that determine it best; not determined where it is wider than {plots.WIDEST} or holds 0; then between "
+        "the two largest alone, where small sizes' fixed costs weigh least):"
+    )
     return _joined([intro, _table(["cost", *names], body)]) if body else ""
 
 
-def _law(curve: plots.Curve) -> str:
-    sizes = [size for size, _ in curve.measured[-plots.FITTED :]]
-    fitted = f"{'' if curve.determined else 'not determined: '}{curve.law} from {sizes[0]}² to {sizes[-1]}²"
-    return f"{fitted}; {curve.last}"
+def _law(curve: plots.Curve, law: PowerLaw) -> str:
+    interval = str(law) if curve.determined else f"not determined {law.interval}"
+    return f"{interval} {curve.fitted}; {curve.last}"
 
 
 def largest_table(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     """As resource_tables, the largest batches that fit; empty if none was measured."""
-    body = []
-    for row in rows:
-        if row["settings"]["largest"] and row["status"] == "ok":
-            size, batch = (row["settings"][name] for name in ("size", "batch"))
-            rate = f"{_digits(batch / (row['wall_us']['median'] / 1e6))}"
-            line = [f"{size}²", row["contestant"], row["pass"], str(batch), rate, _memory(row), row["detail"] or ""]
-            body.append(line)
+    names, body = reading.contestants(rows), []
+
+    def rank(row: Row) -> tuple[int, int, int]:
+        return row["settings"]["size"], names.index(row["contestant"]), runs.PASSES.index(row["pass"])
+
+    for row in sorted((row for row in rows if row["settings"]["largest"] and row["status"] == "ok"), key=rank):
+        size, batch = (row["settings"][name] for name in ("size", "batch"))
+        rate = f"{_digits(batch / (row['wall_us']['median'] / 1e6))}"
+        line = [f"{size}²", row["contestant"], row["pass"], str(batch), rate, _memory(row), row["detail"] or ""]
+        body.append(line)
     head = ["image", "model", "pass", "batch", "images/s (wall)", "peak memory", ""]
-    return {"The largest batch that fits": [head, *body]} if body else {}
+    return {"The largest batch that fits, of powers of two": [head, *body]} if body else {}
 
 
 def _attention(records: Records) -> str:
@@ -355,6 +372,7 @@ def _attention(records: Records) -> str:
     for path, run in records.of("scaling", "attention"):
         rows = [row for row in run["rows"] if row["family"] == "attention"]
         names = reading.contestants(rows)
+        parts.append(_device_line(run))
         if "attention" in plots.pictures(run):
             parts.append(_picture(records, path, run, "attention", "Time of attention alone as the grid grows"))
         for direction in reading.distinct(rows, lambda row: row["pass"]):
@@ -412,15 +430,18 @@ def _span(values: Sequence[float], unit: str) -> str:
 
 
 def _kernels(records: Records) -> str:
-    parts = []
-    for path, run in records.of("kernels"):
+    parts, found = [], records.of("kernels")
+    several = len({run["environment"]["device"] for _, run in found}) > 1
+    for path, run in found:
         rows = run["rows"]
+        where = f", {run['environment']['device']}" if several else ""
+        parts.append(_device_line(run))
         if "roofline" in plots.pictures(run):
             parts.append(_picture(records, path, run, "roofline", "Roofline of the operators that multiply"))
         for operator in reading.distinct(rows, lambda row: row["operator"]):
             own = [row for row in rows if row["operator"] == operator]
             name = operator.replace("_", "-")
-            parts.append(f"### `{operator}`")
+            parts.append(f"### `{operator}`{where}")
             if name in plots.pictures(run):
                 parts.append(_picture(records, path, run, name, f"Time of {operator} over its floor"))
             parts += [_kernel_table(own), *_others(own), "\n".join(filter(None, (_notes(own), _lost(own))))]
@@ -485,8 +506,30 @@ def _notes(rows: Sequence[Row]) -> str:
     lines = []
     for name in reading.contestants(timed):
         details = reading.distinct((r for r in timed if r["contestant"] == name), lambda row: row["detail"])
-        lines.append(f"- {name}: {' · '.join(details)}.")
+        lines.append(f"- {name}: {_collapsed(details)}.")
     return "\n".join(lines)
+
+
+def _collapsed(details: Sequence[str], separators: Sequence[str] = ("; ", ", ")) -> str:
+    """Details clause by clause, each with its different values, words that all of them share written once."""
+    if not separators:
+        return _collapsed_words(list(dict.fromkeys(details)))
+    clauses = [detail.split(separators[0]) for detail in details]
+    found = []
+    for i in range(max(map(len, clauses))):
+        own = [parts[i] for parts in clauses if i < len(parts)]
+        found.append(("" if len(own) == len(clauses) else "in some cases ") + _collapsed(own, separators[1:]))
+    return separators[0].join(found)
+
+
+def _collapsed_words(phrases: Sequence[str]) -> str:
+    """Different phrases side by side, the words that all begin and end with written once."""
+    words = [phrase.split(" ") for phrase in phrases]
+    most = min(map(len, words)) - 1  # each keeps a word of its own
+    first = next((i for i in range(most) if len({found[i] for found in words}) > 1), most)
+    last = next((i for i in range(most - first) if len({found[-1 - i] for found in words}) > 1), most - first)
+    own = " · ".join(" ".join(found[first : len(found) - last]) for found in words)
+    return " ".join([*words[0][:first], own, *words[0][len(words[0]) - last :]])
 
 
 def _short(row: Row) -> str:
@@ -532,7 +575,7 @@ def _model_run(records: Records, path: Path, run: dict[str, Any]) -> list[str]:
             line = [case, direction, row["contestant"], gpu, wall, launches, _memory(row), ", ".join(beside)]
             body.append(line)
     head = ["model", "pass", "contestant", "GPU time", "wall time", "kernels", "peak memory", "ours is"]
-    return [_table(head, body, left=3), _lost(rows), _source(records, path, run)]
+    return [_device_line(run), _table(head, body, left=3), _lost(rows), _source(records, path, run)]
 
 
 def _measurements(records: Records) -> str:
@@ -722,6 +765,11 @@ MEASUREMENT: dict[str, Callable[[Row], str]] = {
     "peak memory": lambda row: _memory(row) if row["status"] == "ok" else "",
     "detail": lambda row: row["reason"] or row["detail"] or "",
 }
+
+
+def _device_line(run: dict[str, Any]) -> str:
+    """What a run's part of a block starts with."""
+    return f"**{run['environment']['device']}**"
 
 
 def _picture(records: Records, path: Path, run: dict[str, Any], name: str, words: str) -> str:

@@ -358,10 +358,11 @@ def print_summary(run: dict[str, Any]) -> None:
     for title, (_, curves) in plots.scaling_panels(rows).items():
         for curve in curves:
             if curve.determined:
-                print(f"{title}: {curve.contestant} grows as pixels to the power of {curve.law} (95% interval)")
+                growth = f"grows as pixels to the power of {curve.law} (95% interval) {curve.fitted}"
+                print(f"{title}: {curve.contestant} {growth}; {curve.last}")
             elif curve.law:
-                undetermined = "exponent is not determined by these sizes; between two alone it is"
-                print(f"{title}: {curve.contestant}'s {undetermined} {curve.last}")
+                unknown = f"exponent is not determined, {curve.law.interval} {curve.fitted}; between two alone it is"
+                print(f"{title}: {curve.contestant}'s {unknown} {curve.last}")
 
 
 # The command

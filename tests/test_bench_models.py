@@ -25,7 +25,7 @@ from benchmarks.networks import Check, Network
 from benchmarks.peers import kdiffusion
 from hdit import HDiT, HDiTConfig, presets
 from hdit.config import Attention, GlobalAttention, Level, NeighborhoodAttention, NoAttention, ShiftedWindowAttention
-from tests import golden_files
+from tests import golden_files, made_up_runs
 from tests.made_up_runs import stats
 from tests.tiny import CONFIG
 
@@ -778,11 +778,15 @@ def test_summary_states_exponents(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     scaling.print_summary(run.data)
     printed = capsys.readouterr().out
     assert "Parameters and memory of a forward pass, batch 1" in printed and "The largest batch" not in printed
-    assert "HDiT-B/4 grows as pixels to the power of 1.00 [1.00, 1.00] (95% interval)" in printed
+    assert (
+        "HDiT-B/4 grows as pixels to the power of 1.00 [1.00, 1.00] (95% interval) from 128² to 512²; 1.00" in printed
+    )
     assert "DiT-B/4 grows as pixels to the power of 2.00 [2.00, 2.00] (95% interval)" in printed
     run.put(run.data["rows"][0] | {"wall_us": stats(1e6)})
     scaling.print_summary(run.data)
-    assert "Wall time, forward pass: HDiT-B/4's exponent is not determined" in capsys.readouterr().out
+    assert "Wall time, forward pass: HDiT-B/4's exponent is not determined, [" in capsys.readouterr().out
+    scaling.print_summary(made_up_runs.scaling())
+    assert "The largest batch that fits, of powers of two" in capsys.readouterr().out
 
 
 def test_selection_of_sizes_and_grids() -> None:

@@ -51,6 +51,39 @@ def test_the_interval_is_that_of_linear_regression() -> None:
     assert list(fits.T_95) == pytest.approx([scipy_stats.t.ppf(0.975, df) for df in range(1, 21)], abs=6e-4)
 
 
+PIXELS = [float(4**k) for k in range(6, 13)]  # 64² to 4096²
+
+
+def test_a_power_law_is_fitted_to_all_sizes_that_follow_it() -> None:
+    noise = [1.01, 1.01, 0.98, 1.0, 1.02, 0.99, 1.0]
+    law = fits.largest_sizes(PIXELS, [2e-9 * x**1.5 * factor for x, factor in zip(PIXELS, noise, strict=True)])
+    assert law is not None and law.points == len(PIXELS) and law.low < 1.5 < law.high
+    exact = fits.largest_sizes(PIXELS, [2e-9 * x**1.5 for x in PIXELS])
+    assert exact is not None and exact.exponent == pytest.approx(1.5)
+    assert fits.largest_sizes(PIXELS[:2], [1, 2]) is None
+
+
+def linear(fixed: float) -> plots.Curve:
+    """Cost of the form a + b·N; fixed: a, as a share of b times the largest N."""
+    points = [(x**0.5, fixed * PIXELS[-1] + x) for x in PIXELS]
+    return plots.Curve("ours", "GPU time", points, [], (), fits.largest_sizes(PIXELS, [y for _, y in points]))
+
+
+@pytest.mark.parametrize("fixed", [0.001, 0.003, 0.005])
+def test_sizes_that_fixed_costs_rule_are_not_fitted(fixed: float) -> None:
+    curve = linear(fixed)
+    every = fits.power_law(PIXELS, [y for _, y in curve.measured])
+    assert curve.determined and curve.law and curve.law.points == 4 and curve.fitted == "from 512² to 4096²"
+    assert every.high < 1 < curve.law.high and curve.law.exponent == pytest.approx(1, abs=0.07)
+
+
+@pytest.mark.parametrize("fixed", [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0])
+def test_fixed_costs_leave_the_exponent_undetermined(fixed: float) -> None:
+    """Flat sizes, however many, make a narrow interval, yet of what is no growth."""
+    curve = linear(fixed)
+    assert not curve.determined and "exponent" not in curve.legend
+
+
 @pytest.mark.parametrize(
     ("x", "y"), [([1, 2], [1, 2]), ([1, 2, 3], [1, 2]), ([1, 2, 3], [1, 0, 2]), ([2, 2, 2], [1, 2, 3])]
 )
@@ -149,7 +182,7 @@ def test_the_scaling_picture_never_draws_a_guess_as_measured() -> None:
     assert list(guess.get_ydata()) == [costs.measured[-1][1], *(y for _, y in costs.extrapolated)]
     assert {line.get_linestyle() for line in (hdit, dit)} == {"-"}
     texts = [text.get_text() for text in forward.texts]
-    assert "out of memory" in texts and any(text.endswith("of DiT-B/4\nat 1024²") for text in texts)
+    assert "out of memory" in texts and any(text.endswith("of DiT-B/4's\nGPU time at 1024²") for text in texts)
     assert not any("extrapolated" in label for label in lines(cost))
     for axes in figure.axes:
         (note,) = (text for text in axes.texts if "at 1024²" in text.get_text())
@@ -232,6 +265,24 @@ def test_roofline_points_and_roofs() -> None:
     assert "roofline" not in plots.pictures(run)
 
 
+def test_no_ceiling_s_label_covers_a_point() -> None:
+    run = made_up_runs.kernels()
+    run["ceilings"]["matmul_fp32_tflop_s"] = 50.0
+    work = {"bytes": 10**7, "settings": {"dtype": "float32"}, "family": "tokens"}
+    for case in range(40):  # all along the roofs, up to the last intensity
+        flops = int(10 ** (6 + case / 10))
+        fastest = max(flops / 50e6, 10**7 / (made_up_runs.COPY * 1e6))
+        run["rows"].append(row(f"token_merge {case}", "ours", fastest, fastest, flops=flops, **work))
+    figure = plots.pictures(run)["roofline"]()
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    points = [axes.transData.transform(p) for found in axes.collections for p in found.get_offsets()]
+    assert len(boxes) == 3 and len(points) > 40
+    assert not any(box.padded(3).contains(*point) for box in boxes for point in points)
+    assert all(figure.bbox.containsx(x) and figure.bbox.containsy(y) for box in boxes for x, y in box.get_points())
+
+
 def test_contestants_look_different_and_colour_blind_safe() -> None:
     okabe_ito = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
     names = ["ours", "natten hopper-fna", "natten cutlass-fna", "flex", "sdpa", "liger", "quack", "compiled", "eager"]
@@ -280,6 +331,16 @@ def test_the_page_shows_the_clocks_of_before_and_after(tmp_path: Path) -> None:
     assert "TFLOP/s |  |" in machines(run, tmp_path)
 
 
+def test_the_sessions_of_a_run_are_one_line(tmp_path: Path) -> None:
+    run = made_up_runs.kernels()
+    later = {"command": [], "commit": "1" * 40, "date": "2026-11-24", "clocks": {"sm_mhz": 1530, "memory_mhz": 3201}}
+    ceilings = {"copy_tb_s": 4.001, "matmul_bf16_tflop_s": 738.4}
+    run["continued"] = [later | {"ceilings": ceilings}, later | {"ceilings": {}, "clocks": {}}]
+    _, _, line = machines(run, tmp_path).splitlines()
+    assert "| copy 4.00 TB/s, bf16 738–750 TFLOP/s | SM 1530–1980 MHz, memory 3201 MHz |" in line
+    assert f"| {'0' * 12}, {'1' * 12} |" in line
+
+
 def machines(run: dict[str, Any], folder: Path) -> str:
     results.write(folder / "run.json", run)
     return report.BLOCKS["machines"](report.load(folder, folder, folder / "report.md"))
@@ -299,12 +360,13 @@ def test_the_page_has_every_part(page: tuple[Path, list[Path]]) -> None:
     assert "| 1024² | 130.0M | 130.0M | 1.44 GiB | 1.44 GiB | 100% |" in text
     claim = "0.85% of the FLOPs (counted), 1.01% of the GPU time (measured) and 1.45% of the wall time (measured)"
     assert f"At 1024² HDiT-B/4 takes {claim} that DiT-B/4 takes." in text
-    assert "| 4096² | 228 ms | out of memory |  | 42.75 GiB | out of memory |  |" in text
+    step = "| 4096² | 228 ms | out of memory |  | 230 ms | out of memory |  | 42.75 GiB | out of memory |  |"
+    assert step in text  # GPU time flatters small images: wall time stands beside it
     assert "- DiT-B/4: out of memory (" in text
     assert "| 1024² | HDiT-B/4 | step | 8 | 63.8 | 111.76 GiB | limited by memory |" in text
     assert re.search(
-        r"\| GPU time, forward pass \| 0\.\d\d \[.*\] from 512² to 4096²; 0\.\d\d from 2048² to 4096² \| "
-        r".* from 128² to 1024²; 1\.\d\d from 512² to 1024² \|",
+        r"\| GPU time, training step \| 0\.\d\d \[[\d., ]+\] from 512² to 4096²; 0\.\d\d from 2048² to 4096² \| "
+        r"not determined \[[\d., ]+\] from 128² to 1024²; 1\.\d\d from 512² to 1024² \|",
         text,
     )
     assert "| 512² | 89.1 µs | 134 µs | 1.33 ms | 690 µs | 75.6 ms |" in text
@@ -321,6 +383,19 @@ def test_the_page_has_every_part(page: tuple[Path, list[Path]]) -> None:
     assert "87.1 µs [86.2 µs, 88.0 µs]" in text
 
 
+def test_largest_batches_are_sorted_and_said_to_be_powers_of_two() -> None:
+    found = [
+        row("a", name, 100, 110, **{"pass": direction}, settings={"size": size, "batch": 4, "largest": True})
+        for direction in ("step", "forward")
+        for size in (128, 64)
+        for name in ("DiT", "HDiT")
+    ]
+    ((title, (_, *body)),) = report.largest_table(found).items()
+    assert title == "The largest batch that fits, of powers of two"
+    models = [(name, direction) for name in ("HDiT", "DiT") for direction in ("forward", "step")]
+    assert [tuple(line[:3]) for line in body] == [(size, *model) for size in ("64²", "128²") for model in models]
+
+
 def test_the_summary_spans_the_cases(clone: Path) -> None:
     run = made_up_runs.kernels()
     next(found for found in run["rows"] if found["contestant"] == "natten cutlass-fna")["gpu_us"] = stats(174.2)
@@ -330,6 +405,20 @@ def test_the_summary_spans_the_cases(clone: Path) -> None:
     put(clone, "kernels.json", run)
     found = report.render(block("kernels-summary"), report.recorded(clone / "README.md", clone))
     assert "| `na2d` | forward | 2 | 1.30 to 3.00 | 0.87x to 4.00x as fast |" in found
+
+
+def test_a_run_s_part_of_a_block_starts_with_its_device(clone: Path) -> None:
+    for device in ("GPU 1", "GPU 2"):
+        for kind, make in KINDS.items():
+            made = make()
+            made["environment"] = made["environment"] | {"device": device}
+            put(clone, f"{kind}{device[-1]}.json", made)
+    records = report.recorded(clone / "docs" / "page.md", clone)
+    for name in ("scaling-details", "attention", "kernels", "models", "training"):
+        text = report.BLOCKS[name](records)
+        assert re.findall(r"^\*\*(.*)\*\*$", text, re.MULTILINE) == ["GPU 1", "GPU 2"] and text.startswith("**GPU 1**")
+    headings = re.findall(r"^### (.*)$", report.BLOCKS["kernels"](records), re.MULTILINE)
+    assert headings == [f"`{operator}`, {device}" for device in ("GPU 1", "GPU 2") for operator in ("na2d", "rms_norm")]
 
 
 def test_the_floor_shown_is_that_of_our_own_session(clone: Path) -> None:
@@ -389,6 +478,21 @@ def test_the_terminal_s_table_has_floors_and_memory(capsys: pytest.CaptureFixtur
     assert "1.30 x 67.0 µs" in printed and "memory" not in printed
     api.print_table(made_up_runs.models())
     assert re.search(r"memory .* GiB ", capsys.readouterr().out, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("details", "collapsed"),
+    [
+        (["plain PyTorch, fullgraph"], "plain PyTorch, fullgraph"),
+        (["compiled; tile 8x8, 4 warps", "compiled; tile 4x16, 4 warps"], "compiled; tile 8x8 · 4x16, 4 warps"),
+        (["sees all 64 keys; checked on a 1 k7", "sees all 64 keys; checked on a 2 k7"], None),
+        (["tanh GELU", "tanh GELU; checked on a"], "tanh GELU; in some cases checked on a"),
+        (["one", "one more", "other"], "one · one more · other"),
+        (["a b", "a c b", "a b b"], "a b · c b · b b"),
+    ],
+)
+def test_details_say_once_what_they_share(details: list[str], collapsed: str | None) -> None:
+    assert report._collapsed(details) == (collapsed or "sees all 64 keys; checked on a 1 · 2 k7")
 
 
 def test_a_slower_kernel_is_called_slower() -> None:

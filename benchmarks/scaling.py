@@ -106,21 +106,23 @@ def measure_models(
 ) -> None:
     """Measures one image in every size, pass and family that the run has no row of yet; saves it after every row.
 
-    sizes: sides of the images in pixels. contestants: patterns as in api.matches; none means all. seconds: for
-    measuring a pass. patience: seconds of one pass, as predicted from smaller images and the ratio of FLOPs, beyond
-    which it is not tried. budget_seconds: for all of it, counting FLOPs aside; a point that would not fit is not tried.
-    at: size -> the networks. on_step: called with a line of text before each piece of work.
+    sizes: sides of the images in pixels, ascending; the order within each but the first is random. contestants:
+    patterns as in api.matches; none means all. seconds: for measuring a pass. patience: seconds of one pass, as
+    predicted from smaller images and the ratio of FLOPs, beyond which it is not tried. budget_seconds: for all of it,
+    counting FLOPs aside; a point that would not fit is not tried. at: size -> the networks. on_step: called with a line
+    of text before each piece of work.
     """
     points = []
     for size in sizes:
         on_step(f"counting FLOPs at {size}²")
-        for network in at(size):
-            if not contestants or api.matches(network.name, contestants):
-                points += [(blank(network, size, 1, direction), network) for direction in passes]
+        chosen = [network for network in at(size) if not contestants or api.matches(network.name, contestants)]
+        own = [(blank(network, size, 1, direction), network) for network in chosen for direction in passes]
+        # Of the first size the cheapest comes first: nothing predicts yet what the others take.
+        points += random.sample(own, len(own)) if points else sorted(own, key=lambda point: point[0]["flops"])
     deadline = time.monotonic() + budget_seconds
     checks: dict[tuple[str, int], Check | str] = {}
     overhead = 0.0  # seconds of the last point beside its timed passes: construction, first call
-    for row, network in sorted(points, key=lambda point: point[0]["flops"]):
+    for row, network in points:
         if run.done(*runs.key(row)):
             continue
         expected, left = _expected(run, row), deadline - time.monotonic()

@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks import results, runs
 from benchmarks.rows import MEASURES, NOISE, Stats, is_ours, verdict
-from benchmarks.runs import KINDS, SAME, UNFINISHED, Row, RunError, key
+from benchmarks.runs import KINDS, UNFINISHED, Row, RunError, key
 from hdit._extras import require
 
 CONFIRMATIONS = 3  # more turns of each revision, for the cases that still differ
@@ -74,13 +74,7 @@ def compare_runs(
     """
     if a["kind"] != b["kind"]:
         raise ValueError(f"A is a run of {a['kind']}, B of {b['kind']}: only runs of one kind compare")
-    different = [
-        f"{name} {a['environment'].get(name)} and {b['environment'].get(name)}"
-        for name in SAME
-        if a["environment"].get(name) != b["environment"].get(name)
-    ]
-    peers, others = (run["environment"].get("peers", {}) for run in (a, b))
-    different += [f"{n} {peers[n]} and {others[n]}" for n in peers.keys() & others.keys() if peers[n] != others[n]]
+    different = runs.machine_differences(a, b)
     if different and not allow_different:
         raise ValueError(
             f"A and B differ in {'; '.join(different)}: pass --allow-different to compare them all the same"

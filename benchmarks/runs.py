@@ -154,12 +154,24 @@ def check_writable(path: Path | str) -> None:
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Why the rows of two runs can't stand in one file; empty if they can."""
-    pairs = [("kind", first["kind"], second["kind"])]
-    pairs += [(name, first["environment"].get(name), second["environment"].get(name)) for name in SAME]
+    kind = _unequal("kind", first["kind"], second["kind"])
+    sources = _unequal("sources", first["source_sha256"][:12], second["source_sha256"][:12])
+    return kind + machine_differences(first, second) + sources
+
+
+def machine_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """The part of it about devices and versions."""
+    found = []
+    for name in SAME:
+        found += _unequal(name, first["environment"].get(name), second["environment"].get(name))
     peers, others = (run["environment"].get("peers", {}) for run in (first, second))
-    pairs += [(name, peers[name], others[name]) for name in sorted(peers.keys() & others.keys())]
-    pairs.append(("sources", first["source_sha256"][:12], second["source_sha256"][:12]))
-    return [f"{name} {a} and {b}" for name, a, b in pairs if a != b]
+    for name in sorted(peers.keys() & others.keys()):
+        found += _unequal(name, peers[name], others[name])
+    return found
+
+
+def _unequal(name: str, a: Any, b: Any) -> list[str]:
+    return [] if a == b else [f"{name} {a} and {b}"]
 
 
 def with_peers(environment: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

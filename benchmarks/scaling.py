@@ -106,18 +106,18 @@ def measure_models(
 ) -> None:
     """Measures one image in every size, pass and family that the run has no row of yet; saves it after every row.
 
-    sizes: sides of the images in pixels, ascending; the order within each but the first is random. contestants:
+    sizes: sides of the images in pixels; the order within each but the smallest is random. contestants:
     patterns as in api.matches; none means all. seconds: for measuring a pass. patience: seconds of one pass, as
     predicted from smaller images and the ratio of FLOPs, beyond which it is not tried. budget_seconds: for all of it,
     counting FLOPs aside; a point that would not fit is not tried. at: size -> the networks. on_step: called with a line
     of text before each piece of work.
     """
     points = []
-    for size in sizes:
+    for size in sorted(sizes):
         on_step(f"counting FLOPs at {size}²")
         chosen = [network for network in at(size) if not contestants or api.matches(network.name, contestants)]
         own = [(blank(network, size, 1, direction), network) for network in chosen for direction in passes]
-        # Of the first size the cheapest comes first: nothing predicts yet what the others take.
+        # Of the smallest size the cheapest comes first: nothing predicts yet what the others take.
         points += random.sample(own, len(own)) if points else sorted(own, key=lambda point: point[0]["flops"])
     deadline = time.monotonic() + budget_seconds
     checks: dict[tuple[str, int], Check | str] = {}

@@ -160,8 +160,8 @@ def shared_bytes(entry: Entry, config: Config) -> int:
 
 def prepare(entry: Entry, configs: Sequence[Config], device: torch.device) -> dict[Config, Call]:
     """A call for each configuration, compiled as far as that succeeds. To be called inside timing.side_stream."""
-    launch = launcher(entry, device)
-    calls = {config: launch(config) for config in configs}
+    make = launcher(entry, device)
+    calls = {config: make(config) for config in configs}
     calls[configs[0]]()  # what the calls share is compiled once
     timing.synchronize(device)
     with ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,)) as pool:
@@ -173,18 +173,20 @@ def prepare(entry: Entry, configs: Sequence[Config], device: torch.device) -> di
 
 def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
     """Makes the call of a configuration, on random tensors that all calls share."""
-    from hdit_kernels.neighborhood_attention.backward import portable_dkdv_into, portable_dq_into
+    from hdit_kernels import launch
+    from hdit_kernels.neighborhood_attention.backward import portable_dkdv_launch, portable_dq_launch
     from hdit_kernels.neighborhood_attention.forward import LOG2_E, portable_forward
 
     shape, dtype = SHAPES[entry.head_dim], DTYPES[entry.bits]
     query, key, value, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     window, dilation, scale = (entry.window, entry.window), (1, 1), entry.head_dim**-0.5
     out, stats = portable_forward(query, key, value, window, dilation, scale * LOG2_E, False, True)
-    terms = portable_dq_into(
+    first, terms = portable_dq_launch(
         torch.empty_like(query), dout, query, key, value, None, out, stats, window, dilation, scale
     )
+    launch.run(first)
 
-    def launch(config: Config) -> Call:
+    def make(config: Config) -> Call:
         def configure(*_: Any) -> Config:  # a function for each configuration: launches are planned once for each
             return config
 
@@ -196,18 +198,18 @@ def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
         def dq() -> Sequence[Tensor]:
             found = torch.empty_like(query)
             arguments = dout, query, key, value, None, out, stats, window, dilation, scale
-            portable_dq_into(found, *arguments, configure=configure)
+            launch.run(portable_dq_launch(found, *arguments, configure=configure)[0])
             return (found,)
 
         def dkdv() -> Sequence[Tensor]:
             found = torch.empty_like(key), torch.empty_like(value)
             arguments = dout, query, key, value, terms, stats, window, dilation, scale
-            portable_dkdv_into(*found, *arguments, configure=configure)
+            launch.run(portable_dkdv_launch(*found, *arguments, configure=configure))
             return found
 
         return {"forward": forward, "dq": dq, "dkdv": dkdv}[entry.kernel]
 
-    return launch
+    return make
 
 
 def measure(entry: Entry, prepare: Prepare, stopwatch: Stopwatch) -> Row:

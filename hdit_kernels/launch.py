@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 
 def kernel(function: Callable[..., Any], jit: Callable[..., Any] = triton.jit) -> Any:
@@ -30,40 +33,77 @@ def kernel(function: Callable[..., Any], jit: Callable[..., Any] = triton.jit) -
     return jit(function, do_not_specialize=integers)
 
 
+class Launch(NamedTuple):
+    """function[grid](*tensors, *numbers, **constants) of a `kernel`."""
+
+    function: Any
+    grid: tuple[int, int, int]
+    tensors: Sequence[Tensor]
+    numbers: Sequence[float]
+    constants: Mapping[str, Any]
+
+    def by_triton(self) -> Any:
+        return self.function[self.grid](*self.tensors, *self.numbers, **self.constants)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What decides about the binary, where tensors are at multiples of 16 bytes."""
+        dtypes = [tensor.dtype for tensor in self.tensors]
+        return (id(self.function), self.tensors[0].device, *dtypes, *self.constants.values())
+
+
 _compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[Any]]] = {}
 
 
-def run(
-    function: Any,
-    grid: tuple[int, int, int],
-    tensors: Sequence[Tensor],
-    numbers: Sequence[float],
-    constants: Mapping[str, Any],
-) -> None:
-    """function[grid](*tensors, *numbers, **constants) of a `kernel`, with less time on the host.
+def run(*launches: Launch) -> None:
+    """Launches one after the other, with less time on the host; what has to be compiled first is compiled side by side.
 
     Triton looks at every argument of every launch for what it has compiled, which takes longer than the launch. Of
     these kernels only tensors' types, whether they are at multiples of 16 bytes, and constants decide on CUDA (on ROCm
     their storages' sizes, too, which is left to Triton). Addresses in place of tensors spare it a question to the
     driver for each.
     """
-    if torch.version.hip is not None:
-        function[grid](*tensors, *numbers, **constants)
+    for index, each in enumerate(launches):
+        addresses = [tensor.data_ptr() for tensor in each.tensors]
+        unaligned = [address for address in addresses if address % 16]
+        if unaligned or torch.version.hip is not None:  # so rare that Triton may look for it
+            each.by_triton()
+            continue
+        key = each.key
+        found = _compiled.get(key)
+        if found is not None:
+            compiled, values = found
+            compiled[each.grid](*addresses, *each.numbers, *values)
+            continue
+        if index == 0 and len(launches) > 1:
+            _compile(launches)
+        compiled = each.by_triton()
+        if isinstance(compiled, CompiledKernel):  # not in the interpreter
+            _compiled[key] = (
+                compiled,
+                [each.constants[name] for name in each.function.arg_names if name in each.constants],
+            )
+
+
+def _compile(launches: Sequence[Launch]) -> None:
+    """Compiles kernels at the same time, since most of what that takes is outside Python. Launching them then finds
+    them.
+    """
+    functions = [each for each in launches if isinstance(each.function, JITFunction) and each.key not in _compiled]
+    if len(functions) < 2:
         return
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    for address in addresses:
-        if address % 16:  # so rare that Triton may look for it
-            function[grid](*tensors, *numbers, **constants)
-            return
-    key = (id(function), tensors[0].device, *[tensor.dtype for tensor in tensors], *constants.values())
-    found = _compiled.get(key)
-    if found is not None:
-        compiled, values = found
-        compiled[grid](*addresses, *numbers, *values)
-        return
-    compiled = function[grid](*tensors, *numbers, **constants)
-    if isinstance(compiled, CompiledKernel):  # not in the interpreter
-        _compiled[key] = compiled, [constants[name] for name in function.arg_names if name in constants]
+    for each in functions:
+        each.function.cache_key  # noqa: B018 (hashes the helpers that kernels share: not by two threads at once)
+
+    def warm_up(each: Launch) -> None:
+        with torch.cuda.device(each.tensors[0].device):
+            compiled = each.function.warmup(*each.tensors, *each.numbers, grid=each.grid, **each.constants)
+            compiled.run  # noqa: B018 (brings it onto the GPU)
+
+    # Triton changes the warnings' filters while it compiles; threads may put them back in the wrong order.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        for _ in pool.map(warm_up, functions):
+            pass
 
 
 @functools.cache

@@ -88,6 +88,7 @@ def recorded(family: str) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
+        mock.patch("hdit_kernels.launch._compile", lambda launches: None),
         mock.patch("hdit_kernels.launch.gpu_family", lambda device: family),
         mock.patch("hdit_kernels.launch.multiprocessors", lambda device: 132),
     ):

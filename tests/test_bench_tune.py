@@ -78,7 +78,7 @@ def test_candidates_are_few_differ_and_fit(entry: tune.Entry) -> None:
 
 def test_entries_are_chosen_by_name() -> None:
     every = tune.all_entries()
-    assert len(every) == 48 and ENTRY.name == "forward bfloat16 head_dim 64 window 9"
+    assert len(every) == 60 and ENTRY.name == "forward bfloat16 head_dim 64 window 9"
     assert tune.select_entries([]) == every
     assert tune.select_entries([ENTRY.name]) == [ENTRY]
     assert {entry.kernel for entry in tune.select_entries(["dq*128*", "dkdv*128*"])} == {"dq", "dkdv"}
@@ -135,7 +135,7 @@ def test_what_fails_or_is_wrong_is_said_and_skipped(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(row["trials"])
     assert lines[0] == (
-        "forward bfloat16 head_dim 64 window 9 · tile 8x8, box 2x16, 4 warps, 3 stages, 128 registers (present): "
+        "forward bfloat16 head_dim 64 window 9 · tile 8x8, box 4x16, 4 warps, 3 stages, 128 registers (present): "
         "100.0 µs [99.0, 101.0]"
     )
     assert lines[1].endswith(f": {status}: {reason}")
@@ -149,7 +149,7 @@ def test_roundings_are_not_wrong() -> None:
 
 
 def test_the_budget_leaves_entries_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    entries, written = tune.all_entries()[:3], []
+    entries, written = tune.all_entries()[1:4], []
 
     def write(rows: Sequence[tune.Row]) -> None:
         written.append(len(rows))
@@ -184,7 +184,7 @@ def test_the_module_gives_back_what_was_chosen(tmp_path: Path) -> None:
     assert history in " ".join(path.read_text(encoding="utf-8").split())
     assert history == (
         "Last run: Made-up GPU, torch 2.11.0+cu130, triton 3.6.0, cuda 13.0, driver 580.1, 2026-11-23: "
-        "1 of 48 entries measured, 1 changed."
+        "1 of 60 entries measured, 1 changed."
     )
 
 
@@ -205,8 +205,8 @@ def test_the_command_writes_module_and_log(
     assert set(data) == {"environment", "source_sha256", "command", "entries"} and len(data["entries"]) == 6
     assert loaded(module) == tune.updated(data["entries"])
     said = capsys.readouterr().out
-    assert "changed: forward bfloat16 head_dim 64 window 9: tile 8x8, box 2x16" in said
-    assert "6 of 48 entries measured" in said and f"Written: {module}\nWritten: {log}" in said
+    assert "changed: forward bfloat16 head_dim 64 window 9: tile 8x8, box 4x16" in said
+    assert "6 of 60 entries measured" in said and f"Written: {module}\nWritten: {log}" in said
 
 
 class FakeStats(dict):

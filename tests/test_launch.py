@@ -51,8 +51,8 @@ def aligned(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def test_the_second_launch_takes_what_the_first_compiled() -> None:
     kernel, x, y = Kernel(), aligned(), aligned()
-    launch.run(kernel, (2, 1, 1), [x], [7], {"A": 1, "B": 2, "num_warps": 4})
-    launch.run(kernel, (3, 1, 1), [y], [8], {"A": 1, "B": 2, "num_warps": 4})
+    launch.run(launch.Launch(kernel, (2, 1, 1), [x], [7], {"A": 1, "B": 2, "num_warps": 4}))
+    launch.run(launch.Launch(kernel, (3, 1, 1), [y], [8], {"A": 1, "B": 2, "num_warps": 4}))
     first, again = kernel.calls
     assert first == ("first", (2, 1, 1), (x, 7), {"A": 1, "B": 2, "num_warps": 4})
     assert again == ("again", (3, 1, 1), (y.data_ptr(), 8, 2, 1))  # in the order of arguments
@@ -66,8 +66,8 @@ def test_what_decides_about_a_kernel_decides_here() -> None:
         (aligned(), {"A": 3}),
         (aligned(), {"num_warps": 8}),
     ]:
-        launch.run(kernel, (1, 1, 1), [x], [7], constants | changed)
-    launch.run(Kernel(), (1, 1, 1), [aligned()], [7], constants)
+        launch.run(launch.Launch(kernel, (1, 1, 1), [x], [7], constants | changed))
+    launch.run(launch.Launch(Kernel(), (1, 1, 1), [aligned()], [7], constants))
     assert [call[0] for call in kernel.calls] == ["first"] * 4
 
 
@@ -76,21 +76,21 @@ def test_rocm_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     kernel = Kernel()
     for _ in range(2):
-        launch.run(kernel, (1, 1, 1), [aligned()], [7], {"A": 1, "B": 2})
+        launch.run(launch.Launch(kernel, (1, 1, 1), [aligned()], [7], {"A": 1, "B": 2}))
     assert [call[0] for call in kernel.calls] == ["first"] * 2
 
 
 def test_unaligned_tensors_are_left_to_triton() -> None:
     kernel = Kernel()
     for x in (aligned(), aligned()[1:], aligned()[1:]):
-        launch.run(kernel, (1, 1, 1), [x], [7], {"A": 1, "B": 2})
+        launch.run(launch.Launch(kernel, (1, 1, 1), [x], [7], {"A": 1, "B": 2}))
     assert [call[0] for call in kernel.calls] == ["first"] * 3
 
 
 def test_the_interpreter_compiles_nothing() -> None:
     kernel = Kernel(compiles=False)
     for _ in range(2):
-        launch.run(kernel, (1, 1, 1), [aligned()], [7], {"A": 1, "B": 2})
+        launch.run(launch.Launch(kernel, (1, 1, 1), [aligned()], [7], {"A": 1, "B": 2}))
     assert [call[0] for call in kernel.calls] == ["first"] * 2
 
 

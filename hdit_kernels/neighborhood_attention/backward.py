@@ -80,16 +80,17 @@ def na2d_backward_into(
             dq, dk, dv, dout, dlse, query, key, value, out, stats, window, scale, scale * LOG2_E
         )
     tensors = (dout, query, key, value)
-    terms = portable_dq_into(dq, *tensors, dlse, out, stats, window, dilation, scale)
+    dq_launch, terms = portable_dq_launch(dq, *tensors, dlse, out, stats, window, dilation, scale)
     if launch.gpu_family(query.device) == "hopper" and hopper.takes_dkdv_13(*tensors, window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_backward_13
 
-        hopper_backward_13.dkdv_into(dk, dv, *tensors, terms, window, scale, scale * LOG2_E)
+        dkdv_launch = hopper_backward_13.dkdv_launch(dk, dv, *tensors, terms, window, scale, scale * LOG2_E)
     else:
-        portable_dkdv_into(dk, dv, *tensors, terms, stats, window, dilation, scale)
+        dkdv_launch = portable_dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, scale)
+    launch.run(dq_launch, dkdv_launch)
 
 
-def portable_dq_into(
+def portable_dq_launch(
     dq: Tensor,
     dout: Tensor,
     query: Tensor,
@@ -102,21 +103,21 @@ def portable_dq_into(
     dilation: Sequence[int],
     scale: float,
     configure: Configure = dq_config,
-) -> Tensor:
-    """Writes the query's gradient by the kernel of this module; all but dq are dense.
+) -> tuple[launch.Launch, Tensor]:
+    """The launch that writes the query's gradient, of the kernel of this module; all but dq are dense.
 
-    Returns what the second kernel needs of each query and head [B, H, W, heads], int64: the first statistic and delta,
-    two float32 that one load brings.
+    Also returns what it leaves the second kernel of each query and head [B, H, W, heads], int64: the first statistic
+    and delta, two float32 that one load brings.
     """
     terms = torch.empty(stats.shape[1:], dtype=torch.int64, device=stats.device)
     grid, integers, constants = _plan(configure, dq, dout, query, key, value, window, dilation)
     constants = constants | {"HAS_DLSE": dlse is not None, "PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms)
-    launch.run(_na2d_dq_kernel, grid, tensors, [scale, scale * LOG2_E, terms.numel(), *integers], constants)
-    return terms
+    numbers = [scale, scale * LOG2_E, terms.numel(), *integers]
+    return launch.Launch(_na2d_dq_kernel, grid, tensors, numbers, constants), terms
 
 
-def portable_dkdv_into(
+def portable_dkdv_launch(
     dk: Tensor,
     dv: Tensor,
     dout: Tensor,
@@ -129,12 +130,13 @@ def portable_dkdv_into(
     dilation: Sequence[int],
     scale: float,
     configure: Configure = dkdv_config,
-) -> None:
-    """Writes the gradients of key and value, dk and dv, with the terms of `portable_dq_into`."""
+) -> launch.Launch:
+    """That which writes the gradients of key and value, dk and dv, with the terms of `portable_dq_launch`."""
     grid, integers, constants = _plan(configure, dk, dout, query, key, value, window, dilation)
     constants = constants | {"PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, terms, stats, dk, dv)
-    launch.run(_na2d_dkdv_kernel, grid, tensors, [scale, scale * LOG2_E, terms.numel(), *integers], constants)
+    numbers = [scale, scale * LOG2_E, terms.numel(), *integers]
+    return launch.Launch(_na2d_dkdv_kernel, grid, tensors, numbers, constants)
 
 
 def _plan(

@@ -76,7 +76,8 @@ def portable_forward(
     )  # fmt: skip
     constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
     numbers = [logit_scale, int(save_stats), query.shape[:-1].numel(), *integers]
-    launch.run(_na2d_forward_kernel, grid, (query, key, value, out, stats, lse), numbers, constants)
+    tensors = (query, key, value, out, stats, lse)
+    launch.run(launch.Launch(_na2d_forward_kernel, grid, tensors, numbers, constants))
     return [out] + return_lse * [lse] + save_stats * [stats]
 
 

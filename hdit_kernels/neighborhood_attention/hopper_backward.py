@@ -64,14 +64,24 @@ def backward_into(
         out = out.clone()
     delta = stats.new_empty(stats.shape[1:])
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
-    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), query.device, 3, 8)
-    tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta)
-    constants = constants | {"HAS_DLSE": dlse is not None}
-    launch.run(_na2d_hopper_dq_kernel, grid, tensors, [scale, logit_scale, *integers], constants)
-    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), query.device)
-    constants = constants | {"maxnreg": 168}
-    numbers = [scale, logit_scale, *integers]
-    launch.run(_na2d_hopper_dkdv_kernel, grid, (dout, query, key, value, stats, delta, dk, dv), numbers, constants)
+    shape, window, device = query.shape, tuple(window), query.device
+    grid, integers, constants = hopper.plan(shape, strides, window, device, 3, 8)
+    dq_launch = launch.Launch(
+        _na2d_hopper_dq_kernel,
+        grid,
+        (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta),
+        [scale, logit_scale, *integers],
+        constants | {"HAS_DLSE": dlse is not None},
+    )
+    grid, integers, constants = hopper.plan(shape, strides, window, device)
+    dkdv_launch = launch.Launch(
+        _na2d_hopper_dkdv_kernel,
+        grid,
+        (dout, query, key, value, stats, delta, dk, dv),
+        [scale, logit_scale, *integers],
+        constants | {"maxnreg": 168},
+    )
+    launch.run(dq_launch, dkdv_launch)
 
 
 @gluon.jit

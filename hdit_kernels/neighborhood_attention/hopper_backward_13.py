@@ -39,7 +39,7 @@ BEYOND = gl.constexpr(4)  # columns of a slot beyond those, of TALL rows
 TALL = gl.constexpr(8)
 
 
-def dkdv_into(
+def dkdv_launch(
     dk: Tensor,
     dv: Tensor,
     dout: Tensor,
@@ -50,13 +50,13 @@ def dkdv_into(
     window: Sequence[int],
     scale: float,
     logit_scale: float,
-) -> None:
-    """As `backward.portable_dkdv_into` for what `hopper.takes_dkdv_13`."""
+) -> launch.Launch:
+    """As `backward.portable_dkdv_launch` for what `hopper.takes_dkdv_13`."""
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dk.stride())
     grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), query.device)
     tensors = (dout, query, key, value, terms.view(torch.float32), dk, dv)
     constants = constants | {"maxnreg": 168}
-    launch.run(_na2d_hopper_dkdv_13_kernel, grid, tensors, [scale, logit_scale, *integers], constants)
+    return launch.Launch(_na2d_hopper_dkdv_13_kernel, grid, tensors, [scale, logit_scale, *integers], constants)
 
 
 @gluon.jit

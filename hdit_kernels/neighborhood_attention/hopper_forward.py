@@ -42,7 +42,8 @@ def forward(
     out, lse, stats = empty_results(query, return_lse, save_stats)
     strides = (query.stride(), key.stride(), value.stride())
     kernel, grid, integers, constants = _plan(query.shape, strides, tuple(window), query.device, return_lse)
-    launch.run(kernel, grid, (query, key, value, out, stats, lse), [logit_scale, int(save_stats), *integers], constants)
+    tensors, numbers = (query, key, value, out, stats, lse), [logit_scale, int(save_stats), *integers]
+    launch.run(launch.Launch(kernel, grid, tensors, numbers, constants))
     return [out] + return_lse * [lse] + save_stats * [stats]
 
 

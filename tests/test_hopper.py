@@ -25,14 +25,14 @@ def window_start(query: int, window: int, length: int) -> int:
 
 @pytest.mark.parametrize("window", range(1, hopper.WIDEST + 1))
 def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> None:
-    """What hopper_forward.strip_of_program makes of a plan, for all heights and lengths of strips."""
+    """What hopper_forward.strip_of_program makes of a plan, for all heights and ways to cut."""
     boxes = hopper.rows_of_next(window)
-    # columns: too many for one wave of strips, or so few that it has long strips
-    for height, length, columns in itertools.product(range(window, 150), (1, 3, 8), (1000, 132)):
+    # columns: too many for one wave of strips, a wave of two strips each, so few that every tile has a place
+    for height, columns in itertools.product(range(window, 300), (1000, 132, 6)):
         shape = (1, height, 8 * columns, 1, 64)
-        (_, programs, _), integers, _ = hopper.plan(shape, (), (window, window), DEVICE, length, 4 * length)
+        (_, programs, _), integers, _ = hopper.plan(shape, (), (window, window), DEVICE, (2,))
         strips, shortest, longer, facing = integers[3:7]
-        assert facing == (columns == 132 and 2 * length <= height // hopper.TILE <= 8 * length and window % 2)
+        assert facing == (columns < 1000 and height >= hopper.TILE and window % 2)
         rows = []
         for strip in range(programs):
             tile = strip * shortest + min(strip, longer)
@@ -48,10 +48,10 @@ def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> Non
                 low, high = key_y + (y - first), key_y + (y - first) + hopper.TILE + sum(boxes.values())
                 for query in queries:
                     start = window_start(query, window, height)
-                    assert low <= start and start + window <= high, (height, length, query)
-            reach = 4 * length + 2 if columns == 132 else hopper.REACH  # what 32-bit offsets rely on
+                    assert low <= start and start + window <= high, (height, query)
+            reach = hopper.LONGEST + 2 if columns < 1000 else hopper.REACH  # what 32-bit offsets rely on
             assert high - first <= reach * hopper.TILE
-        assert sorted(rows) == list(range(height)), (height, length)
+        assert sorted(rows) == list(range(height)), height
 
 
 def test_columns_fit_into_a_row_of_keys() -> None:
@@ -62,45 +62,46 @@ def test_columns_fit_into_a_row_of_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "length", "longest", "programs", "strips"),
+    ("shape", "programs", "strips"),
     [
-        ((4, 256, 256, 2), 3, 32, (2,), (1, True)),  # 256 programs of 32 tiles, all in flight at once
-        ((4, 256, 256, 2), 3, 8, (2,), (11, False)),  # as many would be longer than the longest
-        ((1, 256, 256, 2), 3, 8, (2,), (4, True)),  # 256 programs of eight tiles
-        ((1, 256, 256, 2), 3, 8, (2, 3), (4, True)),
-        ((1, 256, 256, 2), 8, 32, (3, 2), (4, True)),  # six would be shorter than the shortest
-        ((1, 256, 256, 4), 8, 32, (3, 2), (3, True)),
-        ((1, 512, 512, 2), 3, 32, (2,), (2, True)),
-        ((1, 1024, 1024, 2), 3, 32, (2, 3), (43, False)),
-        ((32, 32, 32, 12), 3, 32, (2, 3), (1, False)),  # columns of four tiles
-        ((8, 64, 64, 6), 3, 32, (2,), (3, False)),  # more columns than places
-        ((8, 64, 64, 6), 3, 32, (2, 3), (1, True)),
-        ((1, 64, 64, 2), 3, 32, (2, 3), (3, False)),  # too few tiles to fill the GPU
-        ((4, 128, 128, 8), 8, 32, (2,), (2, False)),
-        ((4, 128, 128, 8), 1, 1, (2,), (16, False)),
-        ((1, 256, 256, 2), 1, 1, (2,), (32, False)),
-        ((1, 8, 9, 1), 3, 32, (2,), (1, False)),
-        ((1, 5, 9, 1), 3, 32, (2,), (0, False)),
+        ((4, 256, 256, 2), (2,), (1, True)),  # 256 programs of 32 tiles, all in flight at once
+        ((4, 264, 256, 2), (2,), (11, False)),  # as many would be longer than the longest
+        ((1, 256, 256, 2), (2,), (4, True)),  # 256 programs of eight tiles
+        ((1, 256, 256, 2), (2, 3), (4, True)),
+        ((1, 256, 256, 2), (3,), (6, True)),
+        ((1, 256, 256, 4), (2, 3), (2, True)),
+        ((1, 256, 256, 3), (2, 3), (4, True)),  # two a multiprocessor would leave a quarter of the places empty
+        ((1, 512, 512, 2), (2,), (2, True)),
+        ((1, 1024, 1024, 2), (2, 3), (43, False)),
+        ((32, 32, 32, 12), (2, 3), (1, False)),  # columns of four tiles
+        ((8, 64, 64, 6), (2,), (3, False)),  # more columns than places
+        ((8, 64, 64, 6), (2, 3), (1, True)),
+        ((1, 64, 64, 2), (2, 3), (8, True)),  # a place for every tile
+        ((1, 128, 128, 2), (2, 3), (8, True)),
+        ((1, 56, 320, 1), (2,), (4, True)),  # the places for six would not make them shorter than two tiles
+        ((1, 128, 296, 1), (2,), (6, True)),  # those for seven not shorter than three
+        ((4, 128, 128, 8), (2,), (5, False)),
+        ((1, 8, 9, 1), (2,), (1, True)),
+        ((1, 5, 9, 1), (2,), (0, False)),
+        ((1, 16, 8 * 300, 1), (2,), (1, False)),
     ],
 )
-def test_strips_down(
-    shape: tuple[int, int, int, int], length: int, longest: int, programs: tuple[int, ...], strips: tuple[int, bool]
-) -> None:
+def test_strips_down(shape: tuple[int, int, int, int], programs: tuple[int, ...], strips: tuple[int, bool]) -> None:
     batch, height, width, heads = shape
     columns, tiles = batch * heads * -(-width // hopper.TILE), height // hopper.TILE
-    assert hopper.strips_down(columns, tiles, length, longest, 132, programs) == strips
+    assert hopper.strips_down(columns, tiles, hopper.LONGEST, 132, programs) == strips
 
 
 def test_one_wave_counts_the_gpu_s_multiprocessors() -> None:
-    assert hopper.strips_down(256, 32, 3, 32, 114, (2,)) == (11, False)  # an H100 PCIe has no place for 256 at once
+    assert hopper.strips_down(256, 32, 32, 114, (2,)) == (11, False)  # an H100 PCIe has no place for 256 at once
 
 
 def test_long_strips_stay_within_reach() -> None:
     """Of rows of 7 Mi elements, 36 tiles are less than 2**31, enough for strips of 32; of 8 Mi, 31 are."""
     shape, stride = (4, 256, 256, 2, 64), (2**31, 2**23, 128, 64, 1)
-    assert hopper.plan(shape, ((0, 7 * 2**20, 128, 64, 1),), (7, 7), DEVICE, 3, 32)[1][3] == 1
+    assert hopper.plan(shape, ((0, 7 * 2**20, 128, 64, 1),), (7, 7), DEVICE, (2,))[1][3] == 1
     assert hopper.within_reach(shape, (stride,))
-    assert hopper.plan(shape, (stride,), (7, 7), DEVICE, 3, 32)[1][3] == 11
+    assert hopper.plan(shape, (stride,), (7, 7), DEVICE, (2,))[1][3] == 11
 
 
 @pytest.mark.parametrize("reach", range(hopper.REACH, 37))
@@ -113,18 +114,18 @@ def test_no_offset_overflows(reach: int) -> None:
     for tiles in range(3, 81):
         shape = (1, tiles * hopper.TILE, 8 * 132, 1, 128)  # two strips are one wave
         assert hopper.within_reach(shape, (stride,))
-        _, integers, _ = hopper.plan(shape, (stride,), (9, 9), DEVICE, 3, 32)
+        _, integers, _ = hopper.plan(shape, (stride,), (9, 9), DEVICE, (2,))
         longest = max(longest, integers[4] + (integers[5] > 0))
     assert longest == min(32, reach - 3)
     assert (hopper.TILE * longest + 18) * row + 128 < 2**31
 
 
 def test_plan() -> None:
-    """Four whole tiles down in one strip, five rows left in another."""
+    """Four whole tiles down, a strip each; five rows left in another."""
     stride = (2**20, 29 * 96, 96, 32, 1)
-    grid, integers, constants = hopper.plan((2, 37, 29, 3, 32), (stride, stride), (7, 5), DEVICE, 3, 8)
-    assert grid == (3 * 4, 2, 2)
-    assert integers == [37, 29, 3, 1, 4, 0, 0, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
+    grid, integers, constants = hopper.plan((2, 37, 29, 3, 32), (stride, stride), (7, 5), DEVICE, (2,))
+    assert grid == (3 * 4, 5, 2)
+    assert integers == [37, 29, 3, 4, 1, 0, 1, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
     assert constants == {"D": 32, "num_warps": 4, "MORE": 4, "LAST": 2}
     assert hopper.plan((2, 37, 29, 3, 32), (stride,), (13, 5), DEVICE)[1:] == (
         [37, 29, 3, 4, 1, 0, 13, 5, 2**17, 29 * 12, 12, 4],  # no `facing` of kernels that don't walk
@@ -135,8 +136,8 @@ def test_plan() -> None:
 def test_strips_that_run_at_once_are_walked_down_and_up() -> None:
     shape = (1, 256, 256, 2, 64)
     for window, facing in (((7, 7), 1), ((8, 7), 0), ((7, 8), 1)):
-        assert hopper.plan(shape, (), window, DEVICE, 3, 32)[1][3:7] == [4, 8, 0, facing]
-    assert hopper.plan((1, 1024, 1024, 2, 64), (), (7, 7), DEVICE, 3, 32)[1][6] == 0
+        assert hopper.plan(shape, (), window, DEVICE, (2, 3))[1][3:7] == [4, 8, 0, facing]
+    assert hopper.plan((1, 1024, 1024, 2, 64), (), (7, 7), DEVICE, (2, 3))[1][6] == 0
 
 
 @pytest.mark.parametrize(

@@ -56,13 +56,13 @@ def _plan(
     return_lse: bool,
 ) -> tuple[Any, tuple[int, int, int], list[int], dict[str, Any]]:
     """Kernel, and `hopper.plan` of it with what else it takes."""
-    kernel, length = _na2d_hopper_forward_kernel, 3 if shape[-1] == 64 else 8  # measured
+    kernel = _na2d_hopper_forward_kernel
     if shape[-1] == 128:
         from hdit_kernels.neighborhood_attention.hopper_forward_128 import _na2d_hopper_forward_128_kernel as kernel
     # Three programs a multiprocessor, where all logits fit: at head_dim 64, those of windows 8 and 9 would spill.
     three = shape[-1] == 32 or (shape[-1] == 64 and window[0] < 8)
-    programs = ((3, 2) if shape[-1] == 32 else (2, 3)) if three else (2,)
-    grid, integers, constants = hopper.plan(shape, strides, window, device, length, 32, programs)
+    programs = (2,) if not three else (3,) if shape[-1] == 32 else (2, 3)  # in that order: the fastest measured
+    grid, integers, constants = hopper.plan(shape, strides, window, device, programs)
     return kernel, grid, integers, constants | {"HAS_LSE": return_lse, "maxnreg": 168 if three else None}
 
 

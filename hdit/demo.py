@@ -6,6 +6,7 @@ code runs the Triton kernels, at larger sizes.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import shutil
 import sys
@@ -118,6 +119,7 @@ def plot_loss(log: Path, picture: Path) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser("python -m hdit.demo", description=__doc__).parse_args()
     with one_line_errors("hdit.demo"):
         device = pick_device()
         OUTPUT.mkdir(exist_ok=True)

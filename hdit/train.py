@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -112,7 +113,7 @@ def train(
     workers = 0 if isinstance(images, Digits) else options.workers  # the digits are in memory
     pinned = device.type == "cuda"
     loader = DataLoader(
-        images, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=_ignore_ctrl_c
+        images, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=_leave_group
     )
     with (
         LossLog(output / "loss.csv", details.step) as log,
@@ -220,8 +221,14 @@ def stop_signals() -> Iterator[list[int]]:
         restore()
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the main one ends the workers
+def _leave_group(worker: int) -> None:
+    """Signals to the process group (Ctrl-C, a scheduler's SIGTERM) reach the main process only, which ends the workers
+    once it has saved.
+    """
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read_config(name: str) -> HDiTConfig:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the launchers need Triton: install the extra [test] on Linux")
+
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 from hdit_kernels import launch  # noqa: E402 (imports triton)
 
@@ -69,6 +74,55 @@ def test_what_decides_about_a_kernel_decides_here() -> None:
         launch.run(launch.Launch(kernel, (1, 1, 1), [x], [7], constants | changed))
     launch.run(launch.Launch(Kernel(), (1, 1, 1), [aligned()], [7], constants))
     assert [call[0] for call in kernel.calls] == ["first"] * 4
+
+
+class Function(JITFunction):
+    """A kernel that notes what happens to it, and takes its time to compile."""
+
+    def __init__(self, name: str, events: list[str], barrier: threading.Barrier) -> None:
+        self.name, self.events, self.barrier = name, events, barrier
+        self.arg_names = ["x_ptr"]
+
+    @property
+    def cache_key(self) -> str:
+        self.events.append(f"{self.name} hashed by {threading.current_thread().name}")
+        return self.name
+
+    def warmup(self, *args: Any, grid: Any, **constants: Any) -> Any:
+        self.barrier.wait(timeout=10)  # until the other one compiles, too
+        return SimpleNamespace(run=self.events.append(f"{self.name} compiled"))
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def first(*args: Any, **constants: Any) -> Any:
+            self.events.append(f"{self.name} launched")
+            return Compiled([])
+
+        return first
+
+
+def test_two_kernels_are_compiled_side_by_side_and_launched_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    events: list[str] = []
+    barrier = threading.Barrier(2)
+    first, second = (
+        launch.Launch(Function(name, events, barrier), (1, 1, 1), [aligned()], [], {}) for name in ("first", "second")
+    )
+    launch.run(first, second)
+    assert events[:2] == ["first hashed by MainThread", "second hashed by MainThread"]
+    assert sorted(events[2:4]) == ["first compiled", "second compiled"]
+    assert events[4:] == ["first launched", "second launched"]
+    launch.run(first, second)
+    assert len(events) == 6
+
+
+def test_one_that_is_left_to_compile_is_compiled_as_it_is_launched() -> None:
+    events: list[str] = []
+    first, second = (
+        launch.Launch(Function(name, events, threading.Barrier(1)), (1, 1, 1), [aligned()], [], {}) for name in "ab"
+    )
+    launch.run(first)
+    launch.run(first, second)
+    assert events == ["a launched", "b launched"]
 
 
 def test_rocm_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,20 @@ def test_a_signal_saves_and_stops(
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+class ProcessGroups(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpgid(0)
+
+
+def test_signals_to_the_group_do_not_reach_the_workers() -> None:
+    loader = torch.utils.data.DataLoader(ProcessGroups(), num_workers=2, worker_init_fn=training._leave_group)
+    groups = [int(group) for group in loader]
+    assert len({*groups, os.getpgid(0)}) == 3
+
+
 def test_labels_are_dropped_now_and_then(digits: Images) -> None:
     seen: list[Tensor] = []
 

@@ -1,8 +1,8 @@
 """Launch configurations of the portable neighborhood attention kernels on Hopper: written by
 `python -m benchmarks tune`, chosen from by configs.py.
 
-Last run: NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, cuda 13.0, driver 580.159.04, 2026-11-26: 48 of 48
-entries measured, 42 changed.
+Last run: NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, cuda 13.0, driver 580.159.04, 2026-11-26: 12 of 60
+entries measured, 4 changed.
 
 {(bits, head_dim): {window: (tile_y, tile_x, box_y, box_x, num_warps, num_stages, max_registers)}}
 """
@@ -40,14 +40,14 @@ FORWARD: dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int
 
 DQ: dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int | None]]] = {
     (16, 64): {
-        7: (8, 8, 2, 16, 4, 3, 128),
+        7: (8, 8, 2, 16, 4, 4, 128),
         9: (8, 8, 4, 16, 4, 3, 168),
         13: (16, 4, 2, 16, 4, 4, 128),
         17: (4, 16, 1, 32, 4, 3, 128),
         25: (8, 8, 2, 32, 4, 3, 168),
     },
     (16, 128): {
-        7: (8, 8, 1, 16, 4, 4, 168),
+        7: (8, 8, 2, 16, 4, 4, 255),
         9: (8, 8, 2, 16, 4, 4, 255),
         13: (16, 4, 2, 16, 4, 3, 255),
         17: (4, 16, 1, 32, 4, 4, 255),
@@ -71,7 +71,7 @@ DQ: dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int | No
 
 DKDV: dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int | None]]] = {
     (16, 64): {
-        7: (8, 8, 2, 16, 4, 2, 168),
+        7: (8, 8, 2, 16, 4, 3, 168),
         9: (8, 8, 2, 16, 4, 3, 168),
         13: (16, 4, 2, 16, 4, 3, 168),
         17: (4, 16, 2, 32, 4, 3, 255),
@@ -85,7 +85,7 @@ DKDV: dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int | 
         25: (8, 8, 2, 16, 4, 3, 255),
     },
     (32, 64): {
-        7: (4, 8, 4, 16, 4, 1, None),
+        7: (4, 8, 2, 16, 4, 1, None),
         9: (4, 8, 4, 16, 4, 1, None),
         13: (8, 4, 4, 16, 4, 1, None),
         17: (4, 8, 2, 32, 4, 1, None),

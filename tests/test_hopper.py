@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="the launchers need Triton: install the extra [test] on Linux")
 
-from hdit_kernels.neighborhood_attention import hopper  # noqa: E402 (imports triton)
+from hdit_kernels import launch  # noqa: E402 (imports triton)
+from hdit_kernels.neighborhood_attention import hopper, hopper_backward  # noqa: E402 (imports triton)
 
 DEVICE = torch.device("cuda", 0)
 
@@ -89,11 +90,38 @@ def test_columns_fit_into_a_row_of_keys() -> None:
 def test_strips_down(shape: tuple[int, int, int, int], programs: tuple[int, ...], strips: tuple[int, bool]) -> None:
     batch, height, width, heads = shape
     columns, tiles = batch * heads * -(-width // hopper.TILE), height // hopper.TILE
-    assert hopper.strips_down(columns, tiles, hopper.LONGEST, 132, programs) == strips
+    assert hopper.strips_down(columns, tiles, 3, hopper.LONGEST, 132, programs) == strips
+
+
+@pytest.mark.parametrize(
+    ("shape", "strips"),
+    [
+        ((1, 256, 256, 2), (4, True)),  # eight tiles each
+        ((4, 128, 128, 4), (4, False)),  # one wave has strips of 16
+        ((1, 64, 64, 2), (8, True)),  # a place for every tile
+        ((1, 120, 256, 2), (4, True)),
+    ],
+)
+def test_length_and_longest_strip(shape: tuple[int, int, int, int], strips: tuple[int, bool]) -> None:
+    """Where one wave has longer ones, strips have about `length` tiles."""
+    batch, height, width, heads = shape
+    columns, tiles = batch * heads * -(-width // hopper.TILE), height // hopper.TILE
+    assert hopper.strips_down(columns, tiles, 4, 8, 132, (2,)) == strips
+
+
+@pytest.mark.parametrize(("head_dim", "window", "strips"), [(64, 7, 11), (64, 9, 1), (32, 7, 11), (32, 9, 1)])
+def test_strips_of_dq(head_dim: int, window: int, strips: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long ones at windows 8 and 9 only."""
+    q = torch.empty(4, 256, 256, 2, head_dim, dtype=torch.bfloat16, device="meta")
+    stats = torch.empty(1, 4, 256, 256, 2, device="meta")
+    launches: list[launch.Launch] = []
+    monkeypatch.setattr(launch, "run", lambda *each: launches.extend(each))
+    hopper_backward.backward_into(q, q, q, q, None, q, q, q, q, stats, (window, window), 0.125, 0.18)
+    assert launches[0].grid[1] == strips
 
 
 def test_one_wave_counts_the_gpu_s_multiprocessors() -> None:
-    assert hopper.strips_down(256, 32, 32, 114, (2,)) == (11, False)  # an H100 PCIe has no place for 256 at once
+    assert hopper.strips_down(256, 32, 3, 32, 114, (2,)) == (11, False)  # an H100 PCIe has no place for 256 at once
 
 
 def test_long_strips_stay_within_reach() -> None:

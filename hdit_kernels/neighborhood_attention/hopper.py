@@ -15,7 +15,7 @@ from hdit_kernels import launch
 TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel): 64 rows of a warpgroup's product
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
 WIDEST_STREAMED = 13  # the same of hopper_backward_13, which has four columns beyond those
-LONGEST = 32  # tiles of a strip: in longer ones neighbours drift apart, and no longer share what is in the cache
+LONGEST = 32  # tiles of a strip: no longer ones were faster where measured
 REACH = 16  # tiles from a strip's first row on that 32-bit offsets must reach, whatever the length of strips
 TRITON = ("3.6", "3.7")  # Gluon may change from one version of Triton to the next; others take the portable kernels
 
@@ -96,22 +96,22 @@ def rows_of_next(window: int) -> dict[str, int]:
 
 
 def strips_down(
-    columns: int, tiles: int, longest: int, multiprocessors: int, programs: Sequence[int]
+    columns: int, tiles: int, length: int, longest: int, multiprocessors: int, programs: Sequence[int]
 ) -> tuple[int, bool]:
     """Into how many strips of whole tiles a column of tiles is cut (what is left of the height follows), `columns` of
     them in all; and whether all strips run at once.
 
     They do if that is a wave: as many programs a multiprocessor as the first of `programs` that leaves at most a tenth
     of the places empty (or has a place for every tile) with strips of at most `longest` tiles. Else a strip has about
-    three tiles. Measured on an H100 (the log).
+    `length` tiles. Measured on an H100 (the log).
     """
     for places in (each * multiprocessors for each in programs):
         strips = min(places // columns, tiles)
         if strips and (strips == tiles or strips * columns >= 0.9 * places):
-            length = -(-tiles // strips)
-            if length <= longest:
-                return -(-tiles // length), True  # the fewest of this length
-    return (tiles + 1) // 3 or min(tiles, 1), False
+            tallest = -(-tiles // strips)
+            if tallest <= longest:
+                return -(-tiles // tallest), True  # the fewest of this length
+    return (tiles + length // 2) // length or min(tiles, 1), False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,20 +121,22 @@ def plan(
     window: Sequence[int],
     device: torch.device,
     programs: Sequence[int] = (),
+    length: int = 3,
+    longest: int = LONGEST,
 ) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
 
-    programs: see `strips_down`; a kernel that has none takes one tile a program. Cached, since it costs as much host
-    time as the launch itself.
+    programs, length, longest: see `strips_down`; a kernel that has no programs takes one tile each. Cached, since it
+    costs as much host time as the launch itself.
     """
     batch, height, width, heads, head_dim = shape
     tiles_x, (tiles, left) = -(-width // TILE), divmod(height, TILE)
     whole, at_once = tiles, False
     if programs:
         # Copies are two tiles ahead, and the first rows of keys before the strip.
-        longest = min(LONGEST, tiles_in_reach(shape, strides) - 3)
+        longest = min(longest, tiles_in_reach(shape, strides) - 3)
         columns, multiprocessors = batch * heads * tiles_x, launch.multiprocessors(device)
-        whole, at_once = strips_down(columns, tiles, longest, multiprocessors, programs)
+        whole, at_once = strips_down(columns, tiles, length, longest, multiprocessors, programs)
     integers = [height, width, heads, whole, *(divmod(tiles, whole) if whole else (0, 0))]
     if programs:
         # Strips that run at once are walked down and up by turns, so that neighbours read the rows that both need at

@@ -65,7 +65,8 @@ def backward_into(
     delta = stats.new_empty(stats.shape[1:])
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
     shape, window, device = query.shape, tuple(window), query.device
-    grid, integers, constants = hopper.plan(shape, strides, window, device, (3,) if shape[-1] == 32 else (2,))
+    longest = 8 if max(window) < 8 else hopper.LONGEST  # the fastest measured
+    grid, integers, constants = hopper.plan(shape, strides, window, device, (2,), longest=longest)
     dq_launch = launch.Launch(
         _na2d_hopper_dq_kernel,
         grid,

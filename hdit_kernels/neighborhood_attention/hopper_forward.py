@@ -62,7 +62,9 @@ def _plan(
     # Three programs a multiprocessor, where all logits fit: at head_dim 64, those of windows 8 and 9 would spill.
     three = shape[-1] == 32 or (shape[-1] == 64 and window[0] < 8)
     programs = (2,) if not three else (3,) if shape[-1] == 32 else (2, 3)  # in that order: the fastest measured
-    grid, integers, constants = hopper.plan(shape, strides, window, device, programs)
+    grid, integers, constants = hopper.plan(
+        shape, strides, window, device, programs, length=4 if shape[-1] == 32 else 3
+    )
     return kernel, grid, integers, constants | {"HAS_LSE": return_lse, "maxnreg": 168 if three else None}
 
 
@@ -197,6 +199,13 @@ def in_registers(number, like):
 
 
 @gluon.jit
+def own_max(logits):
+    """[TOKENS, 8] of a product's [TOKENS, multiple of 8]: of what each thread has, so that lanes exchange it once."""
+    FOLDED: gl.constexpr = product_layout(8)
+    return gl.convert_layout(gl.max(gl.reshape(logits, [TOKENS, logits.shape[1] // 8, 8]), 1), FOLDED)
+
+
+@gluon.jit
 def row_max(logits, ACC: gl.constexpr):
     return gl.convert_layout(gl.max(logits, 1), gl.SliceLayout(1, ACC))
 
@@ -301,12 +310,16 @@ def _na2d_hopper_forward_kernel(
             last = penalty(key_y + (TILE + MORE), key_x, y, x, top, bottom, width, window_y, window_x, LAST, FINAL)
             keys = k.index(after).slice(MORE * COLUMNS, LAST * COLUMNS)
             last = warpgroup_mma(q, keys.permute((1, 0)), last, is_async=True)
-            own_logits, more, last = warpgroup_mma_wait(0, deps=[own_logits, more, last])
-            maximum = gl.maximum(gl.maximum(row_max(own_logits, ACC), row_max(more, ACC)), row_max(last, ACC))
+            own_logits = warpgroup_mma_wait(2, deps=[own_logits])
+            maximum = own_max(own_logits)
+            more, last = warpgroup_mma_wait(0, deps=[more, last])
+            maximum = gl.maximum(gl.maximum(maximum, own_max(more)), own_max(last))
         else:
-            own_logits, more = warpgroup_mma_wait(0, deps=[own_logits, more])
-            maximum = gl.maximum(row_max(own_logits, ACC), row_max(more, ACC))
-        maximum *= scale
+            own_logits = warpgroup_mma_wait(1, deps=[own_logits])
+            maximum = own_max(own_logits)
+            more = warpgroup_mma_wait(0, deps=[more])
+            maximum = gl.maximum(maximum, own_max(more))
+        maximum = row_max(maximum, ACC) * scale
         if tile + 1 < count:
             copy_rows(q, query_ptr, y + TILE, top, bottom, width - x, q_h, q_w, TILE, TILE, D)
             whole = tile + 2 < count

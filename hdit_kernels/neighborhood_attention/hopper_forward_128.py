@@ -26,6 +26,7 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
     exponentials,
     in_registers,
     operand,
+    own_max,
     penalty,
     product_layout,
     row_max,
@@ -96,12 +97,16 @@ def _na2d_hopper_forward_128_kernel(
             last = penalty(key_y + (TILE + MORE), key_x, y, x, top, bottom, width, window_y, window_x, LAST, FINAL)
             keys = more_keys.slice(MORE * COLUMNS, LAST * COLUMNS)
             last = warpgroup_mma(q, keys.permute((1, 0)), last, is_async=True)
-            own_logits, more, last = warpgroup_mma_wait(0, deps=[own_logits, more, last])
-            maximum = gl.maximum(gl.maximum(row_max(own_logits, ACC), row_max(more, ACC)), row_max(last, ACC))
+            own_logits = warpgroup_mma_wait(2, deps=[own_logits])
+            maximum = own_max(own_logits)
+            more, last = warpgroup_mma_wait(0, deps=[more, last])
+            maximum = gl.maximum(gl.maximum(maximum, own_max(more)), own_max(last))
         else:
-            own_logits, more = warpgroup_mma_wait(0, deps=[own_logits, more])
-            maximum = gl.maximum(row_max(own_logits, ACC), row_max(more, ACC))
-        maximum *= scale
+            own_logits = warpgroup_mma_wait(1, deps=[own_logits])
+            maximum = own_max(own_logits)
+            more = warpgroup_mma_wait(0, deps=[more])
+            maximum = gl.maximum(maximum, own_max(more))
+        maximum = row_max(maximum, ACC) * scale
         further = tile + 1 < count
         copy_slot(own_keys, value_ptr, key_y + TILE, top, bottom, columns, v_h, v_w, further, MORE, LAST, D)
         if further:

@@ -15,6 +15,7 @@ import copy
 import functools
 import gc
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -323,13 +324,16 @@ def _training(model: nn.Module, config: HDiTConfig, batch: int, device: torch.de
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one pass. first_call_s: seconds, compilation included. gpu_us, kernels and peak_bytes are None on a CPU."""
+    """Of one pass. first_call_s: seconds, compilation included. sdpa: whose kernels scaled_dot_product_attention ran.
+    gpu_us, kernels, peak_bytes and sdpa are None on a CPU.
+    """
 
     first_call_s: float
     gpu_us: Stats | None
     wall_us: Stats
-    kernels: int | None
-    peak_bytes: int | None
+    kernels: int | None = None
+    peak_bytes: int | None = None
+    sdpa: str | None = None
 
 
 def measure(call: Callable[[], object], device: torch.device, seconds: float) -> Measurement:
@@ -340,23 +344,22 @@ def measure(call: Callable[[], object], device: torch.device, seconds: float) ->
     if device.type != "cuda":
         # Where a first call fills the time, one more has to do: first ones were seen to take four times as long.
         effort = replace(effort, least=1 if first > seconds else effort.least)
-        return Measurement(first, None, timing.sample(lambda: _wall(call, device), effort), None, None)
+        return Measurement(first, None, timing.sample(lambda: _wall(call, device), effort))
     torch.cuda.reset_peak_memory_stats(device)
     wall = timing.sample(lambda: _wall(call, device), effort)
     peak = torch.cuda.max_memory_allocated(device)
-    counts: list[int] = []
+    kernels: list[str] = []
 
     def profiled() -> float:
-        microseconds, count = profile(call, device)
-        counts.append(count)
+        microseconds, kernels[:] = profile(call, device)
         return microseconds
 
     gpu = timing.sample(profiled, replace(effort, width=0.01, most=20, seconds=seconds / 2))
-    return Measurement(first, gpu, wall, counts[-1], peak)
+    return Measurement(first, gpu, wall, len(kernels), peak, sdpa_of(kernels))
 
 
-def profile(call: Callable[[], object], device: torch.device) -> tuple[float, int]:
-    """(summed microseconds, number) of what a call runs on the GPU: kernels, copies and fills."""
+def profile(call: Callable[[], object], device: torch.device) -> tuple[float, list[str]]:
+    """(summed microseconds, names) of what a call runs on the GPU: kernels, copies and fills."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize(device)
@@ -364,7 +367,18 @@ def profile(call: Callable[[], object], device: torch.device) -> tuple[float, in
     events = [e for e in profiler.events() or [] if e.device_type == on_gpu and not e.is_user_annotation]
     if not events:
         raise RuntimeError("torch.profiler saw nothing on the GPU")
-    return sum(event.time_range.elapsed_us() for event in events), len(events)
+    return sum(event.time_range.elapsed_us() for event in events), [event.name for event in events]
+
+
+SDPA = {r"cudnn.*sdpa": "cuDNN", r"flash": "FlashAttention", r"fmha": "memory-efficient attention"}  # by kernels' names
+
+
+def sdpa_of(kernels: Sequence[str]) -> str | None:
+    """Whose kernels scaled_dot_product_attention ran, if any. cuDNN's are called flash, too, so it comes first."""
+    for pattern, whose in SDPA.items():
+        if any(re.search(pattern, kernel) for kernel in kernels):
+            return whose
+    return None
 
 
 def _wall(call: Callable[[], object], device: torch.device) -> float:
@@ -411,8 +425,10 @@ def _attempted(
         release(device)
     rate = run.session["ceilings"].get(ceilings.KEY["bfloat16" if device.type == "cuda" else "float32"])
     floor_us = blank["flops"] / (rate * 1e6) if rate else None
+    details = [blank["detail"], f"SDPA by {measured.sdpa}" if measured.sdpa else None]
     return found | {
         "status": "ok",
+        "detail": "; ".join(filter(None, details)) or None,
         "gpu_us": measured.gpu_us.to_dict() if measured.gpu_us else None,
         "wall_us": measured.wall_us.to_dict(),
         "first_call_s": measured.first_call_s,

@@ -235,11 +235,24 @@ def _scaling_details(records: Records) -> str:
         parts.append(_device_line(run))
         parts.append(_picture(records, path, run, "scaling", "Cost of HDiT-B/4 and DiT-B/4 as images grow"))
         parts.append(_scaling_cost(records, path, run))
+        parts.append(sdpa_line(rows))
         parts += [f"{title}:\n\n{_lines(table)}" for title, table in resource_tables(rows).items()]
         parts.append(_exponents(rows, plots.scaling_panels(rows), "pixels"))
         parts += [f"{title}:\n\n{_table(head, body, left=3)}" for title, (head, *body) in largest_table(rows).items()]
         parts.append(_lost(rows))
     return _joined(parts)
+
+
+def sdpa_line(rows: Sequence[Row]) -> str:
+    """Whose kernels torch's scaled_dot_product_attention ran in each network, as far as the rows tell."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for clause in (row["detail"] or "").split("; "):
+            whose = clause.removeprefix("SDPA by ")
+            if whose != clause and whose not in found.setdefault(row["contestant"], []):
+                found[row["contestant"]].append(whose)
+    each = [f"in {name} by {' and '.join(sorted(whose))}" for name, whose in sorted(found.items())]
+    return f"torch's scaled_dot_product_attention is done {', '.join(each)}." if each else ""
 
 
 def forward_rows(run: dict[str, Any]) -> list[Row]:

@@ -373,9 +373,9 @@ def test_a_slow_first_call_is_followed_by_another_on_a_cpu() -> None:
 def test_profile_sums_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = torch.autograd.DeviceType
 
-    def event(device: Any, elapsed: float, annotation: bool = False) -> Any:
+    def event(device: Any, elapsed: float, annotation: bool = False, name: str = "gemm") -> Any:
         span = SimpleNamespace(elapsed_us=lambda: elapsed)
-        return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=annotation)
+        return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=annotation, name=name)
 
     class Profile:
         events_seen = [event(kind.CUDA, 10), event(kind.CUDA, 2.5), event(kind.CUDA, 99, True), event(kind.CPU, 50)]
@@ -390,10 +390,27 @@ def test_profile_sums_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert networks.profile(lambda: None, CPU) == (12.5, 2)
+    assert networks.profile(lambda: None, CPU) == (12.5, ["gemm", "gemm"])
     Profile.events_seen = [event(kind.CPU, 50)]
     with pytest.raises(RuntimeError, match="nothing on the GPU"):
         networks.profile(lambda: None, CPU)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "whose"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0", "cuDNN"),
+        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128>>", "FlashAttention"),
+        (
+            "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)",
+            "memory-efficient attention",
+        ),
+        ("void cudnn::ops::nchwToNhwcKernel<float>", None),
+        ("_na2d_hopper_forward_kernel", None),
+    ],
+)
+def test_whose_kernels_sdpa_ran(kernel: str, whose: str | None) -> None:
+    assert networks.sdpa_of(["ampere_sgemm_128x64_tn", kernel]) == whose
 
 
 # model and train

@@ -672,3 +672,16 @@ def test_a_changed_measurement_changes_its_digest() -> None:
     other = copy.deepcopy(run)
     other["rows"][0]["gpu_us"] = stats(1)
     assert plots.digest(run) == plots.digest(copy.deepcopy(run)) != plots.digest(other)
+
+
+def test_whose_attention_is_told() -> None:
+    rows = [
+        {"contestant": "DiT", "detail": "checked at 128²; SDPA by cuDNN"},
+        {"contestant": "DiT", "detail": "SDPA by cuDNN"},
+        {"contestant": "HDiT", "detail": "SDPA by FlashAttention"},
+        {"contestant": "HDiT", "detail": "SDPA by cuDNN"},
+        {"contestant": "other", "detail": None},
+    ]
+    line = "torch's scaled_dot_product_attention is done in DiT by cuDNN, in HDiT by FlashAttention and cuDNN."
+    assert report.sdpa_line(rows) == line
+    assert report.sdpa_line(rows[-1:]) == ""

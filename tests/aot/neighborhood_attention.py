@@ -5,13 +5,15 @@ import torch
 from hdit_kernels.neighborhood_attention.backward import na2d_backward
 from hdit_kernels.neighborhood_attention.forward import na2d_forward
 
+NARROW = [(64, [2, 2]), (64, [5, 5]), (64, [7, 7]), (64, [9, 9]), (64, [13, 13]), (32, [7, 7]), (32, [9, 9])]
+WIDE = [(128, [7, 7]), (128, [13, 13])]
 REST = ([1, 1], [1, 1], [False, False], 0.125)
 
 
 def launch(dtype: torch.dtype, wide: bool) -> None:
     """Windows of each set of configurations, and on Hopper of each of its own kernels' compile keys."""
-    for window in ([7, 7], [13, 13]) if wide else ([2, 2], [5, 5], [7, 7], [9, 9], [13, 13]):
-        qkv = torch.randn(1, 13, 13, 3, 2, 128 if wide else 64, dtype=dtype)
+    for head_dim, window in WIDE if wide else NARROW:
+        qkv = torch.randn(1, 13, 13, 3, 2, head_dim, dtype=dtype)
         out, lse, stats = na2d_forward(*qkv.unbind(3), None, None, window, *REST, True, True)
         na2d_forward(*qkv.unbind(3), None, None, window, *REST, False, False)
         na2d_backward(out, lse, *qkv.unbind(3), None, None, out, stats, window, *REST)

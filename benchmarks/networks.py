@@ -370,11 +370,15 @@ def profile(call: Callable[[], object], device: torch.device) -> tuple[float, li
     return sum(event.time_range.elapsed_us() for event in events), [event.name for event in events]
 
 
-SDPA = {r"cudnn.*sdpa": "cuDNN", r"flash": "FlashAttention", r"fmha": "memory-efficient attention"}  # by kernels' names
+SDPA = {  # in the names of its kernels; those of packages that are called directly are others
+    r"cudnn.*sdpa": "cuDNN",
+    r"pytorch_flash::": "FlashAttention",
+    r"fmha_cutlass[FB]": "memory-efficient attention",
+}
 
 
 def sdpa_of(kernels: Sequence[str]) -> str | None:
-    """Whose kernels scaled_dot_product_attention ran, if any. cuDNN's are called flash, too, so it comes first."""
+    """Whose kernels scaled_dot_product_attention ran, if any."""
     for pattern, whose in SDPA.items():
         if any(re.search(pattern, kernel) for kernel in kernels):
             return whose

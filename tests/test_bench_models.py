@@ -406,6 +406,7 @@ def test_profile_sums_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> N
             "memory-efficient attention",
         ),
         ("void cudnn::ops::nchwToNhwcKernel<float>", None),
+        ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>", None),  # the package flash-attn's own
         ("_na2d_hopper_forward_kernel", None),
     ],
 )

@@ -111,8 +111,9 @@ def copy_rows(
     dim = gl.arange(0, D, gl.SliceLayout(0, ROW))
     y = gl.minimum(gl.maximum(row + place // WIDTH, top), bottom)
     x = gl.minimum(column + place % WIDTH, columns - 1)
-    at = (y * stride_h + x * stride_w) * 8
-    async_copy.async_copy_global_to_shared(target, pointer + at[:, None] + dim[None, :])
+    # One 32-bit offset to each address, of which only the row's part changes from copy to copy.
+    at = (y * (stride_h * 8))[:, None] + ((x * (stride_w * 8))[:, None] + dim[None, :])
+    async_copy.async_copy_global_to_shared(target, pointer + at)
 
 
 @gluon.jit

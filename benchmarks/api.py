@@ -48,9 +48,19 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name contains one of the patterns; those with *, ? or [ are shell patterns of the whole name."""
-    return any(fnmatch.fnmatchcase(name, p) if set(p) & set("*?[") else p in name for p in patterns)
+def chosen(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names that a pattern chooses, in their order; all without patterns.
+
+    A pattern that is one of the names chooses that one alone, one with *, ? or [ those that it matches as a whole, in
+    the shell's manner, any other one those that contain it.
+    """
+
+    def fits(name: str, pattern: str) -> bool:
+        if pattern in names:
+            return name == pattern
+        return fnmatch.fnmatchcase(name, pattern) if set(pattern) & set("*?[") else pattern in name
+
+    return [name for name in names if not patterns or any(fits(name, pattern) for pattern in patterns)]
 
 
 def select_cases(patterns: Sequence[str] = (), quick: bool = False) -> list[Case]:
@@ -60,7 +70,8 @@ def select_cases(patterns: Sequence[str] = (), quick: bool = False) -> list[Case
     Raises runs.RunError if none is left.
     """
     on_gpu = torch.cuda.is_available()
-    found = [case for case in all_cases() if not patterns or matches(case.name, patterns)]
+    names = chosen(patterns, [case.name for case in all_cases()])
+    found = [case for case in all_cases() if case.name in names]
     if not found:
         raise no_case(patterns)
     usable = [case for case in found if case.full_size == on_gpu] or [case for case in found if on_gpu]
@@ -74,14 +85,15 @@ def select_cases(patterns: Sequence[str] = (), quick: bool = False) -> list[Case
 def select_contestants(patterns: Sequence[str] = ()) -> list[Contestant]:
     """Those that a pattern matches; all without patterns. Raises runs.RunError for a pattern that matches none."""
     every = all_contestants()
-    check_contestants(patterns, [contestant.name for contestant in every])
-    return [c for c in every if not patterns or matches(c.name, patterns)]
+    names = [contestant.name for contestant in every]
+    check_contestants(patterns, names)
+    return [contestant for contestant in every if contestant.name in chosen(patterns, names)]
 
 
 def check_contestants(patterns: Sequence[str], names: Sequence[str]) -> None:
     """Raises runs.RunError for a pattern that matches none of the names."""
     for pattern in patterns:
-        if not any(matches(name, [pattern]) for name in names):
+        if not chosen([pattern], names):
             raise runs.RunError(f"no contestant matches {pattern!r}; they are: {', '.join(dict.fromkeys(names))}")
 
 
@@ -97,7 +109,7 @@ def run_cases(
 ) -> dict[str, Any]:
     """Measures cases and returns the run's data; with output, also writes it there after every contestant of a case.
 
-    cases, contestants: themselves, or patterns as in matches(); none means all that make sense here. output: a run
+    cases, contestants: themselves, or patterns as in chosen(); none means all that make sense here. output: a run
     file; if it exists, what it holds already is left out, and it must be of the same device, versions and sources.
     budget_seconds: for all together; what it doesn't suffice for becomes rows "not measured". quick: one case an
     operator, without what compiles for long, in QUICK_SECONDS. command: recorded in the data. on_line: called with each
@@ -277,7 +289,8 @@ def _gpu_cells(row: runs.Row) -> list[str]:
 def listing(patterns: Sequence[str] = ()) -> list[str]:
     """What could be measured, in lines: every kernel case under its operator, the contestants of each, and which of
     them can run here or why not. Empty if a pattern matches no case."""
-    every = [case for case in all_cases() if not patterns or matches(case.name, patterns)]
+    names = chosen(patterns, [case.name for case in all_cases()])
+    every = [case for case in all_cases() if case.name in names]
     if not every:
         return []
     lines = [f"kernels, on {results.environment()['device']}"]
@@ -290,7 +303,7 @@ def listing(patterns: Sequence[str] = ()) -> list[str]:
         lines += [f"    {case.name}{_where(case)}" for case in own]
     lines.append("contestants")
     for contestant in involved.values():
-        lines.append(f"  {contestant.name}: {_can_run(contestant.peer.available())}")
+        lines.append(f"  {contestant.name}: {can_run(contestant.peer.available())}")
     return lines
 
 
@@ -306,5 +319,5 @@ def _where(case: Case) -> str:
     return "  (small: what a CPU runs)"
 
 
-def _can_run(reason: str | None) -> str:
+def can_run(reason: str | None) -> str:
     return "runs here" if reason is None else f"can't run here: {reason}"

@@ -14,7 +14,7 @@ from hdit._extras import require
 
 def add_options(parser: argparse.ArgumentParser, quick: str) -> None:
     """quick: what --quick measures, for its help."""
-    matching = "contains PATTERN, or is matched by it if it has *, ? or [; can be given more than once"
+    matching = "is or contains PATTERN, or is matched by it if it has *, ? or [; can be given more than once"
     parser.add_argument("--case", action="append", default=[], metavar="PATTERN", help=f"cases whose name {matching}")
     parser.add_argument(
         "--contestant", action="append", default=[], metavar="NAME", help=f"contestants whose name {matching}"

@@ -44,7 +44,7 @@ def measure(
 ) -> None:
     """Measures what the run has no row of yet, and saves it after every row.
 
-    batches: by the names of configs. passes: of runs.PASSES. contestants: patterns as in api.matches; none means all.
+    batches: by the names of configs. passes: of runs.PASSES. contestants: patterns as in api.chosen; none means all.
     k_diffusion: a folder, see peers/kdiffusion.py. seconds: for measuring a pass. deadline: by time.monotonic(); what
     it leaves out becomes rows "not measured". on_step: called with a line of text before each piece of work.
     """
@@ -56,7 +56,8 @@ def measure(
             networks.k_diffusion(config, k_diffusion),
             networks.dit_like(config),
         )
-        rivals = [n for n in (own, reference, dit) if not contestants or api.matches(n.name, contestants)]
+        names = api.chosen(contestants, [own.name, reference.name, dit.name])
+        rivals = [network for network in (own, reference, dit) if network.name in names]
         missing = {
             (batch, direction): [n for n in rivals if not run.done(case_name(name, batch), n.name, direction)]
             for batch in batches[name]
@@ -109,11 +110,12 @@ def select(patterns: Sequence[str], every: Batches, default: Batches) -> Batches
     """The presets and batches whose cases a pattern matches (RunError if none); the default without patterns."""
     if not patterns:
         return default
-    found = {name: [b for b in every[name] if api.matches(case_name(name, b), patterns)] for name in every}
-    if not any(found.values()):
-        names = ", ".join(case_name(name, batch) for name in every for batch in every[name])
-        raise runs.RunError(f"no case matches {', '.join(map(repr, patterns))}; they are: {names}")
-    return {name: chosen for name, chosen in found.items() if chosen}
+    names = [case_name(name, batch) for name in every for batch in every[name]]
+    chosen = api.chosen(patterns, names)
+    if not chosen:
+        raise runs.RunError(f"no case matches {', '.join(map(repr, patterns))}; they are: {', '.join(names)}")
+    found = {name: [batch for batch in every[name] if case_name(name, batch) in chosen] for name in every}
+    return {name: batches for name, batches in found.items() if batches}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batches: Batches) -> int:
     """A command that measures these passes of these presets; shared with benchmarks/train.py."""
     device = api.device()
-    chosen = select(args.case, BATCHES, SMALLEST if args.quick or device.type == "cpu" else batches)
+    chosen = select(args.case, BATCHES, SMALLEST if args.quick else _default(batches, device))
     rivals = [networks.dit_like(presets[name]).name for name in chosen]
     api.check_contestants(args.contestant, ["ours", "k-diffusion", *rivals])
     found = command.open_run(args, kind)
@@ -149,20 +151,27 @@ def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batch
     return command.finish(found, args)
 
 
+def _default(batches: Batches, device: torch.device) -> Batches:
+    """Of what a GPU measures unless other cases are asked for, what this machine does."""
+    return SMALLEST if device.type == "cpu" else batches
+
+
 def listing(patterns: Sequence[str] = ()) -> list[str]:
     """Lines for `python -m benchmarks list`, of cases that a pattern matches."""
     return list_passes("model", PASSES, patterns, BATCHES)
 
 
 def list_passes(kind: str, passes: Sequence[str], patterns: Sequence[str], batches: Batches) -> list[str]:
-    """batches: what is measured unless other cases are asked for."""
+    """batches: what a GPU measures unless other cases are asked for."""
     cases = {case_name(name, batch): name for name in BATCHES for batch in BATCHES[name]}
-    found = {case: name for case, name in cases.items() if not patterns or api.matches(case, patterns)}
+    found = api.chosen(patterns, list(cases))
     if not found:
         return []
     lines = [f"{kind}: {', '.join(passes)}"]
+    batches = _default(batches, api.device())
     default = {case_name(name, batch) for name in batches for batch in batches[name]}
-    for case, name in found.items():
+    for case in found:
+        name = cases[case]
         remark = "" if case in default else f"  (only with --case '{case}')"
         lines.append(f"  {case}: ours, k-diffusion, {networks.dit_like(presets[name]).name}{remark}")
     absent = kdiffusion.available()

@@ -107,7 +107,7 @@ def measure_models(
     """Measures one image in every size, pass and family that the run has no row of yet; saves it after every row.
 
     sizes: sides of the images in pixels; the order within each but the smallest is random. contestants:
-    patterns as in api.matches; none means all. seconds: for measuring a pass. patience: seconds of one pass, as
+    patterns as in api.chosen; none means all. seconds: for measuring a pass. patience: seconds of one pass, as
     predicted from smaller images and the ratio of FLOPs, beyond which it is not tried. budget_seconds: for all of it,
     counting FLOPs aside; a point that would not fit is not tried. at: size -> the networks. on_step: called with a line
     of text before each piece of work.
@@ -115,7 +115,8 @@ def measure_models(
     points = []
     for size in sorted(sizes):
         on_step(f"counting FLOPs at {size}²")
-        chosen = [network for network in at(size) if not contestants or api.matches(network.name, contestants)]
+        names = api.chosen(contestants, [network.name for network in at(size)])
+        chosen = [network for network in at(size) if network.name in names]
         own = [(blank(network, size, 1, direction), network) for network in chosen for direction in passes]
         # Of the smallest size the cheapest comes first: nothing predicts yet what the others take.
         points += random.sample(own, len(own)) if points else sorted(own, key=lambda point: point[0]["flops"])
@@ -198,7 +199,8 @@ def measure_largest(
     """
     for single in _singles(run):
         size, direction = single["settings"]["size"], single["pass"]
-        wanted = size in sizes and (not contestants or api.matches(single["contestant"], contestants))
+        names = api.chosen(contestants, [network.name for network in at(size)])
+        wanted = size in sizes and single["contestant"] in names
         known = run.done(case_name(size, largest=True), single["contestant"], direction)
         if not wanted or known or single["status"] != "ok":
             continue
@@ -291,12 +293,12 @@ def measure_attention(
     for grid in grids:
         case, rivals = grid_case(grid, device)
         settings = {name: case.settings[name] for name in ("batch", "heads", "head_dim", "kernel_size", "dtype")}
+        names = api.chosen(contestants, [rival.name for rival in rivals])
         for rival in random.sample(rivals, len(rivals)):
             passes = [
                 direction for direction in ATTENTION_PASSES if not run.done(grid_name(grid), rival.name, direction)
             ]
-            wanted = passes and (not contestants or api.matches(rival.name, contestants))
-            if not wanted:
+            if not passes or rival.name not in names:
                 continue
             if session.left() > 0 or rival.peer.available():  # why a peer can't run is told at no cost
                 on_step(f"{grid_name(grid)}: {rival.name}")
@@ -388,10 +390,11 @@ def select(patterns: Sequence[str], quick: bool, on_gpu: bool) -> Selection:
         return Selection([128, 256, 512], [], [32, 64, 128]) if on_gpu else Selection([64, 128, 256], [], [32])
     if not patterns:
         return Selection(list(SIZES), list(SIZES) if on_gpu else [], list(GRIDS if on_gpu else GRIDS[:3]))
+    chosen = api.chosen(patterns, list(_cases()))
     found = Selection(
-        [size for size in SIZES if any(api.matches(case_name(size, largest), patterns) for largest in (False, True))],
-        [size for size in SIZES if api.matches(case_name(size, largest=True), patterns)],
-        [grid for grid in GRIDS if api.matches(grid_name(grid), patterns)],
+        [size for size in SIZES if any(case_name(size, largest) in chosen for largest in (False, True))],
+        [size for size in SIZES if case_name(size, largest=True) in chosen],
+        [grid for grid in GRIDS if grid_name(grid) in chosen],
     )
     if not found.sizes and not found.grids:
         raise api.no_case(patterns)
@@ -428,9 +431,25 @@ def run(args: argparse.Namespace) -> int:
 
 def listing(patterns: Sequence[str] = ()) -> list[str]:
     """Lines for `python -m benchmarks list`, of cases that a pattern matches."""
-    where = "" if torch.cuda.is_available() else "  (needs a GPU)"
-    cases = {case_name(size, largest=False): "" for size in SIZES}
-    cases |= {case_name(size, largest=True): where for size in SIZES}
-    cases |= {grid_name(grid): f": {', '.join(ATTENTION)}" for grid in GRIDS}
-    lines = [f"  {case}{more}" for case, more in cases.items() if not patterns or api.matches(case, patterns)]
+    on_gpu = torch.cuda.is_available()
+    cases, chosen = _cases(), api.chosen(patterns, list(_cases()))
+    default = {grid_name(grid) for grid in select([], quick=False, on_gpu=on_gpu).grids}
+    lines: list[str] = []
+    involved: list[peers.Contestant] = []
+    for case in chosen:
+        remark = ""
+        if cases[case] == "grid":
+            involved = grid_case(GRIDS[0], api.device())[1] if patterns else []  # else they stand with the kernels
+            remark = f": {', '.join(ATTENTION)}" + ("" if case in default else f"  (only with --case '{case}')")
+        elif cases[case] == "largest" and not on_gpu:
+            remark = "  (needs a GPU)"
+        lines.append(f"  {case}{remark}")
+    lines += [f"  {rival.name}: {api.can_run(rival.peer.available())}" for rival in involved]
     return [f"scaling: {', '.join(PASSES)} of {' and '.join(MODELS)}", *lines] if lines else []
+
+
+def _cases() -> dict[str, str]:
+    """Every case by its name, with what it is: a point, the largest batch at one, or a grid."""
+    cases = {case_name(size, largest=False): "point" for size in SIZES}
+    cases |= {case_name(size, largest=True): "largest" for size in SIZES}
+    return cases | {grid_name(grid): "grid" for grid in GRIDS}

@@ -95,7 +95,8 @@ def all_entries() -> list[Entry]:
 def select_entries(patterns: Sequence[str]) -> list[Entry]:
     """Those that a pattern matches; all without patterns. Raises runs.RunError if none is left."""
     every = all_entries()
-    found = [entry for entry in every if not patterns or api.matches(entry.name, patterns)]
+    names = api.chosen(patterns, [entry.name for entry in every])
+    found = [entry for entry in every if entry.name in names]
     if not found:
         raise runs.RunError(f"no entry matches {', '.join(map(repr, patterns))}; one of them is {every[0].name!r}")
     return found

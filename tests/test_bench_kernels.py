@@ -409,9 +409,22 @@ def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [c.name for c in api.select_contestants(["natten"])] == ["natten hopper-fna", "natten cutlass-fna"]
     with pytest.raises(runs.RunError, match="no contestant matches 'flash'; they are: ours, natten"):
         api.select_contestants(["ours", "flash"])
+    small = api.select_cases(["na2d 2x24x20x2x32 k7 float32"])
+    assert [c.name for c in small] == ["na2d 2x24x20x2x32 k7 float32"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    whole = "na2d 1x256x256x2x64 k7 float32"  # another case is called that, and tf32
+    assert [c.name for c in api.select_cases([whole])] == [whole]
     assert all(c.full_size for c in api.select_cases()) and all(c.full_size for c in api.select_cases(["na2d"]))
     assert [c.full_size for c in api.select_cases(["2x24x20x2x32 k7 bfloat16"])] == [False]
+
+
+def test_a_pattern_that_is_a_name_chooses_that_one_alone() -> None:
+    names = ["HDiT-B/4", "DiT-B/4", "ours"]
+    assert api.chosen(["DiT-B/4"], names) == ["DiT-B/4"]
+    assert api.chosen(["DiT-B"], names) == ["HDiT-B/4", "DiT-B/4"]
+    assert api.chosen(["DiT-B/4", "our*"], names) == ["DiT-B/4", "ours"]
+    assert api.chosen(["DiT*"], names) == ["DiT-B/4"]
+    assert api.chosen([], names) == names and api.chosen(["iT-B?4"], names) == []
 
 
 # The command line

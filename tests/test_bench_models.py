@@ -465,6 +465,7 @@ def test_cases_are_selected_by_pattern() -> None:
     assert model.select(["imagenet", "ffhq-1024 batch 4"], model.BATCHES, {}) == {
         "ffhq-1024": [4], "imagenet-128": [1, 32], "imagenet-256": [1, 16]
     }  # fmt: skip
+    assert model.select(["imagenet-256 batch 1"], model.BATCHES, {}) == {"imagenet-256": [1]}
     with pytest.raises(runs.RunError, match="no case matches 'mnist'; they are: flowers-256 batch 1"):
         model.select(["mnist"], model.BATCHES, {})
 
@@ -501,19 +502,26 @@ def test_commands(kind: str, tiny_presets: None, tmp_path: Path, capsys: pytest.
     assert "no contestant matches 'zzz'; they are: ours, k-diffusion, DiT-" in capsys.readouterr().err
 
 
-def test_lists_cases_and_why_a_peer_cannot_run() -> None:
+def test_lists_cases_and_why_a_peer_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffhq = "  ffhq-1024 batch {0}: ours, k-diffusion, DiT-B/4"
+    asked = "  (only with --case 'ffhq-1024 batch {0}')"
     for module in (model, train):
         lines = module.listing()
-        assert "  ffhq-1024 batch 4: ours, k-diffusion, DiT-B/4" in lines
+        assert "  flowers-256 batch 1: ours, k-diffusion, DiT-S/4" in lines  # what a CPU measures
+        assert (ffhq + asked).format(4) in lines
         assert "needs --k-diffusion FOLDER here" in lines[-1]
         assert module.listing(["ffhq"])[1:3] == [line for line in lines if "ffhq" in line]
         assert not module.listing(["zzz"])
-    assert "  ffhq-1024 batch 1: ours, k-diffusion, DiT-B/4" in model.listing()
-    assert "  ffhq-1024 batch 1: ours, k-diffusion, DiT-B/4  (only with --case 'ffhq-1024 batch 1')" in train.listing()
-    assert len(scaling.listing(["4096"])) == 3 and not scaling.listing(["zzz"])
+    assert len(scaling.listing(["image 4096"])) == 3 and not scaling.listing(["zzz"])
     lines = scaling.listing()
     assert "  image 4096x4096 batch 1" in lines and "  image 64x64 largest batch  (needs a GPU)" in lines
-    assert lines[-1] == "  attention 1024x1024 tokens: ours, natten hopper-fna, natten cutlass-fna, flex, sdpa"
+    assert lines[-1].startswith(
+        "  attention 1024x1024 tokens: ours, natten hopper-fna, natten cutlass-fna, flex, sdpa  ("
+    )
+    assert "  ours: runs here" in scaling.listing(["attention 32*"])
+    monkeypatch.setattr(api, "device", lambda: torch.device("cuda", 0))
+    assert ffhq.format(4) in model.listing() and ffhq.format(4) in train.listing()
+    assert ffhq.format(1) in model.listing() and (ffhq + asked).format(1) in train.listing()
 
 
 # scaling: the models

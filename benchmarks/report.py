@@ -195,7 +195,9 @@ def _machines(records: Records) -> str:
         clocks = [session["clocks"] or {} for session in sessions]
         seen = "; after it ".join(filter(None, (_clocks(clocks), _clocks(clocks, "_end"))))
         commits = ", ".join(dict.fromkeys(_commit(session["commit"]) for session in sessions))
-        row = [f"[{path.name}]({records.link(path)})", environment["device"], ", ".join(_versions(environment))]
+        cards = {session.get("gpu_uuid") for session in sessions} - {None}
+        device = environment["device"] + (f" ({len(cards)} cards)" if len(cards) > 1 else "")
+        row = [f"[{path.name}]({records.link(path)})", device, ", ".join(_versions(environment))]
         body.append([*row, ", ".join(filter(None, rates)), seen, commits, _sources(records, run)])
     return _table(head, body, left=len(head)) if body else NOTHING
 

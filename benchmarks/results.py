@@ -47,6 +47,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {torch.get_num_threads()} threads",
         "device_type": "cuda" if on_gpu else "cpu",
+        "gpu_uuid": str(torch.cuda.get_device_properties().uuid) if on_gpu and torch.version.cuda else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,

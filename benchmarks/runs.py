@@ -67,6 +67,8 @@ HEADER: dict[str, tuple[type, ...]] = {
 LATER: dict[str, tuple[type, ...]] = {"command": (list,), "commit": (str, _NULL), "date": (str,)}
 LATER |= {name: HEADER[name] for name in ("clocks", "ceilings")}
 """What a later session, in "continued", is told of."""
+CARD: dict[str, tuple[type, ...]] = {"gpu_uuid": (str, _NULL)}
+"""And since which card it was is recorded, that."""
 
 
 class RunError(ValueError):
@@ -89,8 +91,8 @@ def validate(data: Any) -> None:
     """Raises ValueError, naming the place, unless data is a run as SCHEMA.md has it."""
     _fields("the run", data, HEADER, required=[name for name in HEADER if name != "continued"])
     for i, session in enumerate(data.get("continued", [])):
-        _fields(f"continued {i}", session, LATER, required=LATER)
-    _fields("environment", data["environment"], {}, required=[*SAME, "commit", "date"])
+        _fields(f"continued {i}", session, LATER | CARD, required=LATER)
+    _fields("environment", data["environment"], CARD, required=[*SAME, "commit", "date"])
     _expect(data["schema"] == SCHEMA, f"schema {data['schema']!r}, expected {SCHEMA}")
     _expect(data["kind"] in KINDS, f"kind {data['kind']!r}, expected one of {KINDS}")
     for i, found in enumerate(data["rows"]):
@@ -200,9 +202,10 @@ def merge(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
 
 
 def sessions(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """What LATER names, of the session that began a run and of those that continued it."""
-    first = {name: run[name] if name in run else run["environment"][name] for name in LATER}
-    return [first, *run.get("continued", [])]
+    """What LATER and CARD name, of the session that began a run and of those that continued it."""
+    environment = run["environment"]
+    first = {name: run[name] if name in run else environment[name] for name in LATER}
+    return [first | {name: environment[name] for name in CARD if name in environment}, *run.get("continued", [])]
 
 
 def write_csv(data: dict[str, Any], path: Path | str) -> None:

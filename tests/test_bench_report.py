@@ -341,6 +341,14 @@ def test_the_sessions_of_a_run_are_one_line(tmp_path: Path) -> None:
     assert f"| {'0' * 12}, {'1' * 12} |" in line
 
 
+def test_machines_tell_of_several_cards(tmp_path: Path) -> None:
+    run = made_up_runs.kernels()
+    run["environment"]["gpu_uuid"] = "one"
+    (later,) = runs.sessions(run)
+    assert "cards" not in machines(run | {"continued": [later]}, tmp_path)
+    assert "(2 cards)" in machines(run | {"continued": [later | {"gpu_uuid": "two"}]}, tmp_path)
+
+
 def machines(run: dict[str, Any], folder: Path) -> str:
     results.write(folder / "run.json", run)
     return report.BLOCKS["machines"](report.load(folder, folder, folder / "report.md"))

@@ -163,7 +163,7 @@ def test_later_sessions_are_told_of(tmp_path: Path) -> None:
     idle.save()
     assert "continued" not in runs.read(path)
     again = runs.Run.open(path, "kernels", ["second"])
-    again.session["ceilings"] = {"copy_tb_s": 2.0}
+    again.session |= {"ceilings": {"copy_tb_s": 2.0}, "gpu_uuid": "another card"}
     again.put(row(contestant="b"), row(contestant="c"))
     again.session["clocks"] |= {"sm_mhz_end": 1980}
     again.save()
@@ -171,6 +171,7 @@ def test_later_sessions_are_told_of(tmp_path: Path) -> None:
     first, second = runs.sessions(data)
     assert first["command"] == ["first"] and first["ceilings"] == data["ceilings"] == {"copy_tb_s": 1.0}
     assert second["command"] == ["second"] and second["ceilings"] == {"copy_tb_s": 2.0}
+    assert first["gpu_uuid"] == data["environment"]["gpu_uuid"] and second["gpu_uuid"] == "another card"
     assert second["date"] == data["environment"]["date"] and second["clocks"]["sm_mhz_end"] == 1980
     with pytest.raises(ValueError, match=r"continued 0: \['commit'\] missing"):
         runs.validate(data | {"continued": [{n: value for n, value in second.items() if n != "commit"}]})

@@ -1,8 +1,8 @@
 """`python -m benchmarks list|kernels|model|train|scaling|merge|report|compare|tune`.
 
 A command is a module with add_arguments(parser) and run(args) -> exit status, imported only when it is asked for. Exit
-status: 0; 1 if something failed, ran out of memory or became slower; 2 for what the user has to change, in one line;
-141 if whoever reads the output has gone, as of other commands in a pipe.
+status: 0; 1 if something failed, ran out of memory or became slower, or nothing was measured; 2 for what the user has
+to change, in one line; 141 if whoever reads the output has gone, as of other commands in a pipe.
 """
 
 from __future__ import annotations

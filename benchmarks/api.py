@@ -234,10 +234,11 @@ def print_table(data: dict[str, Any]) -> None:
     table.add_column("case", overflow="fold")
     for name in ("contestant", "pass"):
         table.add_column(name, no_wrap=True)
-    memory = on_gpu and data["kind"] != "kernels"
+    operators = data["kind"] == "kernels"
+    memory = on_gpu and not operators
     for name in [
-        *(("GPU", "p20 … p80", "x floor") if on_gpu else ()),
-        "wall",
+        *(("GPU", "p20 … p80", "x floor", "wall") if on_gpu else ("wall", "p20 … p80")),
+        *(("bytes", "FLOPs") if operators else ()),
         *(("memory",) if memory else ()),
         "error",
     ]:
@@ -252,13 +253,17 @@ def print_table(data: dict[str, Any]) -> None:
         if on_gpu:
             cells += _gpu_cells(row)
         cells.append(duration(row["wall_us"]["median"]) if row["wall_us"] else "")
+        if not on_gpu:
+            cells.append(_interval(row["wall_us"]))
+        if operators:
+            cells += [amount(row["bytes"], "B"), amount(row["flops"], "FLOP")]
         if memory:
             cells.append(f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else "")
         cells.append("" if row["error"] is None else f"{row['error']:.1e}")
         remark = row["detail"] or ""
         cells.append(remark if row["status"] == "ok" else f"{row['status']}: {row['reason']}")
         table.add_row(*map(escape, cells), style=None if row["status"] == "ok" else "red")
-    console = require("rich.console", "bench").Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    console = require("rich.console", "bench").Console(file=sys.stdout, width=None if sys.stdout.isatty() else 190)
     if tried:
         console.print(table)
     absent: dict[tuple[str, str, str], dict[str, None]] = {}
@@ -281,9 +286,20 @@ def _gpu_cells(row: runs.Row) -> list[str]:
     found = row["gpu_us"]
     if not found:
         return ["", "", ""]
-    interval = f"{duration(found['p20'])} … {duration(found['p80'])}"
     floor = f"{row['ratio_to_floor']:.2f} x {duration(row['floor_us'])}" if row["ratio_to_floor"] else ""
-    return [duration(found["median"]), interval, floor]
+    return [duration(found["median"]), _interval(found), floor]
+
+
+def _interval(found: dict[str, float] | None) -> str:
+    return f"{duration(found['p20'])} … {duration(found['p80'])}" if found else ""
+
+
+def amount(number: int | None, unit: str) -> str:
+    """In thousands, millions or billions; empty for what is not known or not counted (0)."""
+    if not number:
+        return ""
+    prefix, factor = next((p, f) for p, f in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)) if number >= f)
+    return f"{_three_digits(number / factor)} {prefix}{unit}"
 
 
 def listing(patterns: Sequence[str] = ()) -> list[str]:

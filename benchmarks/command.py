@@ -61,7 +61,7 @@ def open_run(args: argparse.Namespace, kind: str) -> runs.Run:
 def finish(run: runs.Run, args: argparse.Namespace) -> int:
     """Reads the clocks again, prints the rows, writes the files; 0, or 1 if a contestant failed or ran out of memory.
 
-    Raises runs.RunError if there is no row at all.
+    Also 1 if the run has no time at all. Raises runs.RunError if it has no row.
     """
     if not run.data["rows"]:
         raise runs.RunError("nothing to measure: none of the chosen contestants takes part in the chosen cases")
@@ -79,7 +79,9 @@ def finish(run: runs.Run, args: argparse.Namespace) -> int:
             say(f"Written: {path}")
     if args.output is not None:
         say(f"With pictures: python -m benchmarks report {args.output.parent}")
-    return 1 if counts["failed"] or counts["out of memory"] else 0
+    if not counts["ok"]:
+        say("Nothing was measured.")
+    return 1 if counts["failed"] or counts["out of memory"] or not counts["ok"] else 0
 
 
 def say(line: str) -> None:

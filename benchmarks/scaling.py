@@ -293,12 +293,12 @@ def measure_attention(
     for grid in grids:
         case, rivals = grid_case(grid, device)
         settings = {name: case.settings[name] for name in ("batch", "heads", "head_dim", "kernel_size", "dtype")}
-        names = api.chosen(contestants, [rival.name for rival in rivals])
+        chosen = api.chosen(contestants, [rival.name for rival in rivals])
         for rival in random.sample(rivals, len(rivals)):
             passes = [
                 direction for direction in ATTENTION_PASSES if not run.done(grid_name(grid), rival.name, direction)
             ]
-            if not passes or rival.name not in names:
+            if not passes or rival.name not in chosen:
                 continue
             if session.left() > 0 or rival.peer.available():  # why a peer can't run is told at no cost
                 on_step(f"{grid_name(grid)}: {rival.name}")

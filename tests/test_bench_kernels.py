@@ -439,6 +439,15 @@ def main(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
     return status, out, err
 
 
+def test_nothing_measured_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(
+        "benchmarks.ceilings.measure",
+        lambda *_: {"copy_tb_s": 0.01, "matmul_bf16_tflop_s": 0.05, "matmul_fp32_tflop_s": 0.05},
+    )
+    status, out, _ = main(capsys, "kernels", "--case", "geglu 960x2x96 float32", "--contestant", "liger")
+    assert status == 1 and "Nothing was measured." in out and "3 unavailable" in out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -484,8 +484,18 @@ def test_the_terminal_s_table_has_floors_and_memory(capsys: pytest.CaptureFixtur
     api.print_table(made_up_runs.kernels())
     printed = capsys.readouterr().out
     assert "1.30 x 67.0 µs" in printed and "memory" not in printed
+    assert re.search(r"wall .* bytes .* FLOPs .* error ", printed)
     api.print_table(made_up_runs.models())
     assert re.search(r"memory .* GiB ", capsys.readouterr().out, re.DOTALL)
+    on_cpu = made_up_runs.kernels()
+    on_cpu["environment"]["device_type"] = "cpu"
+    api.print_table(on_cpu)
+    assert re.search(r"pass .* wall .* p20 … p80 .* bytes ", capsys.readouterr().out)
+
+
+def test_amounts() -> None:
+    found = [api.amount(number, "B") for number in (None, 0, 12, 1234, 268_435_456, 6_576_668_672)]
+    assert found == ["", "", "12.0 B", "1.23 kB", "268 MB", "6.58 GB"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ CPU in float32. What is measured of one pass:
 GPU time     the summed durations of its kernels (copies and fills included) in torch.profiler: what the GPU works
 wall time    from the call to the end of a synchronisation: what a user waits, launches and host code included
 kernels      how many of them it launches
-peak memory  of the whole GPU allocator during the pass: weights, gradients, optimizer and averaged weights included
+peak memory  the most that the GPU's allocator holds during the pass, less what it held before the network was built:
+             weights, inputs, gradients, optimizer and averaged weights included, what the benchmark itself holds not
 """
 
 from __future__ import annotations
@@ -336,9 +337,9 @@ class Measurement:
     sdpa: str | None = None
 
 
-def measure(call: Callable[[], object], device: torch.device, seconds: float) -> Measurement:
+def measure(call: Callable[[], object], device: torch.device, seconds: float, before: int = 0) -> Measurement:
     """Measures a pass after its first call, which may compile kernels: about so many seconds of wall time, and on a GPU
-    half as many under the profiler."""
+    half as many under the profiler. before: bytes that were held before the network was built, see `held`."""
     first = timing.seconds_of(call, device)
     effort = Effort(width=0.03, fewest=5, most=50, seconds=seconds)
     if device.type != "cuda":
@@ -347,7 +348,7 @@ def measure(call: Callable[[], object], device: torch.device, seconds: float) ->
         return Measurement(first, None, timing.sample(lambda: _wall(call, device), effort))
     torch.cuda.reset_peak_memory_stats(device)
     wall = timing.sample(lambda: _wall(call, device), effort)
-    peak = torch.cuda.max_memory_allocated(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
     kernels: list[str] = []
 
     def profiled() -> float:
@@ -419,8 +420,9 @@ def _attempted(
         return found | {"status": "failed", "reason": f"wrong {what}: error {error:.1e}, allowed {allowed:.1e}"}
     call: Callable[[], object] | None = None
     try:
+        before = held(device)
         call = prepare(network, direction, batch, device)
-        measured = measure(call, device, seconds)
+        measured = measure(call, device, seconds, before)
     except Exception as failure:  # of one measurement; the others go on
         status = "out of memory" if timing.out_of_memory(failure) else "failed"
         return found | {"status": status, "reason": timing.one_line(failure)}
@@ -450,13 +452,20 @@ def fewest_calls(device: torch.device) -> int:
 
 
 def peak(network: Network, direction: str, batch: int, device: torch.device) -> int:
-    """Peak memory of one pass, bytes; raises torch.OutOfMemoryError."""
+    """Peak memory of one pass, bytes, as `measure` has it; raises torch.OutOfMemoryError."""
+    before = held(device)
     call = prepare(network, direction, batch, device)
     call()  # the first needs more, which is not counted at one image either
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def held(device: torch.device) -> int:
+    """Bytes of device memory that are allocated once all that can be given back is; 0 on a CPU."""
+    release(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def room(device: torch.device) -> float:
@@ -465,7 +474,8 @@ def room(device: torch.device) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Gives a GPU's memory of dropped models back."""
+    """Gives a GPU's memory of dropped models back, and cuBLAS's workspaces, which each network makes anew."""
     if device.type == "cuda":
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
         timing.release(device)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import math
 import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import __main__, api, model, networks, plots, report, runs, scaling, train
+from benchmarks import __main__, api, model, networks, plots, report, runs, scaling, timing, train
 from benchmarks.measure import DeviceLost
 from benchmarks.networks import Check, Network
 from benchmarks.peers import kdiffusion
@@ -368,6 +371,95 @@ def test_a_slow_first_call_is_followed_by_another_on_a_cpu() -> None:
     called.clear()
     found = networks.measure(cold, CPU, 0.1)
     assert found.wall_us.repeats >= 3 and found.wall_us.median < 5e4
+
+
+class Block:
+    itself: Block  # what a test makes a cycle of
+
+
+class Memory:
+    """A GPU's allocator, made up: bytes are held from take() until what it gives is dropped."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held = self.most = 0
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: self.held)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: self.most)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: setattr(self, "most", self.held))
+        for name in ("synchronize", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+
+    def take(self, size: int) -> Block:
+        block = Block()
+        self.held += size
+        self.most = max(self.most, self.held)
+        weakref.finalize(block, self.give, size)
+        return block
+
+    def give(self, size: int) -> None:
+        self.held -= size
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """Networks of 100 bytes whose passes need 30 more, the first one 500 more."""
+    found = Memory(monkeypatch)
+
+    def prepare(*_: Any) -> Callable[[], None]:
+        weights, needs = found.take(100), [500]
+
+        def call() -> None:
+            assert weights
+            found.take(needs.pop() if needs else 30)
+
+        return call
+
+    monkeypatch.setattr(networks, "prepare", prepare)
+    monkeypatch.setattr(networks, "profile", lambda call, device: (float(call() or 1.0), ["gemm"]))
+    return found
+
+
+def test_peak_memory_is_the_network_s_own(memory: Memory) -> None:
+    others = memory.take(70)  # what nobody frees
+    own, run = networks.hdit(CONFIG), new_run("model")
+    blank = model.blank("tiny", own, 1, "forward", CPU)
+    row = networks.attempt(blank, own, Check(1e-7, 1e-6), run, GPU, 0.01)
+    assert row["status"] == "ok" and row["peak_bytes"] == 130, row
+    assert networks.peak(own, "forward", 4, GPU) == 130
+    assert others and memory.held == 70
+
+
+def test_nothing_of_earlier_measurements_takes_a_network_s_memory(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffer that flushes the cache, and what only a collection of garbage frees."""
+    monkeypatch.setattr(timing, "_flush_buffer", functools.cache(lambda device: memory.take(256)))
+    own, run = networks.hdit(CONFIG), new_run("model")
+    seen: list[int] = []
+
+    def measure(call: Callable[[], object], device: torch.device, *_: Any) -> None:
+        seen.append(memory.held)
+        raise RuntimeError("enough")
+
+    def litter() -> None:
+        timing._flush_buffer(GPU)
+        cycle = memory.take(768)
+        cycle.itself = cycle
+
+    gc.disable()
+    try:
+        litter()
+        networks.peak(own, "forward", 1, GPU)
+        assert memory.held == 0
+        monkeypatch.setattr(networks, "measure", measure)
+        litter()
+        networks.attempt(model.blank("tiny", own, 1, "forward", CPU), own, Check(1e-7, 1e-6), run, GPU, 0.01)
+    finally:
+        gc.enable()
+    assert seen == [100] and memory.held == 0
 
 
 def test_profile_sums_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from hdit_kernels import registration
 
 WEIGHT_STD = 0.02
 DIT_CHECKED = 128  # pixels: float64 attention keeps every score of every layer, at 256² more than 80 GB of DiT-XL's
+LONG = 20.0  # seconds of a first pass on a CPU after which two samples have to do
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
 Inputs = tuple[Tensor, Tensor, Tensor | None]
@@ -343,8 +344,8 @@ def measure(call: Callable[[], object], device: torch.device, seconds: float, be
     first = timing.seconds_of(call, device)
     effort = Effort(width=0.03, fewest=5, most=50, seconds=seconds)
     if device.type != "cuda":
-        # Where a first call fills the time, one more has to do: first ones were seen to take four times as long.
-        effort = replace(effort, least=1 if first > seconds else effort.least)
+        # First calls were seen to take four times as long, so they are never among the samples.
+        effort = replace(effort, least=2 if first > LONG else fewest_calls(device))
         return Measurement(first, None, timing.sample(lambda: _wall(call, device), effort))
     torch.cuda.reset_peak_memory_stats(device)
     wall = timing.sample(lambda: _wall(call, device), effort)
@@ -447,8 +448,8 @@ def _attempted(
 
 
 def fewest_calls(device: torch.device) -> int:
-    """How many passes measure() makes at least, after the first."""
-    return 6 if device.type == "cuda" else 1
+    """How many passes measure() makes at least, after the first; on a CPU of LONG ones one less."""
+    return 6 if device.type == "cuda" else 3
 
 
 def peak(network: Network, direction: str, batch: int, device: torch.device) -> int:

@@ -338,10 +338,28 @@ class Measurement:
     sdpa: str | None = None
 
 
-def measure(call: Callable[[], object], device: torch.device, seconds: float, before: int = 0) -> Measurement:
+class TooSlow(Exception):
+    """A pass took longer than one is willing to wait. first_call_s: seconds of the first one."""
+
+    def __init__(self, which: str, took: float, patience: float, first_call_s: float) -> None:
+        super().__init__(f"its {which} pass took {took:.2g} s, more than the {patience:.2g} s allowed")
+        self.first_call_s = first_call_s
+
+
+def measure(
+    call: Callable[[], object], device: torch.device, seconds: float, before: int = 0, patience: float = math.inf
+) -> Measurement:
     """Measures a pass after its first call, which may compile kernels: about so many seconds of wall time, and on a GPU
-    half as many under the profiler. before: bytes that were held before the network was built, see `held`."""
-    first = timing.seconds_of(call, device)
+    half as many under the profiler. before: bytes that were held before the network was built, see `held`.
+
+    Raises TooSlow where the first call takes more than `patience` seconds, on a GPU (which may have compiled) also the
+    second.
+    """
+    first = took = timing.seconds_of(call, device)
+    if first > patience and device.type == "cuda":
+        took = timing.seconds_of(call, device)
+    if took > patience:
+        raise TooSlow("second" if device.type == "cuda" else "first", took, patience, first)
     effort = Effort(width=0.03, fewest=5, most=50, seconds=seconds)
     if device.type != "cuda":
         # First calls were seen to take four times as long, so they are never among the samples.
@@ -391,12 +409,22 @@ def _wall(call: Callable[[], object], device: torch.device) -> float:
     return timing.seconds_of(call, device) * 1e6
 
 
-def attempt(blank: Row, network: Network, checked: Check | str, run: Run, device: torch.device, seconds: float) -> Row:
+def attempt(
+    blank: Row,
+    network: Network,
+    checked: Check | str,
+    run: Run,
+    device: torch.device,
+    seconds: float,
+    patience: float = math.inf,
+) -> Row:
     """Measures what blank names (it has the pass and the batch), and adds the row to the run; an error is its status.
+
+    patience: seconds of a pass beyond which it stays "not measured", see `measure`.
 
     Raises DeviceLost, the failed row added, when the GPU no longer answers.
     """
-    row = blank | _attempted(blank, network, checked, run, device, seconds)
+    row = blank | _attempted(blank, network, checked, run, device, seconds, patience)
     run.put(row)
     run.save()
     if row["status"] != "ok":
@@ -409,7 +437,13 @@ def attempt(blank: Row, network: Network, checked: Check | str, run: Run, device
 
 
 def _attempted(
-    blank: Row, network: Network, checked: Check | str, run: Run, device: torch.device, seconds: float
+    blank: Row,
+    network: Network,
+    checked: Check | str,
+    run: Run,
+    device: torch.device,
+    seconds: float,
+    patience: float,
 ) -> dict[str, Any]:
     direction, batch = blank["pass"], blank["settings"]["batch"]
     if isinstance(checked, str):
@@ -423,7 +457,9 @@ def _attempted(
     try:
         before = held(device)
         call = prepare(network, direction, batch, device)
-        measured = measure(call, device, seconds, before)
+        measured = measure(call, device, seconds, before, patience)
+    except TooSlow as slow:
+        return found | {"status": "not measured", "reason": str(slow), "first_call_s": slow.first_call_s}
     except Exception as failure:  # of one measurement; the others go on
         status = "out of memory" if timing.out_of_memory(failure) else "failed"
         return found | {"status": status, "reason": timing.one_line(failure)}

@@ -466,6 +466,22 @@ def test_nothing_of_earlier_measurements_takes_a_network_s_memory(
     assert seen == [100] and memory.held == 0
 
 
+@pytest.mark.parametrize("steady", [0.0, 0.2])
+def test_a_gpu_s_first_pass_may_compile(steady: float, memory: Memory) -> None:
+    called: list[int] = []
+
+    def call() -> None:
+        called.append(1)
+        time.sleep(0.2 if len(called) == 1 else steady)
+
+    if steady:
+        with pytest.raises(networks.TooSlow, match=r"its second pass took 0\.2\d* s, more than the 0\.1 s allowed"):
+            networks.measure(call, GPU, 0.01, patience=0.1)
+        assert len(called) == 2
+    else:
+        assert networks.measure(call, GPU, 0.01, patience=0.1).wall_us.median < 1e5
+
+
 def test_profile_sums_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = torch.autograd.DeviceType
 
@@ -727,18 +743,45 @@ def test_a_point_beyond_patience_is_not_tried() -> None:
     assert rows["a", 8]["status"] == "ok" and "more than the 0.05 s allowed" in rows["a", 16]["reason"]
 
 
-def test_the_first_point_of_a_family_is_predicted_from_another() -> None:
-    called: list[str] = []
+def test_a_family_is_not_predicted_from_another() -> None:
+    """What takes 50 times the FLOPs of another in less time than it."""
+    rows = measured([tiny("a", lambda size: time.sleep(0.05)), tiny("b", products=50)], (8, 16), patience=0.4)
+    assert all(rows["b", size]["status"] == "ok" for size in (8, 16)), rows
+    assert rows["b", 8]["flops"] == 50 * rows["a", 8]["flops"]
 
-    def wait(name: str, seconds: float) -> Callable[[int], None]:
-        def waits(size: int) -> None:
-            called.append(name)
-            time.sleep(seconds)
 
-        return waits
+@pytest.mark.parametrize(("patience", "budget"), [(0.1, 60), (60, 0.1)])
+def test_the_first_point_of_a_family_is_left_after_one_call_that_takes_too_long(patience: float, budget: float) -> None:
+    called: list[int] = []
 
-    measured([tiny("a", wait("a", 0.2)), tiny("b", wait("b", 9), products=2)], (8,), 0.5)
-    assert set(called) == {"a"}
+    def wait(size: int) -> None:
+        called.append(size)
+        time.sleep(0.3)
+
+    rows = measured([tiny("b", wait)], (8, 16), budget, patience=patience, seconds=1)
+    assert called == [8]
+    assert rows["b", 8]["status"] == "not measured" and rows["b", 8]["first_call_s"] >= 0.3
+    assert re.fullmatch(r"its first pass took 0\.\d+ s, more than the 0\.\d+ s allowed", rows["b", 8]["reason"])
+    assert rows["b", 16]["status"] == "not measured"
+    if budget == 60:
+        assert "s a pass expected, more than the 0.1 s allowed" in rows["b", 16]["reason"]
+
+
+def test_a_pass_is_predicted_from_another_of_the_same_family() -> None:
+    called: list[int] = []
+
+    def wait(size: int) -> None:
+        called.append(size)
+        time.sleep(0.1)
+
+    run = new_run("scaling")
+    measured([tiny("a", wait)], (8,), run=run)
+    forward, step = (scaling.blank(tiny("a", wait)(8), 8, 1, direction) for direction in ("forward", "step"))
+    seconds = run.data["rows"][0]["wall_us"]["median"] / 1e6
+    assert scaling._expected(run, forward) == pytest.approx(seconds)
+    assert scaling._expected(run, step) == pytest.approx(seconds * step["flops"] / forward["flops"])
+    assert step["flops"] > forward["flops"]
+    assert scaling._expected(run, step | {"contestant": "b"}) == 0
 
 
 def test_out_of_memory_ends_a_family_only() -> None:

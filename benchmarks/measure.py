@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import ceilings, correctness, runs, timing
 from benchmarks.correctness import OUT, Error, Truth
 from benchmarks.kernels import PASSES, Case
-from benchmarks.peers import Contestant, Implementation, Tensors, Unsupported
+from benchmarks.peers import Contestant, Implementation, Tensors, Unsupported, compiled
 
 CHECKED = 2**27  # elements of the largest input up to which the case itself is checked, not a smaller one
 PATIENCE = 0.5  # seconds of one forward pass, by its FLOPs alone, beyond which it is not measured (see Session)
@@ -84,6 +84,7 @@ def measure(case: Case, contestant: Contestant, session: Session, passes: Sequen
                 message = f"{case.name}, {contestant.name}: the GPU no longer answers: {timing.one_line(lost)}"
                 raise DeviceLost(message, [rows[direction] for direction in passes]) from error
             failed = True
+        compiled.forget()
         if failed:
             gc.collect()  # what the error kept alive
         timing.release(session.device)

@@ -6,7 +6,8 @@ CPU in float32. What is measured of one pass:
 GPU time     the summed durations of its kernels (copies and fills included) in torch.profiler: what the GPU works
 wall time    from the call to the end of a synchronisation: what a user waits, launches and host code included
 kernels      how many of them it launches
-peak memory  of the whole GPU allocator during the pass: weights, gradients, optimizer and averaged weights included
+peak memory  the most that the GPU's allocator holds during the pass, less what it held before the network was built:
+             weights, inputs, gradients, optimizer and averaged weights included, what the benchmark itself holds not
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from hdit_kernels import registration
 
 WEIGHT_STD = 0.02
 DIT_CHECKED = 128  # pixels: float64 attention keeps every score of every layer, at 256² more than 80 GB of DiT-XL's
+LONG = 20.0  # seconds of a first pass on a CPU after which two samples have to do
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
 Inputs = tuple[Tensor, Tensor, Tensor | None]
@@ -336,18 +338,36 @@ class Measurement:
     sdpa: str | None = None
 
 
-def measure(call: Callable[[], object], device: torch.device, seconds: float) -> Measurement:
+class TooSlow(Exception):
+    """A pass took longer than one is willing to wait. first_call_s: seconds of the first one."""
+
+    def __init__(self, which: str, took: float, patience: float, first_call_s: float) -> None:
+        super().__init__(f"its {which} pass took {took:.2g} s, more than the {patience:.2g} s allowed")
+        self.first_call_s = first_call_s
+
+
+def measure(
+    call: Callable[[], object], device: torch.device, seconds: float, before: int = 0, patience: float = math.inf
+) -> Measurement:
     """Measures a pass after its first call, which may compile kernels: about so many seconds of wall time, and on a GPU
-    half as many under the profiler."""
-    first = timing.seconds_of(call, device)
+    half as many under the profiler. before: bytes that were held before the network was built, see `held`.
+
+    Raises TooSlow where the first call takes more than `patience` seconds, on a GPU (which may have compiled) also the
+    second.
+    """
+    first = took = timing.seconds_of(call, device)
+    if first > patience and device.type == "cuda":
+        took = timing.seconds_of(call, device)
+    if took > patience:
+        raise TooSlow("second" if device.type == "cuda" else "first", took, patience, first)
     effort = Effort(width=0.03, fewest=5, most=50, seconds=seconds)
     if device.type != "cuda":
-        # Where a first call fills the time, one more has to do: first ones were seen to take four times as long.
-        effort = replace(effort, least=1 if first > seconds else effort.least)
+        # First calls were seen to take four times as long, so they are never among the samples.
+        effort = replace(effort, least=2 if first > LONG else fewest_calls(device))
         return Measurement(first, None, timing.sample(lambda: _wall(call, device), effort))
     torch.cuda.reset_peak_memory_stats(device)
     wall = timing.sample(lambda: _wall(call, device), effort)
-    peak = torch.cuda.max_memory_allocated(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
     kernels: list[str] = []
 
     def profiled() -> float:
@@ -389,12 +409,22 @@ def _wall(call: Callable[[], object], device: torch.device) -> float:
     return timing.seconds_of(call, device) * 1e6
 
 
-def attempt(blank: Row, network: Network, checked: Check | str, run: Run, device: torch.device, seconds: float) -> Row:
+def attempt(
+    blank: Row,
+    network: Network,
+    checked: Check | str,
+    run: Run,
+    device: torch.device,
+    seconds: float,
+    patience: float = math.inf,
+) -> Row:
     """Measures what blank names (it has the pass and the batch), and adds the row to the run; an error is its status.
+
+    patience: seconds of a pass beyond which it stays "not measured", see `measure`.
 
     Raises DeviceLost, the failed row added, when the GPU no longer answers.
     """
-    row = blank | _attempted(blank, network, checked, run, device, seconds)
+    row = blank | _attempted(blank, network, checked, run, device, seconds, patience)
     run.put(row)
     run.save()
     if row["status"] != "ok":
@@ -407,7 +437,13 @@ def attempt(blank: Row, network: Network, checked: Check | str, run: Run, device
 
 
 def _attempted(
-    blank: Row, network: Network, checked: Check | str, run: Run, device: torch.device, seconds: float
+    blank: Row,
+    network: Network,
+    checked: Check | str,
+    run: Run,
+    device: torch.device,
+    seconds: float,
+    patience: float,
 ) -> dict[str, Any]:
     direction, batch = blank["pass"], blank["settings"]["batch"]
     if isinstance(checked, str):
@@ -419,8 +455,11 @@ def _attempted(
         return found | {"status": "failed", "reason": f"wrong {what}: error {error:.1e}, allowed {allowed:.1e}"}
     call: Callable[[], object] | None = None
     try:
+        before = held(device)
         call = prepare(network, direction, batch, device)
-        measured = measure(call, device, seconds)
+        measured = measure(call, device, seconds, before, patience)
+    except TooSlow as slow:
+        return found | {"status": "not measured", "reason": str(slow), "first_call_s": slow.first_call_s}
     except Exception as failure:  # of one measurement; the others go on
         status = "out of memory" if timing.out_of_memory(failure) else "failed"
         return found | {"status": status, "reason": timing.one_line(failure)}
@@ -445,18 +484,25 @@ def _attempted(
 
 
 def fewest_calls(device: torch.device) -> int:
-    """How many passes measure() makes at least, after the first."""
-    return 6 if device.type == "cuda" else 1
+    """How many passes measure() makes at least, after the first; on a CPU of LONG ones one less."""
+    return 6 if device.type == "cuda" else 3
 
 
 def peak(network: Network, direction: str, batch: int, device: torch.device) -> int:
-    """Peak memory of one pass, bytes; raises torch.OutOfMemoryError."""
+    """Peak memory of one pass, bytes, as `measure` has it; raises torch.OutOfMemoryError."""
+    before = held(device)
     call = prepare(network, direction, batch, device)
     call()  # the first needs more, which is not counted at one image either
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def held(device: torch.device) -> int:
+    """Bytes of device memory that are allocated once all that can be given back is; 0 on a CPU."""
+    release(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def room(device: torch.device) -> float:
@@ -465,7 +511,8 @@ def room(device: torch.device) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Gives a GPU's memory of dropped models back."""
+    """Gives a GPU's memory of dropped models back, and cuBLAS's workspaces, which each network makes anew."""
     if device.type == "cuda":
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
         timing.release(device)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import rows as reading
 from benchmarks import runs
 from benchmarks.fits import PowerLaw, largest_sizes
-from benchmarks.rows import MEASURES
+from benchmarks.rows import MEASURES, NOISE, Stats
 from benchmarks.runs import Row
 from hdit._extras import require
 
@@ -125,7 +125,7 @@ class Curve:
     """One contestant's cost at sizes in ascending order. extrapolated: beyond the last measured one, never measured.
 
     cost: what COSTS calls it. full: the sizes at which memory did not suffice. law: of cost against the square of size
-    (pixels, tokens), as fits.largest_sizes has it.
+    (pixels, tokens), as fits.largest_sizes has it. samples: of measured times, by size. noise: of rows.NOISE.
     """
 
     contestant: str
@@ -134,6 +134,8 @@ class Curve:
     extrapolated: list[tuple[float, float]]
     full: tuple[int, ...]
     law: PowerLaw | None
+    samples: dict[float, Stats] = field(default_factory=dict)
+    noise: float = 0.0
 
     @property
     def determined(self) -> bool:
@@ -167,6 +169,11 @@ class Curve:
                     return y, guessed
         return None
 
+    def beside(self, other: Curve, size: float) -> str | None:
+        """What it is beside another at a size, as rows.verdict says; None unless both are times measured there."""
+        own, theirs = self.samples.get(size), other.samples.get(size)
+        return reading.verdict(theirs, own, self.noise) if own and theirs else None
+
 
 def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -> Curve:
     """cost: of COSTS (peak_bytes in GiB then, times in seconds); size: the name of the setting.
@@ -188,7 +195,8 @@ def curve(contestant: str, rows: Sequence[Row], cost: str, size: str = "size") -
         extrapolated = [(row["settings"][size], seconds * row["flops"] / last["flops"]) for row in beyond]
     law = largest_sizes([x**2 for x, _ in points], [y for _, y in points])
     full = tuple(row["settings"][size] for row in own if row["status"] == FULL)
-    return Curve(contestant, COSTS[cost], points, extrapolated, full, law)
+    samples = {row["settings"][size]: row[cost] for row, _ in measured} if cost in MEASURES else {}
+    return Curve(contestant, COSTS[cost], points, extrapolated, full, law, samples, NOISE.get(cost, 0.0))
 
 
 def scaling_panels(rows: Sequence[Row]) -> dict[str, tuple[str, list[Curve]]]:
@@ -301,7 +309,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def _annotate(axes: Any, curves: Sequence[Curve]) -> None:
-    """An arrow from the first curve to the second at ANNOTATED and what one is of the other."""
+    """An arrow from the first curve to the second at ANNOTATED and what one is of the other, if that can be told."""
     if len(curves) != 2:
         return
     ends = [end for found in curves if (end := found.at(ANNOTATED))]
@@ -312,6 +320,9 @@ def _annotate(axes: Any, curves: Sequence[Curve]) -> None:
     axes.annotate("", (ANNOTATED, own), (ANNOTATED, other), arrowprops=arrow)
     text = f"{share(own / other)} of {curves[1].contestant}'s\n{curves[1].cost} at {ANNOTATED}²"
     text += " (extrapolated)" if own_guessed or other_guessed else ""
+    word = curves[0].beside(curves[1], ANNOTATED)
+    if word in reading.UNDECIDED:
+        text = f"{curves[1].cost} at {ANNOTATED}²:\n{word}"
     # Costs rise with the size: below the lower curve, to the right, there is none that the text could hide.
     place = {"xytext": (8, -6), "textcoords": "offset points", "va": "top", "fontsize": "small", "bbox": LABEL}
     axes.annotate(text, (ANNOTATED, min(own, other)), **place)

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import plots, results, runs
 from benchmarks import rows as reading
 from benchmarks.fits import PowerLaw
-from benchmarks.rows import MEASURES, NOISE
+from benchmarks.rows import MEASURES, NOISE, UNDECIDED
 from benchmarks.runs import Row
 
 EARLIER = "measured on an earlier version of the sources"
@@ -46,13 +46,13 @@ _BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- en
 class Column:
     """number: row -> what the first contestant's share of the second is told of, None where that says nothing.
 
-    differ: whether two rows have numbers that may be called different.
+    beside: what the first row is beside the second, as rows.verdict says; None where numbers are exact.
     """
 
     label: str
     text: Callable[[Row], str]
     number: Callable[[Row], float | None] | None = None
-    differ: Callable[[Row, Row], bool] = lambda first, second: True
+    beside: Callable[[Row, Row], str | None] = lambda first, second: None
 
 
 @dataclass(frozen=True)
@@ -322,29 +322,33 @@ def _share(column: Column, first: Row | None, second: Row | None) -> str:
     one, other = column.number(first), column.number(second)
     if not one or not other:
         return ""
-    return plots.share(one / other) if column.differ(first, second) else "same within noise"
+    word = column.beside(first, second)
+    return word if word in UNDECIDED else plots.share(one / other)
 
 
 def claim(rows: Sequence[Row]) -> str:
     """What the first contestant costs of the second at 1024², and whether that is measured; empty if it isn't known.
 
-    rows: as forward_rows gives them.
+    Of times that can't be told apart there is no share, but the verdict. rows: as forward_rows gives them.
     """
     names, which = reading.contestants(rows), reading.measure(rows)
     if len(names) != 2:
         return ""
-    facts = []
+    facts, undecided = [], []
     costs = {"flops": "the FLOPs"} | {name: f"the {MEASURES[name]}" for name in (which, "wall_us")}
     for cost, label in costs.items():
-        own, other = (plots.curve(name, rows, cost).at(plots.ANNOTATED) for name in names)
-        if own and other:
+        first, second = (plots.curve(name, rows, cost) for name in names)
+        own, other, word = first.at(plots.ANNOTATED), second.at(plots.ANNOTATED), first.beside(second, plots.ANNOTATED)
+        if word in UNDECIDED:
+            undecided.append(f"{MEASURES[cost]}: {word}")
+        elif own and other:
             how = ("extrapolated" if own[1] or other[1] else "measured") if cost != "flops" else "counted"
             facts.append(f"{plots.share(own[0] / other[0])} of {label} ({how})")
     if not facts:
         return ""
     *others, last = facts
     listed = f"{', '.join(others)} and {last}" if others else last
-    return f"At {plots.ANNOTATED}² {names[0]} takes {listed} that {names[1]} takes."
+    return "; ".join([f"At {plots.ANNOTATED}² {names[0]} takes {listed} that {names[1]} takes", *undecided]) + "."
 
 
 def _exponents(rows: Sequence[Row], panels: dict[str, tuple[str, list[plots.Curve]]], what: str) -> str:
@@ -408,7 +412,8 @@ def _attention(records: Records) -> str:
 
 
 def _kernels_summary(records: Records) -> str:
-    """A line for each operator and pass, from the first run that timed the operator."""
+    """A line for each operator and pass, from the first run that timed the operator; how many times as fast ours are
+    of those cases where that can be told."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path, run in records.of("kernels"):
         for row in run["rows"]:
@@ -425,12 +430,13 @@ def _kernels_summary(records: Records) -> str:
             which = reading.measure(own)
             timed = [row for row in own if reading.is_ours(row["contestant"]) and row["status"] == "ok"]
             ratios = [ratio for row in timed if (ratio := reading.ratio_to_floor(row, which))]
-            rivals = [(row, _rival(own, row, which)) for row in timed]
-            words = [_beside(row, rival, which) for row, rival in rivals if rival]
-            gains = [rival[which]["median"] / row[which]["median"] for row, rival in rivals if rival]
-            span, gain = _span(ratios, ""), _span(gains, "x") + (" as fast" if gains else "")
-            same = sum(word == "same within noise" for word in words)
-            gain += f", {same} within noise" if same else ""
+            rivals = [(row, rival) for row in timed if (rival := _rival(own, row, which))]
+            words = [_beside(row, rival, which) for row, rival in rivals]
+            told = [pair for pair, word in zip(rivals, words, strict=True) if word not in UNDECIDED]
+            gains = [rival[which]["median"] / row[which]["median"] for row, rival in told]
+            parts = [f"{_span(gains, 'x')} as fast"] if gains else []
+            parts += [f"{words.count(word)} {word}" for word in UNDECIDED if word in words]
+            span, gain = _span(ratios, ""), ", ".join(parts)
             device = [run["environment"]["device"]] if several else []
             body.append([f"`{operator}`", direction, *device, str(len(timed)), span, gain])
     head = ["operator", "pass", *(["device"] if several else []), "cases", "time / floor", "beside the fastest other"]
@@ -496,11 +502,10 @@ def _kernel_table(rows: Sequence[Row]) -> str:
 
 
 def _others(rows: Sequence[Row]) -> list[str]:
-    """Every other contestant's time as a multiple of ours, where there are several: a heading and a table."""
+    """Every other contestant's time as a multiple of ours, where that can be told: a heading and a table. Empty where
+    there is one other alone."""
     which = reading.measure(rows)
-    timed = {
-        (r["case"], r["pass"], r["contestant"]): r[which]["median"] for r in rows if r["status"] == "ok" and r[which]
-    }
+    timed = {(r["case"], r["pass"], r["contestant"]): r for r in rows if r["status"] == "ok" and r[which]}
     names = [n for n in reading.contestants(rows) if not reading.is_ours(n) and any(key[2] == n for key in timed)]
     ours = next((name for name in reading.contestants(rows) if reading.is_ours(name)), "")
     body = []
@@ -509,10 +514,15 @@ def _others(rows: Sequence[Row]) -> list[str]:
         others = [timed.get((case, direction, name)) for name in names]
         if own and any(others):
             short = case.removeprefix(rows[0]["operator"]).strip() or case
-            body.append([short, direction, *(f"{other / own:.2f}x" if other else "" for other in others)])
+            body.append([short, direction, *(_multiple(own, other, which) if other else "" for other in others)])
     if len(names) < 2 or not body:
         return []
     return [f"{MEASURES[which]} of the others, as a multiple of ours:", _table(["case", "pass", *names], body, left=2)]
+
+
+def _multiple(ours: Row, other: Row, which: str) -> str:
+    word = reading.verdict(other[which], ours[which], NOISE[which])
+    return word if word in UNDECIDED else f"{other[which]['median'] / ours[which]['median']:.2f}x"
 
 
 def _notes(rows: Sequence[Row]) -> str:
@@ -560,7 +570,7 @@ def _rival(rows: Sequence[Row], ours: Row, which: str) -> Row | None:
 
 def _beside(ours: Row, rival: Row, which: str) -> str:
     word = reading.verdict(rival[which], ours[which], NOISE[which])
-    if word == "same within noise":
+    if word in UNDECIDED:
         return word
     quick, slow = sorted((ours[which]["median"], rival[which]["median"]))
     return f"{slow / quick:.2f}x {word}"
@@ -704,11 +714,11 @@ def _time(row: Row, which: str) -> str:
 
 
 def _time_column(which: str) -> Column:
-    def differ(first: Row, second: Row) -> bool:
-        return reading.verdict(second[which], first[which], NOISE[which]) != "same within noise"
+    def beside(first: Row, second: Row) -> str:
+        return reading.verdict(second[which], first[which], NOISE[which])
 
     return Column(
-        MEASURES[which], lambda row: _time(row, which), lambda row: row[which] and row[which]["median"], differ
+        MEASURES[which], lambda row: _time(row, which), lambda row: row[which] and row[which]["median"], beside
     )
 
 

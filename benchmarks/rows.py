@@ -11,6 +11,8 @@ Stats = dict[str, Any]  # median, p20, p80 in microseconds, repeats
 
 MEASURES = {"gpu_us": "GPU time", "wall_us": "wall time"}
 NOISE = {"gpu_us": 0.03, "wall_us": 0.10}  # medians of two processes on one machine differ by about this much
+SAME, TOO_FEW = "same within noise", "too few samples"
+UNDECIDED = SAME, TOO_FEW  # verdicts beside which no ratio is told
 FULL_ATTENTION = "sdpa"  # the contestant that neighborhood attention replaces
 
 
@@ -48,16 +50,16 @@ def ratio_to_floor(row: Row, which: str, quantile: str = "median") -> float | No
 
 
 def verdict(a: Stats, b: Stats, noise: float) -> str:
-    """What b is beside a: "faster", "slower" or "same within noise".
+    """What b is beside a: "faster", "slower", "same within noise" or "too few samples".
 
     A difference counts only where the p20..p80 intervals don't overlap and the medians differ by more than noise · a's.
-    A single sample has no interval, so it tells no difference.
+    A single sample has no interval, so it tells neither a difference nor that there is none.
     """
     if min(a["repeats"], b["repeats"]) < 2:
-        return "same within noise"
+        return TOO_FEW
     apart = b["p80"] < a["p20"] or a["p80"] < b["p20"]
     if not apart or abs(b["median"] - a["median"]) <= noise * a["median"]:
-        return "same within noise"
+        return SAME
     return "faster" if b["median"] < a["median"] else "slower"
 
 

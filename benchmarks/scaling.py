@@ -108,7 +108,8 @@ def measure_models(
 
     sizes: sides of the images in pixels; the order within each but the smallest is random. contestants:
     patterns as in api.chosen; none means all. seconds: for measuring a pass. patience: seconds of one pass, as
-    predicted from smaller images and the ratio of FLOPs, beyond which it is not tried. budget_seconds: for all of it,
+    predicted from the same network's smaller images and the ratio of FLOPs, beyond which it is not tried; a network of
+    which nothing is known is tried, and left after a first pass that takes longer. budget_seconds: for all of it,
     counting FLOPs aside; a point that would not fit is not tried. at: size -> the networks. on_step: called with a line
     of text before each piece of work.
     """
@@ -118,7 +119,7 @@ def measure_models(
         names = api.chosen(contestants, [network.name for network in at(size)])
         chosen = [network for network in at(size) if network.name in names]
         own = [(blank(network, size, 1, direction), network) for network in chosen for direction in passes]
-        # Of the smallest size the cheapest comes first: nothing predicts yet what the others take.
+        # Of the smallest size the cheapest comes first: nothing predicts yet what takes too long.
         points += random.sample(own, len(own)) if points else sorted(own, key=lambda point: point[0]["flops"])
     deadline = time.monotonic() + budget_seconds
     checks: dict[tuple[str, int], Check | str] = {}
@@ -149,7 +150,8 @@ def measure_models(
             row["detail"] = f"checked at {model}²"
         on_step(f"{row['pass']} of {network.name} at {size}²")
         began = time.monotonic()
-        row = networks.attempt(row, network, checks[network.name, model], run, device, seconds)
+        allowed = math.inf if expected else min(patience, left)
+        row = networks.attempt(row, network, checks[network.name, model], run, device, seconds, allowed)
         if wall := row["wall_us"]:
             overhead = max(0.0, time.monotonic() - began - wall["median"] * wall["repeats"] / 1e6)
 
@@ -160,13 +162,17 @@ def _singles(run: runs.Run) -> list[runs.Row]:
 
 
 def _expected(run: runs.Run, row: runs.Row) -> float:
-    """Seconds of a pass, from the largest measured one of its own kind, or else of any; 0 if nothing is known."""
-    timed = [found for found in _singles(run) if found["wall_us"]]
-    own = [found for found in timed if (found["contestant"], found["pass"]) == (row["contestant"], row["pass"])]
-    if not timed:
+    """Seconds of a pass, from the contestant's largest measured one of that pass, or else of another, or else from the
+    first call of one that took too long; 0 if nothing is known."""
+    own = [found for found in _singles(run) if found["contestant"] == row["contestant"]]
+    timed = [found for found in own if found["wall_us"]]
+    given_up = [found for found in own if found["status"] == "not measured" and found.get("first_call_s")]
+    known = [found for found in timed if found["pass"] == row["pass"]] or timed or given_up
+    if not known:
         return 0.0
-    nearest = max(own or timed, key=lambda found: found["flops"])
-    return nearest["wall_us"]["median"] / 1e6 * row["flops"] / nearest["flops"]
+    nearest = max(known, key=lambda found: found["flops"])
+    seconds = nearest["wall_us"]["median"] / 1e6 if nearest["wall_us"] else nearest["first_call_s"]
+    return seconds * row["flops"] / nearest["flops"]
 
 
 def _full(run: runs.Run, row: runs.Row) -> bool:

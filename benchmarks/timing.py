@@ -96,8 +96,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Gives cached memory back, if the GPU still answers."""
+    """Gives cached memory and the buffer that flushes the cache back, if the GPU still answers."""
     if device.type == "cuda":
+        _flush_buffer.cache_clear()
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
 

@@ -50,7 +50,9 @@ def words(verdicts: list[compare.Verdict], contestant: str = "ours") -> set[str]
         (stats(100, 0.001), stats(102, 0.001), 0.01, "slower"),
         (spread(100, 90, 101), spread(120, 101, 130), 0.03, "same within noise"),
         (spread(100, 90, 101), spread(120, 102, 130), 0.03, "slower"),
-        (spread(100, 90, 101), spread(120, 120, 120, repeats=1), 0.03, "same within noise"),  # of how much noise?
+        (spread(1.15e6, 1e6, 1.3e6), spread(8.02e6, 8.02e6, 8.02e6, repeats=1), 0.03, "too few samples"),
+        (spread(100, 100, 100, repeats=1), spread(100, 99, 101), 0.03, "too few samples"),
+        (spread(100, 99, 101, repeats=2), spread(120, 119, 121, repeats=2), 0.03, "slower"),
     ],
 )
 def test_a_difference_counts_beyond_the_spread_only(a: rows.Stats, b: rows.Stats, noise: float, word: str) -> None:

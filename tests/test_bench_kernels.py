@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -15,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__, api, ceilings, measure, results, runs, timing
@@ -23,7 +26,7 @@ from benchmarks.kernels import FAMILIES, PASSES, Case, all_cases
 from benchmarks.kernels.geglu import geglu
 from benchmarks.kernels.neighborhood_attention import na2d
 from benchmarks.kernels.norms import rms_norm
-from benchmarks.peers import Contestant, Implementation, Peer, Unsupported, _available, case_contestants
+from benchmarks.peers import Contestant, Implementation, Peer, Unsupported, _available, case_contestants, compiled
 from hdit_kernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,6 +206,28 @@ def test_large_cases_are_checked_on_a_smaller_grid(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measure, "CHECKED", 1)
     entry = measure.Entry(big, case_contestants(big)[0])
     assert entry.checked.name == small.name and not entry.same
+
+
+def test_nothing_holds_the_tensors_of_a_contestant_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Dynamo does with what it has compiled: in cycles, and until it is reset."""
+    held: list[Any] = []
+    seen: list[StorageWeakRef] = []
+    monkeypatch.setattr(torch._dynamo, "reset", held.clear)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+    def function(x: Tensor, **others: Tensor) -> Tensor:
+        cycle: list[Any] = [x]
+        cycle.append(cycle)
+        held.append(x)
+        seen.append(StorageWeakRef(x.untyped_storage()))
+        return reference.geglu(x, **others)
+
+    gc.disable()
+    try:
+        assert statuses(run(contestant("holding", compiled.compile(function))), "holding") == ["ok"] * 3
+    finally:
+        gc.enable()
+    assert seen and all(storage.expired() for storage in seen)
 
 
 def test_the_tuned_variant_is_measured_and_named() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import math
 import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import __main__, api, model, networks, plots, report, runs, scaling, train
+from benchmarks import __main__, api, model, networks, plots, report, runs, scaling, timing, train
 from benchmarks.measure import DeviceLost
 from benchmarks.networks import Check, Network
 from benchmarks.peers import kdiffusion
@@ -350,14 +353,14 @@ def test_passes_do_what_they_say(monkeypatch: pytest.MonkeyPatch, small_dit: Non
                 assert len(changed) > 0.9 * len(before)
 
 
-def test_a_slow_first_call_is_followed_by_another_on_a_cpu() -> None:
+def test_a_slow_first_call_is_followed_by_others_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
 
     def slow() -> None:
         called.append(1)
         time.sleep(0.05)
 
-    assert networks.measure(slow, CPU, 0.01).wall_us.repeats == 1 and len(called) == 2
+    assert networks.measure(slow, CPU, 0.01).wall_us.repeats == networks.fewest_calls(CPU) == 3 and len(called) == 4
     found = networks.measure(slow, CPU, 0.3)
     assert found.wall_us.repeats >= 3 and found.wall_us.median == pytest.approx(5e4, rel=0.5)
 
@@ -368,6 +371,115 @@ def test_a_slow_first_call_is_followed_by_another_on_a_cpu() -> None:
     called.clear()
     found = networks.measure(cold, CPU, 0.1)
     assert found.wall_us.repeats >= 3 and found.wall_us.median < 5e4
+
+    monkeypatch.setattr(networks, "LONG", 0.04)  # what takes minutes is not waited for so often
+    called.clear()
+    assert networks.measure(slow, CPU, 0.01).wall_us.repeats == 2 and len(called) == 3
+
+
+class Block:
+    itself: Block  # what a test makes a cycle of
+
+
+class Memory:
+    """A GPU's allocator, made up: bytes are held from take() until what it gives is dropped."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held = self.most = 0
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: self.held)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: self.most)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: setattr(self, "most", self.held))
+        for name in ("synchronize", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+
+    def take(self, size: int) -> Block:
+        block = Block()
+        self.held += size
+        self.most = max(self.most, self.held)
+        weakref.finalize(block, self.give, size)
+        return block
+
+    def give(self, size: int) -> None:
+        self.held -= size
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """Networks of 100 bytes whose passes need 30 more, the first one 500 more."""
+    found = Memory(monkeypatch)
+
+    def prepare(*_: Any) -> Callable[[], None]:
+        weights, needs = found.take(100), [500]
+
+        def call() -> None:
+            assert weights
+            found.take(needs.pop() if needs else 30)
+
+        return call
+
+    monkeypatch.setattr(networks, "prepare", prepare)
+    monkeypatch.setattr(networks, "profile", lambda call, device: (float(call() or 1.0), ["gemm"]))
+    return found
+
+
+def test_peak_memory_is_the_network_s_own(memory: Memory) -> None:
+    others = memory.take(70)  # what nobody frees
+    own, run = networks.hdit(CONFIG), new_run("model")
+    blank = model.blank("tiny", own, 1, "forward", CPU)
+    row = networks.attempt(blank, own, Check(1e-7, 1e-6), run, GPU, 0.01)
+    assert row["status"] == "ok" and row["peak_bytes"] == 130, row
+    assert networks.peak(own, "forward", 4, GPU) == 130
+    assert others and memory.held == 70
+
+
+def test_nothing_of_earlier_measurements_takes_a_network_s_memory(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffer that flushes the cache, and what only a collection of garbage frees."""
+    monkeypatch.setattr(timing, "_flush_buffer", functools.cache(lambda device: memory.take(256)))
+    own, run = networks.hdit(CONFIG), new_run("model")
+    seen: list[int] = []
+
+    def measure(call: Callable[[], object], device: torch.device, *_: Any) -> None:
+        seen.append(memory.held)
+        raise RuntimeError("enough")
+
+    def litter() -> None:
+        timing._flush_buffer(GPU)
+        cycle = memory.take(768)
+        cycle.itself = cycle
+
+    gc.disable()
+    try:
+        litter()
+        networks.peak(own, "forward", 1, GPU)
+        assert memory.held == 0
+        monkeypatch.setattr(networks, "measure", measure)
+        litter()
+        networks.attempt(model.blank("tiny", own, 1, "forward", CPU), own, Check(1e-7, 1e-6), run, GPU, 0.01)
+    finally:
+        gc.enable()
+    assert seen == [100] and memory.held == 0
+
+
+@pytest.mark.parametrize("steady", [0.0, 0.2])
+def test_a_gpu_s_first_pass_may_compile(steady: float, memory: Memory) -> None:
+    called: list[int] = []
+
+    def call() -> None:
+        called.append(1)
+        time.sleep(0.2 if len(called) == 1 else steady)
+
+    if steady:
+        with pytest.raises(networks.TooSlow, match=r"its second pass took 0\.2\d* s, more than the 0\.1 s allowed"):
+            networks.measure(call, GPU, 0.01, patience=0.1)
+        assert len(called) == 2
+    else:
+        assert networks.measure(call, GPU, 0.01, patience=0.1).wall_us.median < 1e5
 
 
 def test_profile_sums_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -639,18 +751,45 @@ def test_a_point_beyond_patience_is_not_tried() -> None:
     assert rows["a", 8]["status"] == "ok" and "more than the 0.05 s allowed" in rows["a", 16]["reason"]
 
 
-def test_the_first_point_of_a_family_is_predicted_from_another() -> None:
-    called: list[str] = []
+def test_a_family_is_not_predicted_from_another() -> None:
+    """What takes 50 times the FLOPs of another in less time than it."""
+    rows = measured([tiny("a", lambda size: time.sleep(0.05)), tiny("b", products=50)], (8, 16), patience=0.4)
+    assert all(rows["b", size]["status"] == "ok" for size in (8, 16)), rows
+    assert rows["b", 8]["flops"] == 50 * rows["a", 8]["flops"]
 
-    def wait(name: str, seconds: float) -> Callable[[int], None]:
-        def waits(size: int) -> None:
-            called.append(name)
-            time.sleep(seconds)
 
-        return waits
+@pytest.mark.parametrize(("patience", "budget"), [(0.1, 60), (60, 0.1)])
+def test_the_first_point_of_a_family_is_left_after_one_call_that_takes_too_long(patience: float, budget: float) -> None:
+    called: list[int] = []
 
-    measured([tiny("a", wait("a", 0.2)), tiny("b", wait("b", 9), products=2)], (8,), 0.5)
-    assert set(called) == {"a"}
+    def wait(size: int) -> None:
+        called.append(size)
+        time.sleep(0.3)
+
+    rows = measured([tiny("b", wait)], (8, 16), budget, patience=patience, seconds=1)
+    assert called == [8]
+    assert rows["b", 8]["status"] == "not measured" and rows["b", 8]["first_call_s"] >= 0.3
+    assert re.fullmatch(r"its first pass took 0\.\d+ s, more than the 0\.\d+ s allowed", rows["b", 8]["reason"])
+    assert rows["b", 16]["status"] == "not measured"
+    if budget == 60:
+        assert "s a pass expected, more than the 0.1 s allowed" in rows["b", 16]["reason"]
+
+
+def test_a_pass_is_predicted_from_another_of_the_same_family() -> None:
+    called: list[int] = []
+
+    def wait(size: int) -> None:
+        called.append(size)
+        time.sleep(0.1)
+
+    run = new_run("scaling")
+    measured([tiny("a", wait)], (8,), run=run)
+    forward, step = (scaling.blank(tiny("a", wait)(8), 8, 1, direction) for direction in ("forward", "step"))
+    seconds = run.data["rows"][0]["wall_us"]["median"] / 1e6
+    assert scaling._expected(run, forward) == pytest.approx(seconds)
+    assert scaling._expected(run, step) == pytest.approx(seconds * step["flops"] / forward["flops"])
+    assert step["flops"] > forward["flops"]
+    assert scaling._expected(run, step | {"contestant": "b"}) == 0
 
 
 def test_out_of_memory_ends_a_family_only() -> None:

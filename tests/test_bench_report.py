@@ -209,6 +209,49 @@ def test_no_share_is_told_of_times_that_may_be_equal() -> None:
     assert report._share(column, rows[0], rows[2]) == "50%"
     assert report._share(column, rows[0], rows[1]) == "same within noise"
     assert report._share(column, rows[0], None) == ""
+    rows[2]["gpu_us"]["repeats"] = 1
+    assert report._share(column, rows[0], rows[2]) == "too few samples"
+
+
+def judged(time: Any) -> dict[str, Any]:
+    """A scaling run in which both models take the given GPU time at 1024², DiT half as much again as wall time."""
+    run = made_up_runs.scaling()
+    for found in run["rows"]:
+        if found["family"] == "model" and found["settings"]["size"] == 1024:
+            own = found["contestant"] == "HDiT-B/4"
+            found |= {"gpu_us": stats(1000) if own else time, "wall_us": stats(2000 if own else 4000)}
+    return run
+
+
+@pytest.mark.parametrize(
+    ("time", "word"),
+    [(stats(1020), "same within noise"), (stats(9000) | {"repeats": 1}, "too few samples")],
+)
+def test_no_ratio_of_models_is_told_where_times_may_be_equal(time: rows.Stats, word: str) -> None:
+    run = judged(time)
+    claim = report.claim(model_rows(run))
+    assert "(counted) and 50% of the wall time (measured) that DiT-B/4 takes" in claim
+    assert claim.endswith(f"; GPU time: {word}.") and "of the GPU time" not in claim
+    cost, forward, step, memory = plots.pictures(run)["scaling"]().axes
+    for axes in (forward, step):
+        assert [t.get_text() for t in axes.texts if "1024²" in t.get_text()] == [f"GPU time at 1024²:\n{word}"]
+    assert any("of DiT-B/4's\nFLOPs at 1024²" in text.get_text() for text in cost.texts)
+    assert any("of DiT-B/4's\npeak memory at 1024²" in text.get_text() for text in memory.texts)
+
+
+def test_no_ratio_of_kernels_is_told_where_times_may_be_equal() -> None:
+    found = [row("geglu 1", "ours", 100, 120), row("geglu 1", "liger", 102, 130), row("geglu 1", "eager", 300, 330)]
+    found += [row("geglu 2", "ours", stats(100) | {"repeats": 1}, 120), row("geglu 2", "liger", 700, 800)]
+    _, table = report._others(found)
+    assert "| 1 | forward | 3.00x | same within noise |" in table and "| 2 | forward |  | too few samples |" in table
+    assert "| too few samples |" in report._kernel_table(found) and "7.00x" not in report._kernel_table(found)
+    path, run = Path("kernels.json"), made_up_runs.run("kernels", found)
+    records = report.Records({path: run}, {}, Path(), Path("page.md"), Path())
+    line = "| `geglu` | forward | 2 | 1.00 | 1 same within noise, 1 too few samples |"
+    assert line in report._kernels_summary(records)
+    found[0]["gpu_us"] = stats(50)
+    line = "| `geglu` | forward | 2 | 0.50 to 1.00 | 2.04x as fast, 1 too few samples |"
+    assert line in report._kernels_summary(records)
 
 
 def test_shares_keep_their_digits() -> None:
@@ -627,7 +670,7 @@ def test_blocks_of_records(clone: Path) -> None:
     assert f"triton 3.6.0, 2026-11-23, sources {digest[:12]}." in found
     assert "![Cost of HDiT-B/4 and DiT-B/4 as images grow, Made-up GPU](pictures/scaling-scaling.svg)" in found
     assert "| `na2d` | forward | 2 | 1.30 | 4.00x as fast |" in found
-    assert "| `rms_norm` | forward | 1 | 1.06 | 1.02x as fast, 1 within noise |" in found
+    assert "| `rms_norm` | forward | 1 | 1.06 | 1 same within noise |" in found
 
     (clone / "hdit" / "a.py").write_text("2")
     stale = report.render(found, report.recorded(document, clone))

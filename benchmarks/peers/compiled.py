@@ -6,6 +6,7 @@ attention is not among the operators: torch.compile's own way to it is FlexAtten
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -35,14 +36,26 @@ def _missing() -> str | None:
 PEER = Peer("torch.compile", None, "comes with torch", check=_missing)
 
 
+_compiled: list[Callable[..., Any]] = []  # since forget()
+
+
 def compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile for one shape.
 
     What was compiled before is forgotten: past a number of shapes of one function Dynamo runs it uncompiled.
     """
+    _compiled.append(function)
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # so that a backward pass can be repeated
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def forget() -> None:
+    """Frees what compiled functions hold: Dynamo was seen to keep the three inputs of flex_attention in cycles."""
+    if _compiled:
+        _compiled.clear()
+        torch._dynamo.reset()
+        gc.collect()
 
 
 def build(case: Case) -> Implementation:

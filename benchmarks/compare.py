@@ -15,7 +15,8 @@ of ours together shows in their median, which varies less (see shift).
 Revisions are checked out into worktrees of their own, and ours of both measured by the benchmarks of the present tree,
 in turns A B B A so that a drift of the machine meets both; what differs then is measured in up to five more turns of
 each. Medians and intervals are the medians of the turns', and all turns have to agree, but for as many pairs of them as
-one stray turn makes when there are seven: by chance they do so once in 38 times.
+one stray turn makes when there are seven: by chance they do so once in 38 times. With --quick, whose time may be up
+before, fewer than four turns tell a difference beyond the margin of files only; a smaller one is "unconfirmed".
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from hdit._extras import require
 
 CONFIRMATIONS = 5  # more turns of each revision, for the cases that still differ
 STRAY = 7  # turns of each from which on one may disagree with the others
+CONFIRMED = 4  # turns of each that have to agree on a small difference
 QUICK_SECONDS = 6  # of a turn, beside its start and what it is at by then
 QUICK_TOTAL = 50  # seconds of all turns: one that is not done by then is ended, what it has measured so far counts
 SHORTEST = 5  # seconds that a turn takes at least
@@ -56,8 +58,8 @@ OURS = {"kernels": ["ours"], "model": ["ours"], "train": ["ours"], "scaling": ["
 
 @dataclass(frozen=True)
 class Verdict:
-    """One measurement in both runs. word: rows.verdict's, or "broken" when B has no time any more and "new" when A had
-    none. which: the time judged by."""
+    """One measurement in both runs. word: rows.verdict's; "unconfirmed": a small difference, in too few turns; "broken"
+    when B has no time any more and "new" when A had none. which: the time judged by."""
 
     case: str
     direction: str
@@ -212,8 +214,11 @@ def _judge(a: Row, b: Row, noise: dict[str, float], agree: bool) -> Verdict | No
     if which := _which(a, b):
         one, other, share = a[which], b[which], noise[which]
         word = verdict(one, other, share if other["median"] > one["median"] else share / (1 + share))
-        if agree and word in ("faster", "slower") and not _turns_agree(one, other):
-            word = "same within noise"
+        if agree and word in ("faster", "slower"):
+            if not _turns_agree(one, other):
+                word = "same within noise"
+            elif _few_turns(one, other) and abs(_log(one, other)) <= math.log1p(STATED[which]):
+                word = "unconfirmed"
         return Verdict(*names, word, which, one, other)
     lost = ["failed", "out of memory"]
     lost += ["unavailable"] if is_ours(b["contestant"]) else []
@@ -221,6 +226,10 @@ def _judge(a: Row, b: Row, noise: dict[str, float], agree: bool) -> Verdict | No
         if timed["status"] == "ok" and other["status"] in lost:
             return Verdict(*names, word, None, None, None, " ".join(filter(None, (other["status"], other["reason"]))))
     return None
+
+
+def _few_turns(a: Stats, b: Stats) -> bool:
+    return "turns" in a and "turns" in b and min(len(a["turns"]), len(b["turns"])) < CONFIRMED
 
 
 def _turns_agree(a: Stats, b: Stats) -> bool:
@@ -291,9 +300,11 @@ def measure_revisions(
                     if found is not None:
                         measured[tree].append(found)
 
-            measure((tree_a, tree_b, tree_b, tree_a), cases, 0)
+            measure((tree_a, tree_b), cases, 0)
+            if deadline - time.monotonic() >= 2 * SHORTEST:
+                measure((tree_b, tree_a), cases, 2)
             for tree, revision in revisions.items():
-                if not measured[tree]:
+                if not any(turn["rows"] for turn in measured[tree]):
                     raise ValueError(f"{revision}: no turn of it measured anything in the time that there is")
             for more in range(CONFIRMATIONS):
                 changed = _differing(measured[tree_a], measured[tree_b], noise or NOISE)
@@ -477,10 +488,10 @@ def _margin_lines(args: argparse.Namespace, a: dict[str, Any], b: dict[str, Any]
 
 def _turn_lines(verdicts: Sequence[Verdict]) -> list[str]:
     lines = ["This is about speed: whether results are right is for the tests, on a CPU each is its own reference."]
-    changed = [v for v in verdicts if v.word in ("faster", "slower") and v.a and v.b]
-    early = [v for v in changed if min(len(s.get("turns", [])) for s in (v.a, v.b) if s) < STRAY]
-    if early:
-        lines.append(f"unconfirmed, in fewer than {STRAY} turns of each: {len(early)}")
+    if any(v.word == "unconfirmed" for v in verdicts):
+        lines.append(
+            f"unconfirmed: in fewer than {CONFIRMED} turns of each; give it longer without --quick, or a --case"
+        )
     return lines
 
 

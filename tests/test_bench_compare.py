@@ -498,20 +498,28 @@ def test_quick_ends_whatever_it_finds(
 ) -> None:
     monkeypatch.setattr(results, "ROOT", repository)
     monkeypatch.setattr(compare, "QUICK_TOTAL", 4)
+    monkeypatch.setattr(compare, "SHORTEST", 1)
     main_file = repository / "benchmarks" / "__main__.py"
     began = time.monotonic()
     main_file.write_text(HARNESS + SLOW)  # what is written by then counts
-    assert command("old", "new", "--quick") == 1
+    assert command("old", "new", "--quick") == 1  # by more than two files of the same sources differ
     assert time.monotonic() - began < 10
-    assert "unconfirmed, in fewer than 7 turns of each: 1" in capsys.readouterr().out
+    assert "1 slower" in capsys.readouterr().out
     main_file.write_text(SLOW)
     assert command("old", "new", "--quick") == 2
     assert "old: no turn of it measured anything in the time that there is" in capsys.readouterr().err
     assert time.monotonic() - began < 20 and worktrees(repository) == 1
-    main_file.write_text(HARNESS)
-    monkeypatch.setattr(compare, "SHORTEST", 3)  # no time to confirm
-    assert command("old", "new", "--quick") == 1
-    assert "unconfirmed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "word"), [(1.12, "unconfirmed"), (1.3, "slower")])
+def test_few_turns_tell_large_differences_only(change: float, word: str) -> None:
+    one = made_up_runs.run("kernels", [made_up_runs.row("rms_norm 1", "ours", 100, 120)])
+    other = faster(one, 1 / change)
+    for count in (1, 2, 3):
+        (found,) = compare.compare_runs(compare.joined([one] * count), compare.joined([other] * count))
+        assert found.word == word and found.regression == (word == "slower"), count
+    (found,) = compare.compare_runs(compare.joined([one] * 4), compare.joined([other] * 4))
+    assert found.word == "slower"  # all of eight turns in order: once in 35 times by chance
 
 
 def test_joins_turns() -> None:

@@ -73,8 +73,8 @@ WIDEST = 0.3  # interval of an exponent that counts as determined
 
 
 def digest(run: dict[str, Any]) -> str:
-    """sha256 of a run's data, which ties a picture to the JSON that it shows."""
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+    """sha256 of a run and of this file: ties a picture to the JSON that it shows and to how it is drawn."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode() + Path(__file__).read_bytes()).hexdigest()
 
 
 def save(run: dict[str, Any], stem: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,143 @@ def test_the_band_is_a_share(noise: str, capsys: pytest.CaptureFixture[str]) -> 
     assert stopped.value.code == 2 and "--noise" in capsys.readouterr().err
 
 
+# Two files
+
+
+def others(count: int, changes: list[float], **environment: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two runs of one row of ours and of a peer's in many cases; those of the second take 1 + change times as long."""
+    before = [made_up_runs.row("rms_norm 0", "ours", stats(100, 0.001), 120)]
+    before += [made_up_runs.row(f"rms_norm {i}", "liger", stats(100, 0.001), 120) for i in range(count)]
+    after = [before[0]] + [
+        made_up_runs.row(f"rms_norm {i}", "liger", stats(100 * (1 + change), 0.001), 120)
+        for i, change in enumerate([*changes, *[0.0] * (count - len(changes))])
+    ]
+    peers = {"liger-kernel": "1"}
+    return made_up_runs.run("kernels", before, peers=peers), made_up_runs.run("kernels", after, peers=peers)
+
+
+def test_the_margin_of_files_is_what_unchanged_others_differ_by() -> None:
+    a, b = others(30, [0.4, 0.16, 0.12])
+    assert compare.margins(a, b)["gpu_us"].share == pytest.approx(0.16)  # the largest but one
+    assert "30 measurements" in compare.margins(a, b)["gpu_us"].source
+    a, b = others(30, [0.02, 0.01])
+    assert compare.margins(a, b)["gpu_us"].share == rows.NOISE["gpu_us"]
+    assert "wall_us" not in compare.margins(a, b)  # nothing is judged by it
+    a, b = others(19, [0.02])
+    found = compare.margins(a, b)["gpu_us"]
+    assert found.share == compare.STATED["gpu_us"] and "stated" in found.source and "19" in found.source
+    a, b = others(19, [0.5, 0.4])
+    assert compare.margins(a, b)["gpu_us"].share == pytest.approx(0.4)
+
+
+def test_others_of_another_version_tell_no_margin() -> None:
+    a, b = others(30, [0.4, 0.16])
+    b["environment"]["peers"] = {"liger-kernel": "2"}
+    found = compare.margins(a, b)["gpu_us"]
+    assert found.share == compare.STATED["gpu_us"] and "there are 0" in found.source
+    a, b = others(30, [])
+    b["environment"]["triton"] = "4"
+    assert compare.margins(a, b)["gpu_us"].share == compare.STATED["gpu_us"]
+    a, b = others(30, [])
+    for run in (a, b):
+        for row in run["rows"][1:]:
+            row["contestant"] = "DiT-S/4"  # has our norms
+    assert "there are 0" in compare.margins(a, b)["gpu_us"].source
+
+
+def test_files_are_judged_by_their_margin(file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = others(30, [0.16, 0.16])
+    names = file("a.json", a), file("b.json", faster(b, 1 / 1.1))
+    assert command(*names) == 0
+    printed = capsys.readouterr().out
+    assert "margin of GPU time: 16.0% (30 measurements of unchanged others differ by less, but for one)" in printed
+    assert command(*names, "--noise", "0.05") == 1
+    printed = capsys.readouterr().out
+    assert "margin of GPU time: 5.0% (given)" in printed
+    b["environment"]["commit"] = "1" * 40
+    assert command(names[0], file("c.json", faster(b, 1 / 1.2))) == 1
+    asked = f"python -m benchmarks compare {'0' * 12} {'1' * 12} --kind kernels '--case=rms_norm 0'"
+    assert asked in capsys.readouterr().out
+
+
+def cpu(factor: float = 1.0, count: int = 30) -> dict[str, Any]:
+    """ours alone, as on a CPU; every other row is noisy."""
+    found = [
+        made_up_runs.row(f"rms_norm {i}", "ours", None, stats(100 * factor * (1.6 if i % 7 == 3 else 1.0), 0.01))
+        for i in range(count)
+    ]
+    return made_up_runs.run("kernels", found)
+
+
+def test_a_change_of_all_of_ours_shows_in_their_median(
+    file: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = made_up_runs.run("kernels", [row | {"wall_us": stats(100, 0.01)} for row in cpu()["rows"]])
+    a = file("a.json", quiet)
+    assert command(a, file("b.json", cpu())) == 0  # a few differ by 60%: two processes on a CPU do so
+    assert "stated" in capsys.readouterr().out
+    assert command(a, file("c.json", cpu(1.5))) == 1
+    printed = capsys.readouterr().out
+    assert "ours together: the median of 30 changes of wall time is +50.0%" in printed and "regression" not in printed
+    assert command(a, file("d.json", cpu(1.5)), "--wall-noise", "0.9") == 1  # those of 60% on top of it
+    printed = capsys.readouterr().out
+    assert "ours together" not in printed and "4 regressions of ours" in printed
+    assert command(a, file("e.json", cpu(0.6))) == 0
+    few = (file(f"{factor}.json", cpu(factor, 5)) for factor in (1.0, 1.5))
+    assert command(*few) == 0
+
+
+def test_a_machine_slower_for_all_is_not_ours(file: Callable[..., str]) -> None:
+    a, b = others(30, [0.5] * 30)
+    extra = [made_up_runs.row(f"geglu {i}", "ours", stats(100, 0.001), 120) for i in range(15)]
+    a["rows"], b["rows"] = a["rows"] + extra, b["rows"] + faster(made_up_runs.run("kernels", extra), 1 / 1.45)["rows"]
+    assert command(file("a.json", a), file("b.json", b)) == 0
+    alone = [made_up_runs.run("kernels", [r for r in run["rows"] if r["operator"] == "geglu"]) for run in (a, b)]
+    assert compare.shift(*alone, rows.NOISE) and not compare.shift(a, b, rows.NOISE)
+
+
+def test_too_few_samples_count_apart(
+    file: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "verdict", lambda *_: "too few samples")
+    run = made_up_runs.run("kernels", [made_up_runs.row("rms_norm 1", "ours", 100, 120)])
+    assert command(file("a.json", run), file("b.json", faster(run, 0.5))) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("too few samples") == 2 and "1 too few samples" in printed
+
+
+def test_names_what_was_not_measured(file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    late = {"status": "not measured", "reason": "about 5 s needed, 2 s left", "gpu_us": None, "wall_us": None}
+    a = made_up_runs.run("kernels", [made_up_runs.row(f"geglu {i}", "ours", 100, 120) for i in range(4)])
+    b = copy.deepcopy(a)
+    b["rows"][1].update(late)
+    a["rows"][2].update(late)
+    b["rows"][2].update(late)
+    del b["rows"][3]
+    assert command(file("a.json", a), file("b.json", b)) == 0
+    printed = capsys.readouterr().out
+    assert "1 same within noise" in printed
+    assert "measured in A only: 2\n  geglu 1, forward, ours (B: about 5 s needed, 2 s left)\n" in printed
+    assert "  geglu 3, forward, ours (B: no row)\n" in printed
+    assert "measured in neither: 1\n  geglu 2, forward, ours (A and B: about 5 s needed, 2 s left)" in printed
+
+
+@pytest.mark.parametrize("status", ["failed", "out of memory", "unavailable"])
+def test_a_row_of_ours_that_is_lost_in_b(
+    status: str, file: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_up_runs.run("kernels", [made_up_runs.row(f"geglu {i}", "ours", 100, 120) for i in range(2)])
+    lost = copy.deepcopy(run)
+    lost["rows"][1].update(status=status, reason="no kernel", gpu_us=None, wall_us=None)
+    assert command(file("a.json", run), file("b.json", lost)) == 1
+    assert f"broken ({status} no kernel)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_existing_file_is_a_file(file: Callable[..., str]) -> None:
+    run = made_up_runs.kernels()
+    assert command(file("before", run), file("after", faster(run, 0.5))) == 1
+
+
 # Revisions
 
 HARNESS = """
@@ -229,8 +367,8 @@ def repository(tmp_path: Path) -> Path:
         subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True)
 
     git("init", "--quiet")
-    for tag, time in (("old", 100), ("new", 200)):
-        (root / "hdit_kernels" / "__init__.py").write_text(f"TIME = {time}\n")
+    for tag, microseconds in (("old", 100), ("new", 200)):
+        (root / "hdit_kernels" / "__init__.py").write_text(f"TIME = {microseconds}\n")
         git("add", ".")
         git("commit", "--quiet", "-m", tag)
         git("tag", tag)
@@ -242,17 +380,39 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_difference_that_goes_away_is_none(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def turns(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[set[str], str]]:
+    """Verdicts of two revisions, given the times of each's turns, the last for all that follow; and the order."""
     base = made_up_runs.run("kernels", [made_up_runs.row("rms_norm 1", "ours", 100, 120)])
-    turns: list[Path] = []
 
-    def measure(tree: Path, *_: Any) -> dict[str, Any]:
-        turns.append(tree)
-        return faster(base, 1.5) if len(turns) in (2, 3) else copy.deepcopy(base)  # B's first two
+    def judge(a: list[float], b: list[float]) -> tuple[set[str], str]:
+        order: list[str] = []
 
-    monkeypatch.setattr(compare, "_measure", measure)
-    verdicts = compare.compare_runs(*compare.measure_revisions("old", "new", root=repository))
-    assert words(verdicts) == {"same within noise"} and [tree.name for tree in turns] == list("abbaba")
+        def measure(tree: Path, *_: Any) -> dict[str, Any]:
+            order.append(tree.name)
+            times = a if tree.name == "a" else b
+            return faster(base, 100 / times[min(order.count(tree.name), len(times)) - 1])
+
+        monkeypatch.setattr(compare, "_measure", measure)
+        verdicts = compare.compare_runs(*compare.measure_revisions("old", "new", root=repository))
+        return words(verdicts), "".join(order)
+
+    return judge
+
+
+def test_a_difference_that_goes_away_is_none(turns: Callable[..., tuple[set[str], str]]) -> None:
+    assert turns([100], [66, 66, 100]) == ({"same within noise"}, "abba" + "ba" * 3)
+    assert turns([100], [66, 100]) == ({"same within noise"}, "abba" + "ba")
+    assert turns([100], [100]) == ({"same within noise"}, "abba")
+    assert turns([100, 140, 100, 140, 140, 100, 140], [100, 140, 140, 140, 100, 100, 100])[0] == {"same within noise"}
+
+
+@pytest.mark.parametrize("stray", [132, 200, 1000])
+def test_a_stray_turn_hides_no_difference(stray: float, turns: Callable[..., tuple[set[str], str]]) -> None:
+    everything = "abba" + "ba" * compare.CONFIRMATIONS
+    for a in ([stray, 100], [100, stray, 100], [100, 100, 100, stray, 100]):
+        assert turns(a, [166]) == ({"slower"}, everything)
+        assert turns([166], a) == ({"faster"}, everything)
 
 
 def worktrees(root: Path) -> int:
@@ -260,9 +420,7 @@ def worktrees(root: Path) -> int:
     return len(listed.stdout.splitlines())
 
 
-def test_revisions_are_measured_in_turns(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_revisions_are_measured_in_turns(repository: Path) -> None:
     a, b = compare.measure_revisions("old", "old", "kernels", ["rms_norm"], root=repository)
     lines = [json.loads(line) for line in (repository.parent / "log").read_text().splitlines()]
     assert [time for _, time in lines] == [100] * 4  # nothing differs
@@ -270,8 +428,9 @@ def test_revisions_are_measured_in_turns(
         arguments[0] == "kernels" and arguments[3:] == ["--contestant=ours", "--case=rms_norm"]
         for arguments, _ in lines
     )
-    # medians 101 and 104 of A's turns, 102 and 103 of B's; their intervals are equal
-    assert a["rows"][0]["gpu_us"] == b["rows"][0]["gpu_us"] == {"median": 102.5, "p20": 100, "p80": 103, "repeats": 10}
+    common = {"median": 102.5, "p20": 100, "p80": 103, "repeats": 10}
+    assert a["rows"][0]["gpu_us"] == common | {"turns": [101, 104]}
+    assert b["rows"][0]["gpu_us"] == common | {"turns": [102, 103]}
     assert worktrees(repository) == 1
 
 
@@ -280,18 +439,20 @@ def test_what_differs_is_measured_again(
 ) -> None:
     a, b = compare.measure_revisions("old", "new", root=repository)
     lines = [json.loads(line) for line in (repository.parent / "log").read_text().splitlines()]
-    assert [time for _, time in lines] == [100, 200, 200, 100] + [200, 100] * 3
-    assert [arguments[4:] for arguments, _ in lines] == [[]] * 4 + [["--case=rms_norm 1"]] * 6
-    assert [run["rows"][0]["gpu_us"]["median"] for run in (a, b)] == [103, 203]
-    assert a["rows"][0]["gpu_us"]["repeats"] == 25
+    assert [time for _, time in lines] == [100, 200, 200, 100] + [200, 100] * compare.CONFIRMATIONS
+    assert [arguments[4:] for arguments, _ in lines] == [[]] * 4 + [["--case=rms_norm 1"]] * 10
+    assert [run["rows"][0]["gpu_us"]["median"] for run in (a, b)] == [104, 204]
+    assert a["rows"][0]["gpu_us"]["repeats"] == 35
 
     monkeypatch.setattr(results, "ROOT", repository)
     assert command("old", "new", "--case", "rms_norm", "--case", "geglu", "--quick") == 1
-    assert "1 slower" in capsys.readouterr().out
-    asked = [json.loads(line)[0][3:] for line in (repository.parent / "log").read_text().splitlines()[-10:]]
+    printed = capsys.readouterr().out
+    assert "1 slower" in printed and "whether results are right is for the tests" in printed
+    assert "unconfirmed" not in printed and "margin" not in printed
+    asked = [json.loads(line)[0][3:] for line in (repository.parent / "log").read_text().splitlines()[-14:]]
     options = ["--contestant=ours", "--quick", f"--budget={compare.QUICK_SECONDS}"]
     assert asked[:4] == [[*options, "--case=rms_norm", "--case=geglu"]] * 4
-    assert asked[4:] == [[*options, "--case=rms_norm 1"]] * 6
+    assert asked[4:] == [[*options, "--case=rms_norm 1"]] * 10
     assert command("new", "old", "--kind", "scaling") == 0
     arguments = json.loads((repository.parent / "log").read_text().splitlines()[-1])[0]
     assert arguments[0] == "scaling" and arguments[3:] == [
@@ -303,9 +464,61 @@ def test_what_differs_is_measured_again(
 
 def test_a_revision_that_cannot_run(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (repository / "benchmarks" / "__main__.py").write_text("raise SystemExit(2)")
-    with pytest.raises(ValueError, match="exit status 2 and wrote nothing"):
+    with pytest.raises(ValueError, match="kernels on old ended with exit status 2 and wrote nothing$"):
         compare.measure_revisions("old", "new", root=repository)
     assert worktrees(repository) == 1
+
+
+def test_a_revision_that_does_not_import_is_one_line(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "ROOT", repository)
+    (repository / "benchmarks" / "__main__.py").write_text("import no_such_module")
+    assert command("old", "new") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("wrote nothing: ModuleNotFoundError: No module named 'no_such_module'")
+
+
+def test_files_that_do_not_stay_are_not_named(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    says = 'print("rms_norm 1")\nprint("Written: /tmp/x")\nprint("With pictures: python -m benchmarks report /tmp")\n'
+    (repository / "benchmarks" / "__main__.py").write_text(HARNESS + says)
+    compare.measure_revisions("old", "old", root=repository)
+    assert capfd.readouterr() == ("", "rms_norm 1\n" * 4)
+
+
+SLOW = """
+import time
+time.sleep(60)
+"""
+
+
+def test_quick_ends_whatever_it_finds(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "ROOT", repository)
+    monkeypatch.setattr(compare, "QUICK_TOTAL", 4)
+    monkeypatch.setattr(compare, "SHORTEST", 1)
+    main_file = repository / "benchmarks" / "__main__.py"
+    began = time.monotonic()
+    main_file.write_text(HARNESS + SLOW)  # what is written by then counts
+    assert command("old", "new", "--quick") == 1  # by more than two files of the same sources differ
+    assert time.monotonic() - began < 10
+    assert "1 slower" in capsys.readouterr().out
+    main_file.write_text(SLOW)
+    assert command("old", "new", "--quick") == 2
+    assert "old: no turn of it measured anything in the time that there is" in capsys.readouterr().err
+    assert time.monotonic() - began < 20 and worktrees(repository) == 1
+
+
+@pytest.mark.parametrize(("change", "word"), [(1.12, "unconfirmed"), (1.3, "slower")])
+def test_few_turns_tell_large_differences_only(change: float, word: str) -> None:
+    one = made_up_runs.run("kernels", [made_up_runs.row("rms_norm 1", "ours", 100, 120)])
+    other = faster(one, 1 / change)
+    for count in (1, 2, 3):
+        (found,) = compare.compare_runs(compare.joined([one] * count), compare.joined([other] * count))
+        assert found.word == word and found.regression == (word == "slower"), count
+    (found,) = compare.compare_runs(compare.joined([one] * 4), compare.joined([other] * 4))
+    assert found.word == "slower"  # all of eight turns in order: once in 35 times by chance
 
 
 def test_joins_turns() -> None:
@@ -315,8 +528,9 @@ def test_joins_turns() -> None:
     found = compare.joined([first, second])
     runs.validate(found)
     one, two, both = (run["rows"][0]["gpu_us"] for run in (first, second, found))
-    assert both["p20"] == two["p20"] and both["p80"] == one["p80"]
-    assert both["median"] == pytest.approx((one["median"] + two["median"]) / 2)
+    for name in ("median", "p20", "p80"):
+        assert both[name] == pytest.approx((one[name] + two[name]) / 2)
+    assert both["turns"] == [one["median"], two["median"]]
     assert found["rows"][1] == lost and len(found["rows"]) == len(first["rows"])
 
 
@@ -325,6 +539,8 @@ def test_turns_joined_leave_out_those_whose_time_was_up() -> None:
     timed = second["rows"][0]
     names = timed["case"], timed["contestant"], timed["pass"]
     first["rows"][0] = runs.row(*names, "not measured", reason="the budget is spent")
-    assert compare.joined([first, second])["rows"][0] == timed
+    found = compare.joined([first, second])["rows"][0]
+    assert found["gpu_us"] == timed["gpu_us"] | {"turns": [timed["gpu_us"]["median"]]} and found["status"] == "ok"
+    assert compare.joined([first | {"rows": []}, second])["rows"][0] == found  # a turn that was ended
     second["rows"][0] = first["rows"][0]
     assert compare.joined([first, second])["rows"][0] == first["rows"][0]

@@ -417,7 +417,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="a run's JSON file, or a git revision: what B is compared with")
     parser.add_argument("b", metavar="B", help="another one")
     parser.add_argument("--kind", choices=KINDS, default="kernels", help="revisions: what to run (default: kernels)")
-    text = "revisions: cases whose name contains PATTERN, or is matched by it if it has *, ? or ["
+    text = "revisions: cases whose name is or contains PATTERN, or is matched by it if it has *, ? or ["
     parser.add_argument("--case", action="append", default=[], metavar="PATTERN", help=text)
     parser.add_argument("--quick", action="store_true", help="revisions: a few cases, in less than a minute")
     for which, name in (("gpu_us", "--noise"), ("wall_us", "--wall-noise")):

@@ -10,7 +10,8 @@ from benchmarks.runs import Row
 Stats = dict[str, Any]  # median, p20, p80 in microseconds, repeats
 
 MEASURES = {"gpu_us": "GPU time", "wall_us": "wall time"}
-NOISE = {"gpu_us": 0.03, "wall_us": 0.10}  # medians of two processes on one machine differ by about this much
+# What medians of one session may differ by beside their intervals; those of two files differ by more, see compare.
+NOISE = {"gpu_us": 0.03, "wall_us": 0.10}
 SAME, TOO_FEW = "same within noise", "too few samples"
 UNDECIDED = SAME, TOO_FEW  # verdicts beside which no ratio is told
 FULL_ATTENTION = "sdpa"  # the contestant that neighborhood attention replaces

@@ -36,7 +36,7 @@ def _missing() -> str | None:
 PEER = Peer("torch.compile", None, "comes with torch", check=_missing)
 
 
-_compiled: list[Callable[..., Any]] = []  # since forget()
+_compiled = False  # whether anything was since forget(), whose reset and collection take time
 
 
 def compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +44,8 @@ def compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
     What was compiled before is forgotten: past a number of shapes of one function Dynamo runs it uncompiled.
     """
-    _compiled.append(function)
+    global _compiled
+    _compiled = True
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # so that a backward pass can be repeated
     return torch.compile(function, dynamic=False, fullgraph=True)
@@ -52,8 +53,9 @@ def compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def forget() -> None:
     """Frees what compiled functions hold: Dynamo was seen to keep the three inputs of flex_attention in cycles."""
+    global _compiled
     if _compiled:
-        _compiled.clear()
+        _compiled = False
         torch._dynamo.reset()
         gc.collect()
 

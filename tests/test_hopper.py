@@ -169,6 +169,30 @@ def test_strips_that_run_at_once_are_walked_down_and_up() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shape", "programs", "begin_late"),
+    [
+        ((1, 256, 256, 2, 64), (2, 3), True),  # 256 programs of 8 tiles
+        ((1, 256, 260, 2, 64), (2, 3), True),  # and with columns that no tile fills
+        ((4, 256, 256, 2, 64), (2, 3), True),  # 256 of 32
+        ((4, 256, 256, 2, 128), (2,), False),  # too long at head_dim 128
+        ((1, 128, 128, 2, 64), (2, 3), False),  # strips of two tiles
+        ((1, 64, 64, 2, 64), (2, 3), False),  # fewer programs than multiprocessors
+        ((8, 64, 64, 6, 64), (2, 3), False),  # three programs a multiprocessor
+        ((1, 1024, 1024, 2, 64), (2, 3), False),  # not all at once
+        ((1, 7, 256, 2, 64), (2, 3), False),  # no whole tile
+    ],
+)
+def test_the_second_program_of_a_multiprocessor_begins_late(
+    shape: tuple[int, ...], programs: tuple[int, ...], begin_late: bool
+) -> None:
+    longest = 8 if shape[-1] == 128 else hopper.LONGEST
+    grid, integers, _ = hopper.plan(shape, (), (7, 7), DEVICE, programs, by_turns=longest)
+    late = integers[7]
+    assert late == (132 if begin_late else 2**31 - 1)
+    assert not begin_late or late < grid[0] * grid[1] * grid[2] <= 2 * late
+
+
+@pytest.mark.parametrize(
     ("change", "takes"),
     [
         ({}, "forward backward"),

@@ -16,6 +16,7 @@ TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel):
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
 WIDEST_STREAMED = 13  # the same of hopper_backward_13, which has four columns beyond those
 LONGEST = 32  # tiles of a strip: no longer ones were faster where measured
+BY_TURNS = 4  # tiles of a strip from which on two programs a multiprocessor gain by beginning by turns
 REACH = 16  # tiles from a strip's first row on that 32-bit offsets must reach, whatever the length of strips
 TRITON = ("3.6", "3.7")  # Gluon may change from one version of Triton to the next; others take the portable kernels
 
@@ -123,11 +124,13 @@ def plan(
     programs: Sequence[int] = (),
     length: int = 3,
     longest: int = LONGEST,
+    by_turns: int = 0,
 ) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
 
-    programs, length, longest: see `strips_down`; a kernel that has no programs takes one tile each. Cached, since it
-    costs as much host time as the launch itself.
+    programs, length, longest: see `strips_down`; a kernel that has no programs takes one tile each. by_turns: the most
+    tiles of strips that `begin_by_turns`, of a kernel that has it. Cached, since it costs as much host time as the
+    launch itself.
     """
     batch, height, width, heads, head_dim = shape
     tiles_x, (tiles, left) = -(-width // TILE), divmod(height, TILE)
@@ -142,6 +145,9 @@ def plan(
         # Strips that run at once are walked down and up by turns, so that neighbours read the rows that both need at
         # the same time. An even window is not the same upwards.
         integers.append(int(at_once and window[0] % 2))
+    if by_turns:
+        two = at_once and multiprocessors < columns * whole <= 2 * multiprocessors
+        integers.append(multiprocessors if two and BY_TURNS <= tiles // whole <= by_turns else 2**31 - 1)
     integers += window
     integers += [step // 8 for stride in strides for step in stride[:-1]]
     constants = {"D": head_dim, "num_warps": 4}

@@ -27,6 +27,18 @@ from hdit_kernels.neighborhood_attention.forward import empty_results
 TILE = gl.constexpr(hopper.TILE)
 TOKENS = gl.constexpr(hopper.TILE**2)  # of a tile
 COLUMNS = gl.constexpr(16)  # of a row of keys
+TURN = gl.constexpr(3000)  # cycles: about what the first copies of one program a multiprocessor take
+SPIN = gl.constexpr("""{  // for that many cycles
+    .reg .u64 begin, now, cycles;
+    .reg .pred early;
+    cvt.u64.u32 cycles, $1;
+    mov.u64 begin, %clock64;
+    AGAIN: mov.u64 now, %clock64;
+    sub.u64 now, now, begin;
+    setp.lt.u64 early, now, cycles;
+    @early bra AGAIN;
+    mov.u32 $0, $1;
+}""")
 
 
 def forward(
@@ -63,8 +75,9 @@ def _plan(
     three = shape[-1] == 32 or (shape[-1] == 64 and window[0] < 8)
     programs = (2,) if not three else (3,) if shape[-1] == 32 else (2, 3)  # in that order: the fastest measured
     grid, integers, constants = hopper.plan(
-        shape, strides, window, device, programs, length=4 if shape[-1] == 32 else 3
-    )
+        shape, strides, window, device, programs, length=4 if shape[-1] == 32 else 3,
+        by_turns=8 if shape[-1] == 128 else hopper.LONGEST,
+    )  # fmt: skip
     return kernel, grid, integers, constants | {"HAS_LSE": return_lse, "maxnreg": 168 if three else None}
 
 
@@ -148,6 +161,18 @@ def strip_of_program(heads, strips, length, longer):
     x = gl.program_id(0) // heads
     head = gl.program_id(0) - x * heads  # neighbours in memory run side by side
     return gl.program_id(2).to(gl.int64), head.to(gl.int64), tile * TILE, x * TILE, count
+
+
+@gluon.jit
+def begin_by_turns(late):
+    """Programs from number `late` on, the second of each multiprocessor, wait a turn: so the first has its copies
+    sooner, one computes while the other waits for memory, and the last tile has the multiprocessor for itself. If
+    programs come to multiprocessors in another order, that costs the turn and nothing else.
+    """
+    program = (gl.program_id(2) * gl.num_programs(1) + gl.program_id(1)) * gl.num_programs(0) + gl.program_id(0)
+    if program >= late:
+        cycles = gl.full([32 * gl.num_warps()], TURN, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        gl.inline_asm_elementwise(SPIN, "=r,r", [cycles], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -247,7 +272,7 @@ def store_tile(
 def _na2d_hopper_forward_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    facing: tl.int32, window_y: tl.int32, window_x: tl.int32,
+    facing: tl.int32, late: tl.int32, window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
@@ -259,6 +284,7 @@ def _na2d_hopper_forward_kernel(
     NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
+    begin_by_turns(late)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
     y = 0
     origin, step, top, bottom = direction(origin, count, strips, height, facing)
@@ -295,13 +321,16 @@ def _na2d_hopper_forward_kernel(
         # the keys after next, then the values after next. So here all but the youngest group must have come.
         own, after = tile % 2, (tile + 1) % 2
         own_logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, TILE, OWN)
-        more = penalty(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
+        if MORE < TILE:
+            more = penalty(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
         if tile == 0:
             async_copy.wait_group(3)
         else:
             async_copy.wait_group(1)
         fence_async_shared()
         own_logits = warpgroup_mma(q, k.index(own).permute((1, 0)), own_logits, is_async=True)
+        if MORE == TILE:  # faster here where there are as many as of the own
+            more = penalty(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
         if tile == 0:
             async_copy.wait_group(2)
             fence_async_shared()

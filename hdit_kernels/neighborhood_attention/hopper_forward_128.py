@@ -20,6 +20,7 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
     COLUMNS,
     TILE,
     TOKENS,
+    begin_by_turns,
     copy_rows,
     copy_slot,
     direction,
@@ -42,7 +43,7 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
 def _na2d_hopper_forward_128_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    facing: tl.int32, window_y: tl.int32, window_x: tl.int32,
+    facing: tl.int32, late: tl.int32, window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
@@ -54,6 +55,7 @@ def _na2d_hopper_forward_128_kernel(
     NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
+    begin_by_turns(late)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
     y = 0
     origin, step, top, bottom = direction(origin, count, strips, height, facing)

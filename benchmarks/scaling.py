@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import api, command, networks, peers, plots, runs, timing
+from benchmarks import api, ceilings, command, networks, peers, plots, runs, timing
 from benchmarks import measure as operators
 from benchmarks import report as reports
 from benchmarks.kernels import Case
@@ -278,6 +278,14 @@ def grid_case(grid: int, device: torch.device) -> tuple[Case, list[peers.Contest
     return case, [found for found in peers.case_contestants(case) if found.name in ATTENTION]
 
 
+def _to_all_tokens(row: dict[str, Any], grid: int, session: operators.Session) -> dict[str, Any]:
+    """The row with FLOPs and floor of attention to all of a grid's tokens, which is another function than na2d."""
+    flops = row["flops"] // KERNEL_SIZE**2 * grid**2
+    floor = ceilings.floor_us(session.ceilings, row["bytes"], flops, row["settings"]["dtype"])
+    ratio = row["gpu_us"]["median"] / floor if row["gpu_us"] and row["ratio_to_floor"] else None
+    return row | {"flops": flops, "floor_us": floor, "ratio_to_floor": ratio}
+
+
 def measure_attention(
     run: runs.Run,
     grids: Sequence[int],
@@ -291,9 +299,9 @@ def measure_attention(
 ) -> None:
     """Measures attention on square grids by all of ATTENTION where the run has no row yet; saves it after each of them.
 
-    The run's ceilings must have been measured. The FLOPs of a row are those of its own function: for sdpa, of attention
-    to all tokens. patience: seconds of a pass. deadline: by time.monotonic(). compiling: whether those that compile for
-    long are measured, too.
+    The run's ceilings must have been measured. FLOPs and floor of a row are those of its own function: for sdpa, of
+    attention to all tokens. patience: seconds of a pass. deadline: by time.monotonic(). compiling: whether those that
+    compile for long are measured, too.
     """
     session = operators.Session(device, run.session["ceilings"], deadline, compiling, patience=patience)
     for grid in grids:
@@ -312,9 +320,10 @@ def measure_attention(
                     rows = operators.measure(case, rival, session, passes)
             else:
                 rows = operators.left_out(case, rival, session, passes, "the budget is spent")
-            work = grid**2 if rival.name == "sdpa" else KERNEL_SIZE**2  # keys that a query sees
             names = {"case": grid_name(grid), "family": "attention", "settings": settings | {"grid": grid}}
-            run.put(*(row | names | {"flops": row["flops"] // KERNEL_SIZE**2 * work} for row in rows))
+            if rival.name == "sdpa":
+                rows = [_to_all_tokens(row, grid, session) for row in rows]
+            run.put(*(row | names for row in rows))
             run.save()
         session.forget()
 

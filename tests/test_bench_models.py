@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import __main__, api, model, networks, plots, report, runs, scaling, timing, train
+from benchmarks import __main__, api, ceilings, model, networks, plots, report, runs, scaling, timing, train
 from benchmarks.measure import DeviceLost
 from benchmarks.networks import Check, Network
 from benchmarks.peers import kdiffusion
@@ -883,6 +883,7 @@ def test_attention_by_all_that_can_run() -> None:
         }  # fmt: skip
         keys = 8 * 8 if name == "sdpa" else 7 * 7
         assert row["flops"] == 4 * 8 * 8 * keys * 2 * 64 * (7 if direction == "forward+backward" else 2) // 2
+        assert row["floor_us"] == ceilings.floor_us(run.session["ceilings"], row["bytes"], row["flops"], "float32")
         if row["status"] == "ok":
             assert row["error"] <= row["allowed_error"] and row["wall_us"]["repeats"] >= 3
     before = run.data["rows"]

@@ -16,7 +16,8 @@ Revisions are checked out into worktrees of their own, and ours of both measured
 in turns A B B A so that a drift of the machine meets both; what differs then is measured in up to five more turns of
 each. Medians and intervals are the medians of the turns', and all turns have to agree, but for as many pairs of them as
 one stray turn makes when there are seven: by chance they do so once in 38 times. With --quick, whose time may be up
-before, fewer than four turns tell a difference beyond the margin of files only; a smaller one is "unconfirmed".
+before, fewer than four turns tell a difference beyond the margin of files only; a smaller one is "unconfirmed". So is
+one of two files below a margin that they are too small to tell themselves.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results, runs
-from benchmarks.rows import MEASURES, NOISE, Stats, is_ours, verdict
+from benchmarks.rows import MEASURES, NOISE, SAME, Stats, is_ours, verdict
 from benchmarks.runs import KINDS, UNFINISHED, Row, RunError, key
 from hdit._extras import require
 
@@ -48,18 +49,20 @@ CONFIRMED = 4  # turns of each that have to agree on a small difference
 QUICK_SECONDS = 6  # of a turn, beside its start and what it is at by then
 QUICK_TOTAL = 50  # seconds of all turns: one that is not done by then is ended, what it has measured so far counts
 SHORTEST = 5  # seconds that a turn takes at least
-FEWEST = 20  # measurements of others from which a margin is taken
+FEWEST = 20  # measurements of others from which a margin is taken; from the largest of them where ours are more
 STATED = {"gpu_us": 0.17, "wall_us": 1.5}  # the margin of two files without; same sources differ by up to about as much
 TOGETHER = {"gpu_us": 0.03, "wall_us": 0.25}  # margin of the median change of ours, of two files
 FEWEST_TOGETHER = 10
+UNCONFIRMED = "unconfirmed"
 LISTED = 10  # names, of what was not measured
 OURS = {"kernels": ["ours"], "model": ["ours"], "train": ["ours"], "scaling": ["ours", "HDiT"]}  # contestants
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One measurement in both runs. word: rows.verdict's; "unconfirmed": a small difference, in too few turns; "broken"
-    when B has no time any more and "new" when A had none. which: the time judged by."""
+    """One measurement in both runs. word: rows.verdict's; "unconfirmed": a difference in too few turns, or below a
+    margin that is only stated; "broken" when B has no time any more and "new" when A had none. which: the time judged
+    by."""
 
     case: str
     direction: str
@@ -83,18 +86,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Margin:
-    """By which share more time has to be taken to count, or less the other way round. source: where it comes from."""
+    """By which share more time has to be taken to count, or less the other way round. source: where it comes from.
+    stated: it does not come from the files, so that a smaller difference may be one.
+    """
 
     share: float
     source: str
+    stated: bool = False
 
 
 def margins(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Margin]:
     """What two files differ by though the code is the same, for each time that they are judged by.
 
-    It is the largest change but one, so that no single stray decides, of what was not changed: contestants other than
-    ours, of equal versions, that would count without a margin. Where they are fewer than FEWEST or than ours, it is
-    STATED at least.
+    It is the largest change but one, so that no single stray decides (the largest where they are fewer than ours), of
+    what was not changed: contestants other than ours, of equal versions, that would count without a margin. Where they
+    are fewer than FEWEST, it is STATED at least.
     """
     ours, others = _changes(a, b)
     return {which: _margin(which, len(ours[which]), others[which]) for which in MEASURES if ours[which]}
@@ -102,13 +108,14 @@ def margins(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Margin]:
 
 def _margin(which: str, ours: int, others: Sequence[tuple[Stats, Stats]]) -> Margin:
     apart = [math.exp(abs(_log(*pair))) - 1 for pair in others if verdict(*pair, 0) in ("faster", "slower")]
-    found, needed = sorted([0.0, 0.0, *apart])[-2], max(FEWEST, ours)
-    if len(others) < needed:
-        few = f"stated, for want of {needed} measurements of unchanged others, of which there are {len(others)}"
-        return Margin(max(STATED[which], found), few)
-    return Margin(
-        max(NOISE[which], found), f"{len(others)} measurements of unchanged others differ by less, but for one"
-    )
+    largest, but_one = sorted([0.0, 0.0, *apart])[:-3:-1]
+    if len(others) < FEWEST:
+        few = f"stated, for want of {FEWEST} measurements of unchanged others, of which there are {len(others)}"
+        return Margin(max(STATED[which], but_one), few, stated=True)
+    source = f"{len(others)} measurements of unchanged others differ by "
+    if len(others) < ours:
+        return Margin(max(NOISE[which], largest), source + "no more")
+    return Margin(max(NOISE[which], but_one), source + "less, but for one")
 
 
 def shift(a: dict[str, Any], b: dict[str, Any], noise: dict[str, float]) -> str | None:
@@ -163,11 +170,16 @@ def _unchanged(contestant: str, a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def compare_runs(
-    a: dict[str, Any], b: dict[str, Any], noise: dict[str, float] | None = None, allow_different: bool = False
+    a: dict[str, Any],
+    b: dict[str, Any],
+    noise: dict[str, float] | None = None,
+    allow_different: bool = False,
+    unsure: Collection[str] = (),
 ) -> list[Verdict]:
     """Verdicts over the measurements that are in both runs and timed in one.
 
     noise: for "gpu_us" and "wall_us", the share by which one has to take longer than the other (default: rows.NOISE).
+    unsure: those of them below which a difference beyond rows.NOISE is "unconfirmed" instead of noise.
     allow_different: compare runs of different devices or versions. Raises ValueError when they may not be compared, or
     have no timed measurement in common.
     """
@@ -178,7 +190,7 @@ def compare_runs(
         raise ValueError(
             f"A and B differ in {'; '.join(different)}: pass --allow-different to compare them all the same"
         )
-    verdicts = _verdicts(a, b, noise or NOISE)
+    verdicts = _verdicts(a, b, noise or NOISE, unsure=unsure)
     if not verdicts:
         left = [next((row for row in run["rows"] if row["status"] == "not measured"), None) for run in (a, b)]
         why = [
@@ -190,10 +202,12 @@ def compare_runs(
     return verdicts
 
 
-def _verdicts(a: dict[str, Any], b: dict[str, Any], noise: dict[str, float], agree: bool = True) -> list[Verdict]:
-    """agree: whether the turns have to, of runs that were joined."""
+def _verdicts(
+    a: dict[str, Any], b: dict[str, Any], noise: dict[str, float], agree: bool = True, unsure: Collection[str] = ()
+) -> list[Verdict]:
+    """agree: whether the turns have to, of runs that were joined. unsure: as in compare_runs."""
     before, after = (_measurements(run) for run in (a, b))
-    found = [_judge(row, after[name], noise, agree) for name, row in before.items() if name in after]
+    found = [_judge(row, after[name], noise, agree, unsure) for name, row in before.items() if name in after]
     return [judged for judged in found if judged]
 
 
@@ -208,17 +222,19 @@ def _which(a: Row, b: Row) -> str | None:
     return next((name for name in MEASURES if a[name] and b[name]), None)
 
 
-def _judge(a: Row, b: Row, noise: dict[str, float], agree: bool) -> Verdict | None:
+def _judge(a: Row, b: Row, noise: dict[str, float], agree: bool, unsure: Collection[str]) -> Verdict | None:
     """None where neither was timed, or one was left out for want of time or of a package."""
     names = (b["case"], b["pass"], b["contestant"])
     if which := _which(a, b):
-        one, other, share = a[which], b[which], noise[which]
-        word = verdict(one, other, share if other["median"] > one["median"] else share / (1 + share))
+        one, other = a[which], b[which]
+        word = _word(one, other, noise[which])
+        if word == SAME and which in unsure and _word(one, other, NOISE[which]) != SAME:
+            word = UNCONFIRMED
         if agree and word in ("faster", "slower"):
             if not _turns_agree(one, other):
-                word = "same within noise"
+                word = SAME
             elif _few_turns(one, other) and abs(_log(one, other)) <= math.log1p(STATED[which]):
-                word = "unconfirmed"
+                word = UNCONFIRMED
         return Verdict(*names, word, which, one, other)
     lost = ["failed", "out of memory"]
     lost += ["unavailable"] if is_ours(b["contestant"]) else []
@@ -226,6 +242,11 @@ def _judge(a: Row, b: Row, noise: dict[str, float], agree: bool) -> Verdict | No
         if timed["status"] == "ok" and other["status"] in lost:
             return Verdict(*names, word, None, None, None, " ".join(filter(None, (other["status"], other["reason"]))))
     return None
+
+
+def _word(a: Stats, b: Stats, share: float) -> str:
+    """share: more of a's time, or less the other way round."""
+    return verdict(a, b, share if b["median"] > a["median"] else share / (1 + share))
 
 
 def _few_turns(a: Stats, b: Stats) -> bool:
@@ -463,17 +484,19 @@ def run(args: argparse.Namespace) -> int:
     regressions = len(lost)
     if regressions or not together:
         print(f"{regressions} regressions of ours" if regressions else "no regression of ours")
-    if files and (regressions or together):
+    if files and (regressions or together or any(v.word == UNCONFIRMED for v in verdicts)):
         print(_confirm(a, b, lost))
     return 1 if regressions or together else 0
 
 
 def _of_files(args: argparse.Namespace, a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Verdict], str | None]:
     given = {name: share for name, share in (("gpu_us", args.noise), ("wall_us", args.wall_noise)) if share is not None}
-    noise = _noise(args)
+    noise, unsure = _noise(args), set()
     if a["kind"] == b["kind"]:
-        noise = noise | {which: margin.share for which, margin in margins(a, b).items()} | given
-    verdicts = compare_runs(a, b, noise, args.allow_different)
+        found = margins(a, b)
+        noise = noise | {which: margin.share for which, margin in found.items()} | given
+        unsure = {which for which, margin in found.items() if margin.stated} - given.keys()
+    verdicts = compare_runs(a, b, noise, args.allow_different, unsure)
     return verdicts, shift(a, b, NOISE | given)
 
 
@@ -488,7 +511,7 @@ def _margin_lines(args: argparse.Namespace, a: dict[str, Any], b: dict[str, Any]
 
 def _turn_lines(verdicts: Sequence[Verdict]) -> list[str]:
     lines = ["This is about speed: whether results are right is for the tests, on a CPU each is its own reference."]
-    if any(v.word == "unconfirmed" for v in verdicts):
+    if any(v.word == UNCONFIRMED for v in verdicts):
         lines.append(
             f"unconfirmed: in fewer than {CONFIRMED} turns of each; give it longer without --quick, or a --case"
         )

@@ -25,6 +25,7 @@ BATCHES = {"flowers-256": (1, 32), "ffhq-1024": (1, 4), "imagenet-128": (1, 32),
 SMALLEST = {"flowers-256": (1,)}
 """Presets and batches: all of them, and what --quick, or a CPU that is not asked for more, measures."""
 PASSES = ("forward", "forward+backward")
+CALLS = 4  # of a pass, that have to fit into what is left of the time for it to be measured
 
 Batches = Mapping[str, Sequence[int]]
 
@@ -46,7 +47,8 @@ def measure(
 
     batches: by the names of configs. passes: of runs.PASSES. contestants: patterns as in api.chosen; none means all.
     k_diffusion: a folder, see peers/kdiffusion.py. seconds: for measuring a pass. deadline: by time.monotonic(); what
-    it leaves out becomes rows "not measured". on_step: called with a line of text before each piece of work.
+    it leaves out, and passes of which CALLS would go beyond it, become rows "not measured". on_step: called with a line
+    of text before each piece of work.
     """
     absent = kdiffusion.available(k_diffusion)
     for name in batches:
@@ -81,7 +83,8 @@ def measure(
                     side = networks.checked_side(network, device)
                     if isinstance(checks[network.name], networks.Check) and side != network.side:
                         row["detail"] = f"checked at {side}²"
-                    networks.attempt(row, network, checks[network.name], run, device, seconds)
+                    allowed = (deadline - time.monotonic()) / CALLS
+                    networks.attempt(row, network, checks[network.name], run, device, seconds, allowed)
                     continue
                 run.put(row)
                 run.save()
@@ -134,6 +137,7 @@ def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batch
     chosen = select(args.case, BATCHES, SMALLEST if args.quick else _default(batches, device))
     rivals = [networks.dit_like(presets[name]).name for name in chosen]
     api.check_contestants(args.contestant, ["ours", "k-diffusion", *rivals])
+    kdiffusion.check_folder(args.k_diffusion)
     found = command.open_run(args, kind)
     if version := kdiffusion.version(args.k_diffusion):
         found.name_peer("k-diffusion", version)

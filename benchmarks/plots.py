@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import fits, runs
 from benchmarks import rows as reading
-from benchmarks import runs
 from benchmarks.fits import PowerLaw, largest_sizes
 from benchmarks.rows import MEASURES, NOISE, Stats
 from benchmarks.runs import Row
@@ -73,8 +73,9 @@ WIDEST = 0.3  # interval of an exponent that counts as determined
 
 
 def digest(run: dict[str, Any]) -> str:
-    """sha256 of a run and of this file: ties a picture to the JSON that it shows and to how it is drawn."""
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode() + Path(__file__).read_bytes()).hexdigest()
+    """sha256 of a run, this file and what else it draws by: ties a picture to the JSON that it shows and to how."""
+    sources = [Path(file).read_bytes() for file in (__file__, fits.__file__, reading.__file__)]
+    return hashlib.sha256(b"".join([json.dumps(run, sort_keys=True).encode(), *sources])).hexdigest()
 
 
 def save(run: dict[str, Any], stem: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:

@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,13 +27,26 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 
 
+# Of benchmarks/, what a row depends on beside the sources: whose times are taken, of what, and how.
+MEASURING = ("ceilings", "copy_triton", "correctness", "measure", "networks", "timing", "kernels/*", "peers/*")
+
+
 def source_hash(root: Path = ROOT) -> str:
     """sha256 over the Python sources of hdit_kernels and hdit: sorted relative paths, each followed by its contents."""
-    files = {
-        path.relative_to(root).as_posix(): path
-        for name in ("hdit_kernels", "hdit")
-        for path in (root / name).rglob("*.py")
-    }
+    return _hash(root, [path for name in ("hdit_kernels", "hdit") for path in (root / name).rglob("*.py")])
+
+
+def measuring_hash(root: Path = ROOT) -> str:
+    """The same over the files of benchmarks/ that measure."""
+    return _hash(root, measuring_files(root))
+
+
+def measuring_files(root: Path = ROOT) -> list[Path]:
+    return [path for name in MEASURING for path in (root / "benchmarks").glob(f"{name}.py")]
+
+
+def _hash(root: Path, paths: Iterable[Path]) -> str:
+    files = {path.relative_to(root).as_posix(): path for path in paths}
     digest = hashlib.sha256()
     for name in sorted(files):
         content = files[name].read_bytes()

@@ -14,6 +14,7 @@ MEASURES = {"gpu_us": "GPU time", "wall_us": "wall time"}
 NOISE = {"gpu_us": 0.03, "wall_us": 0.10}
 SAME, TOO_FEW = "same within noise", "too few samples"
 UNDECIDED = SAME, TOO_FEW  # verdicts beside which no ratio is told
+FEW = 5  # samples
 FULL_ATTENTION = "sdpa"  # the contestant that neighborhood attention replaces
 
 
@@ -54,11 +55,14 @@ def verdict(a: Stats, b: Stats, noise: float) -> str:
     """What b is beside a: "faster", "slower", "same within noise" or "too few samples".
 
     A difference counts only where the p20..p80 intervals don't overlap and the medians differ by more than noise · a's.
-    A single sample has no interval, so it tells neither a difference nor that there is none.
+    A single sample has no interval, so it tells neither a difference nor that there is none. Few samples lie apart by
+    chance (three and three once in ten times), so intervals of fewer than FEW have to be as far apart as they are wide.
     """
     if min(a["repeats"], b["repeats"]) < 2:
         return TOO_FEW
-    apart = b["p80"] < a["p20"] or a["p80"] < b["p20"]
+    few = min(a["repeats"], b["repeats"]) < FEW
+    between = max(a["p80"] - a["p20"], b["p80"] - b["p20"]) if few else 0.0
+    apart = a["p20"] - b["p80"] > between or b["p20"] - a["p80"] > between
     if not apart or abs(b["median"] - a["median"]) <= noise * a["median"]:
         return SAME
     return "faster" if b["median"] < a["median"] else "slower"

@@ -58,12 +58,14 @@ HEADER: dict[str, tuple[type, ...]] = {
     "kind": (str,),
     "environment": (dict,),
     "source_sha256": (str,),
+    "measuring_sha256": (str,),
     "command": (list,),
     "clocks": (dict,),
     "ceilings": (dict,),
     "rows": (list,),
     "continued": (list,),
 }
+ADDED = ("continued", "measuring_sha256")  # fields of HEADER that a run may lack
 LATER: dict[str, tuple[type, ...]] = {"command": (list,), "commit": (str, _NULL), "date": (str,)}
 LATER |= {name: HEADER[name] for name in ("clocks", "ceilings")}
 """What a later session, in "continued", is told of."""
@@ -89,7 +91,7 @@ def key(row: Row) -> tuple[str, str, str]:
 
 def validate(data: Any) -> None:
     """Raises ValueError, naming the place, unless data is a run as SCHEMA.md has it."""
-    _fields("the run", data, HEADER, required=[name for name in HEADER if name != "continued"])
+    _fields("the run", data, HEADER, required=[name for name in HEADER if name not in ADDED])
     for i, session in enumerate(data.get("continued", [])):
         _fields(f"continued {i}", session, LATER | CARD, required=LATER)
     _fields("environment", data["environment"], CARD, required=[*SAME, "commit", "date"])
@@ -158,6 +160,9 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Why the rows of two runs can't stand in one file; empty if they can."""
     kind = _unequal("kind", first["kind"], second["kind"])
     sources = _unequal("sources", first["source_sha256"][:12], second["source_sha256"][:12])
+    if "measuring_sha256" in first and "measuring_sha256" in second:
+        name = "what measures, benchmarks/,"
+        sources += _unequal(name, first["measuring_sha256"][:12], second["measuring_sha256"][:12])
     return kind + machine_differences(first, second) + sources
 
 
@@ -246,6 +251,7 @@ class Run:
             "kind": kind,
             "environment": results.environment(),
             "source_sha256": results.source_hash(),
+            "measuring_sha256": results.measuring_hash(),
             "command": list(command),
             "clocks": {"sm_mhz": None, "memory_mhz": None, "seen": None},
             "ceilings": {},

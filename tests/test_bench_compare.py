@@ -54,6 +54,10 @@ def words(verdicts: list[compare.Verdict], contestant: str = "ours") -> set[str]
         (spread(1.15e6, 1e6, 1.3e6), spread(8.02e6, 8.02e6, 8.02e6, repeats=1), 0.03, "too few samples"),
         (spread(100, 100, 100, repeats=1), spread(100, 99, 101), 0.03, "too few samples"),
         (spread(100, 99, 101, repeats=2), spread(120, 119, 121, repeats=2), 0.03, "slower"),
+        (spread(100, 90, 110, repeats=3), spread(140, 131, 150, repeats=3), 0.03, "slower"),
+        (spread(100, 90, 110, repeats=3), spread(140, 129, 150, repeats=3), 0.03, "same within noise"),
+        (spread(140, 130, 150), spread(100, 90, 110, repeats=4), 0.03, "same within noise"),
+        (spread(140, 111, 150), spread(100, 90, 110), 0.03, "faster"),
     ],
 )
 def test_a_difference_counts_beyond_the_spread_only(a: rows.Stats, b: rows.Stats, noise: float, word: str) -> None:
@@ -226,6 +230,27 @@ def test_the_margin_of_files_is_what_unchanged_others_differ_by() -> None:
     assert found.share == compare.STATED["gpu_us"] and "stated" in found.source and "19" in found.source
     a, b = others(19, [0.5, 0.4])
     assert compare.margins(a, b)["gpu_us"].share == pytest.approx(0.4)
+    a, b = others(25, [0.3, 0.2])  # fewer than ours: the largest
+    for run in (a, b):
+        run["rows"] += [made_up_runs.row(f"geglu {i}", "ours", stats(100, 0.001), 120) for i in range(30)]
+    found = compare.margins(a, b)["gpu_us"]
+    assert found.share == pytest.approx(0.3) and not found.stated and "25 measurements" in found.source
+
+
+def test_a_change_below_a_stated_margin_is_unconfirmed(
+    file: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = others(5, [])
+    names = file("a.json", a), file("b.json", faster(b, 1 / 1.15))
+    assert command(*names) == 0
+    printed = capsys.readouterr().out
+    assert "1 unconfirmed" in printed and "margin of GPU time: 17.0% (stated" in printed
+    assert "By turns, here: python -m benchmarks compare" in printed
+    assert command(names[0], file("c.json", faster(b, 1 / 1.02))) == 0
+    assert "unconfirmed" not in capsys.readouterr().out
+    assert command(*names, "--noise", "0.17") == 0
+    assert "unconfirmed" not in capsys.readouterr().out
+    assert command(names[0], file("d.json", faster(b, 1 / 1.2))) == 1
 
 
 def test_others_of_another_version_tell_no_margin() -> None:

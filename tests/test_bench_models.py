@@ -572,6 +572,29 @@ def test_a_spent_budget_leaves_rows_not_measured(small_dit: None) -> None:
     }  # fmt: skip
 
 
+def test_a_pass_that_would_go_beyond_the_budget_is_left_after_one_call(
+    small_dit: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run("model")
+    monkeypatch.setattr(timing, "seconds_of", lambda call, device: 3.0)
+    options: dict[str, Any] = {"device": CPU, "configs": TINY, "contestants": ["ours"], "seconds": 0.0}
+    model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 10)
+    reasons = {row["reason"] for row in run.data["rows"]}
+    assert {row["status"] for row in run.data["rows"]} == {"not measured"}
+    assert all(re.fullmatch(r"its first pass took 3 s, more than the 2\.\d s allowed", reason) for reason in reasons)
+    model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 20)
+    assert {row["status"] for row in run.data["rows"]} == {"ok"}
+
+
+@pytest.mark.parametrize("kind", ["model", "train"])
+def test_a_folder_without_k_diffusion_is_an_error(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert __main__.main([kind, "--quick", "--k-diffusion", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is not at {tmp_path}; expected a clone of crowsonkb/k-diffusion" in line
+
+
 def test_cases_are_selected_by_pattern() -> None:
     assert model.select([], model.BATCHES, model.SMALLEST) == {"flowers-256": (1,)}
     assert model.select(["imagenet", "ffhq-1024 batch 4"], model.BATCHES, {}) == {

@@ -91,7 +91,7 @@ def test_a_run_is_taken_up(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("what", ["sources", "device", "torch", "kind"])
+@pytest.mark.parametrize("what", ["sources", "measures", "device", "torch", "kind"])
 def test_another_run_is_not_taken_up(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
     run = runs.Run.open(path, "kernels", [])
@@ -99,12 +99,33 @@ def test_another_run_is_not_taken_up(what: str, tmp_path: Path, monkeypatch: pyt
     before = path.read_bytes()
     if what == "sources":
         monkeypatch.setattr(results, "source_hash", lambda: "f" * 64)
+    elif what == "measures":
+        monkeypatch.setattr(results, "measuring_hash", lambda: "f" * 64)
     elif what != "kind":
         changed = results.environment() | {what: "another"}
         monkeypatch.setattr(results, "environment", lambda: changed)
     with pytest.raises(runs.RunError, match=f"choose another --output.*{what}"):
         runs.Run.open(path, "model" if what == "kind" else "kernels", [])
     assert path.read_bytes() == before
+
+
+def test_a_run_from_before_the_hash_of_what_measures_is_taken_up(tmp_path: Path) -> None:
+    run = runs.Run.open(tmp_path / "run.json", "kernels", [])
+    del run.data["measuring_sha256"]
+    run.save()
+    assert "measuring_sha256" not in runs.Run.open(tmp_path / "run.json", "kernels", []).data
+
+
+def test_what_measures_is_hashed(tmp_path: Path) -> None:
+    names = {path.relative_to(results.ROOT / "benchmarks").as_posix() for path in results.measuring_files()}
+    assert {"timing.py", "networks.py", "peers/dit.py", "kernels/norms.py"} <= names
+    assert not names & {"report.py", "plots.py", "compare.py", "test_kernels.py"}
+    (tmp_path / "benchmarks" / "peers").mkdir(parents=True)
+    found = {results.measuring_hash(tmp_path)}
+    for name in ("timing.py", "report.py", "peers/dit.py"):
+        (tmp_path / "benchmarks" / name).write_text("x = 1")
+        found.add(results.measuring_hash(tmp_path))
+    assert len(found) == 3
 
 
 def test_another_day_and_commit_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

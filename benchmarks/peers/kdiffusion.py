@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.runs import RunError
 from hdit.config import Attention, GlobalAttention, HDiTConfig, NeighborhoodAttention, ShiftedWindowAttention
 
 INSTALL = (
@@ -30,6 +31,16 @@ INSTALL = (
 )
 _NAME = "_reference_k_diffusion"
 _MODEL = Path("models") / "image_transformer_v2.py"
+
+
+def check_folder(path: Path | None) -> None:
+    """Raises RunError where `path`, as in build, is given and holds no model."""
+    if path is None:
+        return
+    try:
+        _package(path)
+    except ImportError as error:
+        raise RunError(f"--k-diffusion: {error}; expected a clone of crowsonkb/k-diffusion") from error
 
 
 def available(path: Path | None = None) -> str | None:

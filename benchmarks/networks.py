@@ -374,7 +374,8 @@ def measure(
         microseconds, kernels[:] = profile(call, device)
         return microseconds
 
-    gpu = timing.sample(profiled, replace(effort, width=0.01, most=20, seconds=seconds / 2))
+    least = effort.fewest if wall.median < 1e6 else effort.least  # three tell little, and cost little more than five
+    gpu = timing.sample(profiled, replace(effort, width=0.01, most=20, seconds=seconds / 2, least=least))
     return Measurement(first, gpu, wall, len(kernels), peak, sdpa_of(kernels))
 
 
@@ -484,8 +485,9 @@ def _attempted(
 
 
 def fewest_calls(device: torch.device) -> int:
-    """How many passes measure() makes at least, after the first; on a CPU of LONG ones one less."""
-    return 6 if device.type == "cuda" else 3
+    """How many passes measure() makes at least, after the first; on a GPU of those of a second or more two less, on a
+    CPU of LONG ones one."""
+    return 8 if device.type == "cuda" else 3
 
 
 def peak(network: Network, direction: str, batch: int, device: torch.device) -> int:

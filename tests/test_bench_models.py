@@ -1039,7 +1039,7 @@ def test_measures_on_a_gpu(small_dit: None) -> None:
     for row in rows.values():
         assert row["status"] == "ok", row
         assert 0 < row["gpu_us"]["median"] <= 1.05 * row["wall_us"]["median"]
-        assert row["kernels"] > 10 and row["peak_bytes"] > 4 * row["parameters"]
+        assert row["kernels"] > 10 and row["peak_bytes"] > 4 * row["parameters"] and row["gpu_us"]["repeats"] >= 5
         assert 0 < row["error"] <= row["allowed_error"] < 0.1
 
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from benchmarks import ceilings, results, runs, timing
+from benchmarks import rows as reading
 from benchmarks.kernels import PASSES, Case, all_cases
 from benchmarks.measure import DeviceLost, Session, left_out, measure
 from benchmarks.peers import Contestant, all_contestants, case_contestants
@@ -237,7 +238,7 @@ def print_table(data: dict[str, Any]) -> None:
     operators = data["kind"] == "kernels"
     memory = on_gpu and not operators
     for name in [
-        *(("GPU", "p20 … p80", "x floor", "wall") if on_gpu else ("wall", "p20 … p80")),
+        *(("GPU", "p20 … p80", "x floor", "wall") if on_gpu else ("wall", "p20 … p80", "x floor")),
         *(("bytes", "FLOPs") if operators else ()),
         *(("memory",) if memory else ()),
         "error",
@@ -250,11 +251,9 @@ def print_table(data: dict[str, Any]) -> None:
     for row in sorted(tried, key=_order(tried)):
         cells = [row["case"] if row["case"] != before else "", row["contestant"], row["pass"]]
         before = row["case"]
+        cells += _time_cells(row, "gpu_us" if on_gpu else "wall_us")
         if on_gpu:
-            cells += _gpu_cells(row)
-        cells.append(duration(row["wall_us"]["median"]) if row["wall_us"] else "")
-        if not on_gpu:
-            cells.append(_interval(row["wall_us"]))
+            cells.append(duration(row["wall_us"]["median"]) if row["wall_us"] else "")
         if operators:
             cells += [amount(row["bytes"], "B"), amount(row["flops"], "FLOP")]
         if memory:
@@ -282,16 +281,13 @@ def _order(rows: Sequence[runs.Row]) -> Callable[[runs.Row], tuple[int, int, int
     return lambda row: (cases[row["case"]], runs.PASSES.index(row["pass"]), names.get(row["contestant"], len(names)))
 
 
-def _gpu_cells(row: runs.Row) -> list[str]:
-    found = row["gpu_us"]
+def _time_cells(row: runs.Row, which: str) -> list[str]:
+    found = row[which]
     if not found:
         return ["", "", ""]
-    floor = f"{row['ratio_to_floor']:.2f} x {duration(row['floor_us'])}" if row["ratio_to_floor"] else ""
-    return [duration(found["median"]), _interval(found), floor]
-
-
-def _interval(found: dict[str, float] | None) -> str:
-    return f"{duration(found['p20'])} … {duration(found['p80'])}" if found else ""
+    ratio = reading.ratio_to_floor(row, which)
+    floor = f"{ratio:.2f} x {duration(row['floor_us'])}" if ratio else ""
+    return [duration(found["median"]), f"{duration(found['p20'])} … {duration(found['p80'])}", floor]
 
 
 def amount(number: int | None, unit: str) -> str:

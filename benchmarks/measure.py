@@ -251,6 +251,6 @@ def _row(case: Case, contestant: Contestant, direction: str, status: str, sessio
         floor_us=floor,
         **fields,
     )
-    if found["gpu_us"] is not None:
-        found["ratio_to_floor"] = found["gpu_us"]["median"] / floor
+    if time := found["wall_us" if session.device.type == "cpu" else "gpu_us"]:
+        found["ratio_to_floor"] = time["median"] / floor
     return found

@@ -440,7 +440,8 @@ def roofline(run: dict[str, Any]) -> Any:
         # Right of the axes, where no point is.
         axes.annotate(f"{peak / 1e12:.3g} TFLOP/s,\n{kind} matmul", (high, peak), (4, 0), va="center", **small)
     top = max(peaks.values())  # above it, no point is either
-    axes.annotate(f"{bandwidth / 1e12:.3g} TB/s, copy", (top / bandwidth, top), (0, 4), ha="right", **small)
+    side = "left" if (top / bandwidth) ** 2 < low * high else "right"  # where there is more room
+    axes.annotate(f"{bandwidth / 1e12:.3g} TB/s, copy", (top / bandwidth, top), (0, 4), ha=side, **small)
     for i, family in enumerate(reading.distinct((row for row, _, _ in points), lambda row: row["family"])):
         color, mark = FAMILIES[i % len(FAMILIES)], FAMILY_MARKS[i % len(FAMILY_MARKS)]
         for ours, fill, size in ((False, "none", 14), (True, color, 26)):

@@ -282,7 +282,7 @@ def _to_all_tokens(row: dict[str, Any], grid: int, session: operators.Session) -
     """The row with FLOPs and floor of attention to all of a grid's tokens, which is another function than na2d."""
     flops = row["flops"] // KERNEL_SIZE**2 * grid**2
     floor = ceilings.floor_us(session.ceilings, row["bytes"], flops, row["settings"]["dtype"])
-    ratio = row["gpu_us"]["median"] / floor if row["gpu_us"] and row["ratio_to_floor"] else None
+    ratio = row["ratio_to_floor"] and row["ratio_to_floor"] * row["floor_us"] / floor
     return row | {"flops": flops, "floor_us": floor, "ratio_to_floor": ratio}
 
 

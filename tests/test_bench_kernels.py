@@ -85,7 +85,8 @@ def test_a_right_contestant_is_timed() -> None:
         assert row["wall_us"]["median"] > 0 and row["wall_us"]["repeats"] == 3
         assert row["host_us"]["median"] <= row["wall_us"]["median"]
         assert row["error"] <= row["allowed_error"] == 1e-5 and row["reason"] is None
-        assert row["gpu_us"] is None and row["ratio_to_floor"] is None and row["peak_bytes"] is None
+        assert row["gpu_us"] is None and row["peak_bytes"] is None
+        assert row["ratio_to_floor"] == row["wall_us"]["median"] / row["floor_us"]
         assert row["detail"] == "in its way" and row["settings"] == {"rows": 64, "d_ff": 8, "dtype": "float32"}
     one = 64 * 8 * 4
     assert [rows["right", p]["bytes"] for p in PASSES] == [3 * one, 5 * one, 8 * one]

@@ -484,8 +484,9 @@ def run(args: argparse.Namespace) -> int:
     regressions = len(lost)
     if regressions or not together:
         print(f"{regressions} regressions of ours" if regressions else "no regression of ours")
-    if files and (regressions or together or any(v.word == UNCONFIRMED for v in verdicts)):
-        print(_confirm(a, b, lost))
+    doubtful = lost + [v for v in verdicts if v.word == UNCONFIRMED and is_ours(v.contestant)]
+    if files and (doubtful or together):
+        print(_confirm(a, b, doubtful))
     return 1 if regressions or together else 0
 
 
@@ -518,12 +519,12 @@ def _turn_lines(verdicts: Sequence[Verdict]) -> list[str]:
     return lines
 
 
-def _confirm(a: dict[str, Any], b: dict[str, Any], lost: Sequence[Verdict]) -> str:
+def _confirm(a: dict[str, Any], b: dict[str, Any], doubtful: Sequence[Verdict]) -> str:
     """How to make sure of what two files say."""
     commits = [run["environment"]["commit"] for run in (a, b)]
     named = [c[:12] for c in commits] if all(commits) and commits[0] != commits[1] else ["REVISION_A", "REVISION_B"]
     asked = ["python", "-m", "benchmarks", "compare", *named, "--kind", a["kind"]]
-    asked += [f"--case={case}" for case in list(dict.fromkeys(v.case for v in lost))[:LISTED]]
+    asked += [f"--case={case}" for case in list(dict.fromkeys(v.case for v in doubtful))[:LISTED]]
     return f"Two files may differ by more than the code does. By turns, here: {shlex.join(asked)}"
 
 

@@ -25,7 +25,6 @@ BATCHES = {"flowers-256": (1, 32), "ffhq-1024": (1, 4), "imagenet-128": (1, 32),
 SMALLEST = {"flowers-256": (1,)}
 """Presets and batches: all of them, and what --quick, or a CPU that is not asked for more, measures."""
 PASSES = ("forward", "forward+backward")
-CALLS = 4  # of a pass, that have to fit into what is left of the time for it to be measured
 
 Batches = Mapping[str, Sequence[int]]
 
@@ -47,8 +46,8 @@ def measure(
 
     batches: by the names of configs. passes: of runs.PASSES. contestants: patterns as in api.chosen; none means all.
     k_diffusion: a folder, see peers/kdiffusion.py. seconds: for measuring a pass. deadline: by time.monotonic(); what
-    it leaves out, and passes of which CALLS would go beyond it, become rows "not measured". on_step: called with a line
-    of text before each piece of work.
+    it leaves out, and passes of which the fewest that measuring takes would go beyond it, become rows "not measured".
+    on_step: called with a line of text before each piece of work.
     """
     absent = kdiffusion.available(k_diffusion)
     for name in batches:
@@ -83,7 +82,7 @@ def measure(
                     side = networks.checked_side(network, device)
                     if isinstance(checks[network.name], networks.Check) and side != network.side:
                         row["detail"] = f"checked at {side}²"
-                    allowed = (deadline - time.monotonic()) / CALLS
+                    allowed = (deadline - time.monotonic()) / (1 + networks.fewest_calls(device))
                     networks.attempt(row, network, checks[network.name], run, device, seconds, allowed)
                     continue
                 run.put(row)

@@ -374,7 +374,7 @@ def measure(
         microseconds, kernels[:] = profile(call, device)
         return microseconds
 
-    least = effort.fewest if wall.median < 1e6 else effort.least  # three tell little, and cost little more than five
+    least = effort.fewest if wall.median < 1e6 else effort.least  # three tell little, five cost hardly more
     gpu = timing.sample(profiled, replace(effort, width=0.01, most=20, seconds=seconds / 2, least=least))
     return Measurement(first, gpu, wall, len(kernels), peak, sdpa_of(kernels))
 

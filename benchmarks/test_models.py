@@ -71,8 +71,10 @@ def test_model(case: str, batch: int, network: Network, group: Group, direction:
     assert all(error <= allowed for error, allowed in found.errors(direction).values()), found
     try:
         call = networks.prepare(network, direction, batch, device)
-        timing.seconds_of(call, device)  # may compile
-        if (took := timing.seconds_of(call, device)) > PATIENCE:
+        took = timing.seconds_of(call, device)
+        if took > PATIENCE and not ON_CPU:  # the first may compile
+            took = timing.seconds_of(call, device)
+        if took > PATIENCE:
             pytest.skip(f"a pass takes {took:.1f} s, more than {PATIENCE:g} s")
     except RuntimeError as error:
         if not timing.out_of_memory(error):
@@ -84,4 +86,4 @@ def test_model(case: str, batch: int, network: Network, group: Group, direction:
         timing.synchronize(device)
 
     benchmark.group = f"{case} {direction}"
-    benchmark.pedantic(waited, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(waited, rounds=ROUNDS)

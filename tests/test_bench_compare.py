@@ -245,7 +245,7 @@ def test_a_change_below_a_stated_margin_is_unconfirmed(
     assert command(*names) == 0
     printed = capsys.readouterr().out
     assert "1 unconfirmed" in printed and "margin of GPU time: 17.0% (stated" in printed
-    assert "By turns, here: python -m benchmarks compare" in printed
+    assert "By turns, here: python -m benchmarks compare" in printed and "'--case=rms_norm 0'" in printed
     assert command(names[0], file("c.json", faster(b, 1 / 1.02))) == 0
     assert "unconfirmed" not in capsys.readouterr().out
     assert command(*names, "--noise", "0.17") == 0

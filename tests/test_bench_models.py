@@ -581,8 +581,8 @@ def test_a_pass_that_would_go_beyond_the_budget_is_left_after_one_call(
     model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 10)
     reasons = {row["reason"] for row in run.data["rows"]}
     assert {row["status"] for row in run.data["rows"]} == {"not measured"}
-    assert all(re.fullmatch(r"its first pass took 3 s, more than the 2\.\d s allowed", reason) for reason in reasons)
-    model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 20)
+    assert all(re.fullmatch(r"its first pass took 3 s, more than the [012](\.\d+)? s allowed", r) for r in reasons)
+    model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 600)
     assert {row["status"] for row in run.data["rows"]} == {"ok"}
 
 

@@ -180,6 +180,7 @@ def test_strips_that_run_at_once_are_walked_down_and_up() -> None:
         ((8, 64, 64, 6, 64), (2, 3), False),  # three programs a multiprocessor
         ((1, 1024, 1024, 2, 64), (2, 3), False),  # not all at once
         ((1, 7, 256, 2, 64), (2, 3), False),  # no whole tile
+        ((1, 250, 256, 2, 64), (2, 3), False),  # rows left over, with programs of their own
     ],
 )
 def test_the_second_program_of_a_multiprocessor_begins_late(

@@ -146,7 +146,8 @@ def plan(
         # the same time. An even window is not the same upwards.
         integers.append(int(at_once and window[0] % 2))
     if by_turns:
-        two = at_once and multiprocessors < columns * whole <= 2 * multiprocessors
+        # Programs of the rows that are left over have no second one to give way to.
+        two = at_once and not left and multiprocessors < columns * whole <= 2 * multiprocessors
         integers.append(multiprocessors if two and BY_TURNS <= tiles // whole <= by_turns else 2**31 - 1)
     integers += window
     integers += [step // 8 for stride in strides for step in stride[:-1]]

@@ -130,7 +130,7 @@ def run_cases(
     if quick and budget_seconds is None:
         budget_seconds = QUICK_SECONDS
 
-    began = time.monotonic()
+    began, on_step = time.monotonic(), clocked(on_line)
     run = open_run("kernels", output, command or ["benchmarks.api.run_cases"], on_line)
     with timing.side_stream(device()):
         session = Session(device(), run.session["ceilings"], compiling=not quick)
@@ -151,10 +151,16 @@ def run_cases(
                 run.put(*rows)
                 run.save()
                 for line in describe(rows):
-                    on_line(f"[{time.monotonic() - began:6.1f} s] {line}")
+                    on_step(line)
             session.forget()
     close_run(run)
     return run.data
+
+
+def clocked(on_line: Callable[[str], None]) -> Callable[[str], None]:
+    """on_line with the seconds since now ahead of each line."""
+    began = time.monotonic()
+    return lambda line: on_line(f"[{time.monotonic() - began:6.1f} s] {line}")
 
 
 def open_run(

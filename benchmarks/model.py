@@ -37,7 +37,7 @@ def measure(
     *,
     device: torch.device,
     k_diffusion: Path | None = None,
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     deadline: float = math.inf,
     configs: Mapping[str, HDiTConfig] = presets,
     on_step: Callable[[str], None] = lambda message: None,
@@ -147,9 +147,9 @@ def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batch
         args.contestant,
         device=device,
         k_diffusion=args.k_diffusion,
-        seconds=0.5 if args.quick else 2.0,
+        seconds=0.5 if args.quick else 1.0,
         deadline=command.deadline(args),
-        on_step=command.say,
+        on_step=api.clocked(command.say),
     )
     return command.finish(found, args)
 

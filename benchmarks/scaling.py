@@ -430,7 +430,7 @@ def run(args: argparse.Namespace) -> int:
     api.check_contestants(args.contestant, [*MODELS, *ATTENTION])
     found = command.open_run(args, "scaling")
     deadline = command.deadline(args)
-    common: dict[str, Any] = {"device": device, "on_step": command.say}
+    common: dict[str, Any] = {"device": device, "on_step": api.clocked(command.say)}
     models = common | {"seconds": 0.3 if args.quick else 1.5}
     patient = {"patience": args.patience}
     attention = common | patient | {"deadline": deadline, "compiling": not args.quick}

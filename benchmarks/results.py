@@ -25,8 +25,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
-# Of benchmarks/, what a row depends on beside the sources: whose times are taken, of what, and how.
-MEASURING = ("ceilings", "copy_triton", "correctness", "measure", "networks", "timing", "kernels/*", "peers/*")
+# Of benchmarks/, what a row depends on beside the sources: whose times are taken, of what, how, and for how long.
+MEASURING = ("ceilings", "copy_triton", "correctness", "measure", "model", "networks", "scaling", "timing")
+MEASURING += ("kernels/*", "peers/*")
 
 
 def source_hash(root: Path = ROOT) -> str:

@@ -625,7 +625,8 @@ def test_commands(kind: str, tiny_presets: None, tmp_path: Path, capsys: pytest.
         ("ours", direction, "ok") for direction in passes
     ]
     assert len(csv.read_text().splitlines()) == 1 + len(passes)
-    assert f"{len(passes)} ok" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{len(passes)} ok" in printed and re.search(r"^\[ +\d+\.\d s\] .*: checking ours", printed, re.M)
 
     assert __main__.main([*command, "--case", "flowers-256 batch 1"]) == 0  # there is nothing left to measure
     assert runs.read(output)["rows"] == data["rows"]

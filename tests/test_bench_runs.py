@@ -118,7 +118,7 @@ def test_a_run_from_before_the_hash_of_what_measures_is_taken_up(tmp_path: Path)
 
 def test_what_measures_is_hashed(tmp_path: Path) -> None:
     names = {path.relative_to(results.ROOT / "benchmarks").as_posix() for path in results.measuring_files()}
-    assert {"timing.py", "networks.py", "peers/dit.py", "kernels/norms.py"} <= names
+    assert {"timing.py", "networks.py", "model.py", "scaling.py", "peers/dit.py", "kernels/norms.py"} <= names
     assert not names & {"report.py", "plots.py", "compare.py", "test_kernels.py"}
     (tmp_path / "benchmarks" / "peers").mkdir(parents=True)
     found = {results.measuring_hash(tmp_path)}

@@ -176,12 +176,14 @@ def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
     """Makes the call of a configuration, on random tensors that all calls share."""
     from hdit_kernels import launch
     from hdit_kernels.neighborhood_attention.backward import portable_dkdv_launch, portable_dq_launch
-    from hdit_kernels.neighborhood_attention.forward import LOG2_E, portable_forward
+    from hdit_kernels.neighborhood_attention.forward import LOG2_E, portable_forward_launch
 
     shape, dtype = SHAPES[entry.head_dim], DTYPES[entry.bits]
     query, key, value, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     window, dilation, scale = (entry.window, entry.window), (1, 1), entry.head_dim**-0.5
-    out, stats = portable_forward(query, key, value, window, dilation, scale * LOG2_E, False, True)
+    arguments = query, key, value, window, dilation, scale * LOG2_E, False, True
+    (out, stats), ahead = portable_forward_launch(*arguments)
+    launch.run(ahead)
     first, terms = portable_dq_launch(
         torch.empty_like(query), dout, query, key, value, None, out, stats, window, dilation, scale
     )
@@ -192,8 +194,8 @@ def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
             return config
 
         def forward() -> Sequence[Tensor]:
-            arguments = query, key, value, window, dilation, scale * LOG2_E, False, True
-            found, statistics = portable_forward(*arguments, configure=configure)
+            (found, statistics), call = portable_forward_launch(*arguments, configure=configure)
+            launch.run(call)
             return found, statistics[0]
 
         def dq() -> Sequence[Tensor]:

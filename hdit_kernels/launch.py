@@ -63,6 +63,7 @@ def run(*launches: Launch) -> None:
     their storages' sizes, too, which is left to Triton). Addresses in place of tensors spare it a question to the
     driver for each.
     """
+    compiling = True
     for index, each in enumerate(launches):
         addresses = [tensor.data_ptr() for tensor in each.tensors]
         unaligned = [address for address in addresses if address % 16]
@@ -75,8 +76,9 @@ def run(*launches: Launch) -> None:
             compiled, values = found
             compiled[each.grid](*addresses, *each.numbers, *values)
             continue
-        if index == 0 and len(launches) > 1:
-            _compile(launches)
+        if compiling:  # this one and all that are still to come
+            _compile(launches[index:])
+            compiling = False
         compiled = each.by_triton()
         if isinstance(compiled, CompiledKernel):  # not in the interpreter
             _compiled[key] = (
@@ -170,13 +172,19 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 [groups, parts, columns], contiguous -> [groups, columns] in dtype: always in the same order of
     additions.
     """
+    total, summing = sum_launch(partials, dtype)
+    run(summing)
+    return total
+
+
+def sum_launch(partials: Tensor, dtype: torch.dtype) -> tuple[Tensor, Launch]:
+    """The result of `sum_partials` and the launch that fills it."""
     groups, parts, columns = partials.shape
     total = torch.empty(groups, columns, dtype=dtype, device=partials.device)
     block = 16  # narrow and deep: thousands of parts of 128 columns still make several programs of few steps
-    _sum_partials_kernel[(groups * triton.cdiv(columns, block),)](
-        partials, total, parts, columns, BLOCK=block, PARTS=256, num_warps=4
-    )
-    return total
+    grid = (groups * triton.cdiv(columns, block), 1, 1)
+    constants = {"BLOCK": block, "PARTS": 256, "num_warps": 4}
+    return total, Launch(_sum_partials_kernel, grid, (partials, total), (parts, columns), constants)
 
 
 @kernel

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hdit_kernels.launch import kernel, sum_partials, vector_width
+from hdit_kernels.launch import Launch, kernel, run, sum_launch, vector_width
 
 TOKENS = 32
 MAX_PARTIALS = 512
@@ -19,31 +19,37 @@ MAX_PARTIALS = 512
 
 def qk_norm_rope_forward(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float) -> Tensor:
     ready = qkv.new_empty(qkv.shape)
-    qk_norm_rope_into(ready, qkv, scale, theta_y, theta_x, eps)
+    run(qk_norm_rope_forward_launch(ready, qkv, scale, theta_y, theta_x, eps))
     return ready
 
 
-def qk_norm_rope_into(ready: Tensor, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float) -> None:
+def qk_norm_rope_forward_launch(
+    ready: Tensor, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float
+) -> Launch:
     """Fills ready [B, H, W, 2 or 3, heads, D], contiguous: q and k, and v too when there is room for it."""
     qkv, sizes, vector, constants = _layout(qkv)
-    programs = triton.cdiv(sizes[0], TOKENS) * sizes[3]
-    _qk_norm_rope_forward_kernel[(programs,)](
-        ready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous(), eps, *sizes, *_strides(qkv, vector),
-        VECTOR=vector, PARTS=ready.shape[3], TOKENS=TOKENS, **constants, num_warps=4,
-    )  # fmt: skip
+    grid = (triton.cdiv(sizes[0], TOKENS) * sizes[3], 1, 1)
+    tensors = (ready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous())
+    numbers = (eps, *sizes, *_strides(qkv, vector))
+    constants |= {"VECTOR": vector, "PARTS": ready.shape[3]}
+    return Launch(_qk_norm_rope_forward_kernel, grid, tensors, numbers, constants)
 
 
 def qk_norm_rope_backward(
     dready: Tensor, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     dqkv = qkv.new_empty(qkv.shape)
-    return dqkv, qk_norm_rope_backward_into(dqkv, dready, qkv, scale, theta_y, theta_x, eps)
+    dscale, launches = qk_norm_rope_backward_launches(dqkv, dready, qkv, scale, theta_y, theta_x, eps)
+    run(*launches)
+    return dqkv, dscale
 
 
-def qk_norm_rope_backward_into(
+def qk_norm_rope_backward_launches(
     dqkv: Tensor, dready: Tensor, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float
-) -> Tensor:
-    """Fills dqkv, contiguous, from dready, which may be dqkv itself (its v then stays as it is); returns dscale."""
+) -> tuple[Tensor, tuple[Launch, Launch]]:
+    """dscale, and the launches that fill it and dqkv, contiguous, from dready, which may be dqkv itself (its v then
+    stays as it is).
+    """
     qkv, sizes, vector, constants = _layout(qkv)
     in_place = dready is dqkv
     dready = dready if dready.stride(-1) == 1 else dready.contiguous()
@@ -53,18 +59,18 @@ def qk_norm_rope_backward_into(
     parts = triton.cdiv(blocks, per_program)
     heads = sizes[3]
     partials = scale.new_empty((1, parts, heads), dtype=torch.float32)
-    _qk_norm_rope_backward_kernel[(parts * heads,)](
-        dqkv, partials, dready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous(), eps,
-        *sizes, per_program, *_strides(dready, dready_vector), *_strides(qkv, vector),
-        DREADY_VECTOR=dready_vector, VECTOR=vector, COPY_VALUE=not in_place, TOKENS=TOKENS, **constants, num_warps=4,
-    )  # fmt: skip
-    return sum_partials(partials, scale.dtype).view(heads)
+    tensors = (dqkv, partials, dready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous())
+    numbers = (eps, *sizes, per_program, *_strides(dready, dready_vector), *_strides(qkv, vector))
+    constants |= {"DREADY_VECTOR": dready_vector, "VECTOR": vector, "COPY_VALUE": not in_place}
+    backward = Launch(_qk_norm_rope_backward_kernel, (parts * heads, 1, 1), tensors, numbers, constants)
+    dscale, summing = sum_launch(partials, scale.dtype)
+    return dscale.view(heads), (backward, summing)
 
 
 def _layout(qkv: Tensor) -> tuple[Tensor, tuple[int, int, int, int], int, dict[str, int]]:
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     batch, height, width, _, heads, dim = qkv.shape
-    constants = dict(HEAD_DIM=dim, BLOCK_QUARTER=triton.next_power_of_2(dim // 4))
+    constants = dict(TOKENS=TOKENS, HEAD_DIM=dim, BLOCK_QUARTER=triton.next_power_of_2(dim // 4), num_warps=4)
     return qkv, (batch * height * width, height, width, heads), vector_width(qkv, *qkv.stride()[:-1]), constants
 
 

@@ -125,6 +125,19 @@ def test_two_kernels_are_compiled_side_by_side_and_launched_in_order(monkeypatch
     assert len(events) == 6
 
 
+def test_what_is_missing_behind_one_that_is_there_is_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    events: list[str] = []
+    barrier = threading.Barrier(2)
+    first, second, third = (
+        launch.Launch(Function(name, events, barrier), (1, 1, 1), [aligned()], [], {}) for name in "abc"
+    )
+    launch.run(first)
+    launch.run(first, second, third)
+    assert sorted(events[3:5]) == ["b loaded", "c loaded"]
+    assert events[5:] == ["b launched", "c launched"]
+
+
 def test_one_that_is_left_to_compile_is_compiled_as_it_is_launched() -> None:
     events: list[str] = []
     first, second = (
@@ -158,8 +171,9 @@ def test_the_interpreter_compiles_nothing() -> None:
     assert [call[0] for call in kernel.calls] == ["first"] * 2
 
 
-def test_na2d_kernels_take_constants_last() -> None:
+def test_kernels_take_tensors_first_and_constants_last() -> None:
     """As launch.run hands them over."""
+    from hdit_kernels import rope_triton
     from hdit_kernels.neighborhood_attention import (
         backward,
         forward,
@@ -170,9 +184,10 @@ def test_na2d_kernels_take_constants_last() -> None:
     )
 
     found = 0
-    for module in (backward, forward, hopper_backward, hopper_backward_13, hopper_forward, hopper_forward_128):
+    modules = (backward, forward, hopper_backward, hopper_backward_13, hopper_forward, hopper_forward_128)
+    for module in (*modules, rope_triton, launch):
         for name, kernel in vars(module).items():
-            if name.startswith("_na2d") and name.endswith("_kernel"):
+            if name.startswith("_") and name.endswith("_kernel"):
                 found += 1
                 parameters = inspect.signature(kernel.fn).parameters.values()
                 constant = ["constexpr" in str(p.annotation) for p in parameters]
@@ -180,4 +195,4 @@ def test_na2d_kernels_take_constants_last() -> None:
                 assert [p.name.endswith("_ptr") for p in parameters] == sorted(
                     (p.name.endswith("_ptr") for p in parameters), reverse=True
                 ), name
-    assert found == 8
+    assert found == 11

@@ -51,11 +51,11 @@ def na2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU."""
     dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    na2d_backward_into(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale)
+    launch.run(*backward_launches(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale))
     return dq, dk, dv, query.new_empty(0), query.new_empty(0)
 
 
-def na2d_backward_into(
+def backward_launches(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -69,14 +69,16 @@ def na2d_backward_into(
     window: Sequence[int],
     dilation: Sequence[int],
     scale: float,
-) -> None:
-    """Writes the gradients into dq, dk, dv, which share their strides (slices of one packed tensor, say)."""
+) -> tuple[launch.Launch, launch.Launch]:
+    """The launches that write the gradients into dq, dk, dv, which share their strides (slices of one packed tensor,
+    say).
+    """
     dout, query, key, value = dense(dout), dense(query), dense(key), dense(value)
     dlse = None if dlse is None else dlse.contiguous()
     if launch.gpu_family(query.device) == "hopper" and hopper.takes_backward(query, key, value, window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_backward
 
-        return hopper_backward.backward_into(
+        return hopper_backward.backward_launches(
             dq, dk, dv, dout, dlse, query, key, value, out, stats, window, scale, scale * LOG2_E
         )
     tensors = (dout, query, key, value)
@@ -87,7 +89,7 @@ def na2d_backward_into(
         dkdv_launch = hopper_backward_13.dkdv_launch(dk, dv, *tensors, terms, window, scale, scale * LOG2_E)
     else:
         dkdv_launch = portable_dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, scale)
-    launch.run(dq_launch, dkdv_launch)
+    return dq_launch, dkdv_launch
 
 
 def portable_dq_launch(

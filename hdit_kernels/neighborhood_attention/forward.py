@@ -44,7 +44,26 @@ def na2d_forward(
 ) -> list[Tensor]:
     """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU.
 
-    Returns out, with return_lse lse, and with save_stats the softmax statistics for the backward: in float32
+    Returns what `forward_launch` does.
+    """
+    results, forward = forward_launch(query, key, value, window, dilation, scale, return_lse, save_stats)
+    launch.run(forward)
+    return results
+
+
+def forward_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    return_lse: bool,
+    save_stats: bool,
+) -> tuple[list[Tensor], launch.Launch]:
+    """The results and the launch that fills them.
+
+    Results are out, with return_lse lse, and with save_stats the softmax statistics for the backward: in float32
     [2, B, H, W, heads], the largest logit and the logarithm of the sum of exp(logit − largest), base 2; in 16
     bits [1, B, H, W, heads], their sum. Two numbers, because at logits of 1e4 their sum is only good to 1e-3. With the
     fused multiply-add that forward and backward share, the rounding of the largest cancels.
@@ -53,11 +72,11 @@ def na2d_forward(
     if launch.gpu_family(query.device) == "hopper" and hopper.takes_forward(query, key, value, window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_forward
 
-        return hopper_forward.forward(query, key, value, window, scale * LOG2_E, return_lse, save_stats)
-    return portable_forward(query, key, value, window, dilation, scale * LOG2_E, return_lse, save_stats)
+        return hopper_forward.forward_launch(query, key, value, window, scale * LOG2_E, return_lse, save_stats)
+    return portable_forward_launch(query, key, value, window, dilation, scale * LOG2_E, return_lse, save_stats)
 
 
-def portable_forward(
+def portable_forward_launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -67,8 +86,8 @@ def portable_forward(
     return_lse: bool,
     save_stats: bool,
     configure: Configure = forward_config,
-) -> list[Tensor]:
-    """As `na2d_forward`, by the kernel of this module; inputs are dense."""
+) -> tuple[list[Tensor], launch.Launch]:
+    """As `forward_launch`, of the kernel of this module; inputs are dense."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
     grid, integers, constants = plan(
         configure, launch.gpu_family(query.device), query.dtype, query.shape,
@@ -77,8 +96,8 @@ def portable_forward(
     constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
     numbers = [logit_scale, int(save_stats), query.shape[:-1].numel(), *integers]
     tensors = (query, key, value, out, stats, lse)
-    launch.run(launch.Launch(_na2d_forward_kernel, grid, tensors, numbers, constants))
-    return [out] + return_lse * [lse] + save_stats * [stats]
+    forward = launch.Launch(_na2d_forward_kernel, grid, tensors, numbers, constants)
+    return [out] + return_lse * [lse] + save_stats * [stats], forward
 
 
 def empty_results(query: Tensor, return_lse: bool, save_stats: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,7 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
 NOWHERE = gl.constexpr(2**30)  # a row or column that no window reaches
 
 
-def backward_into(
+def backward_launches(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -56,8 +56,8 @@ def backward_into(
     window: Sequence[int],
     scale: float,
     logit_scale: float,
-) -> None:
-    """As `backward.na2d_backward_into` for what `hopper.takes_backward`."""
+) -> tuple[launch.Launch, launch.Launch]:
+    """As `backward.backward_launches` for what `hopper.takes_backward`."""
     if not hopper.reads_wide(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     if out.data_ptr() % 16:  # a hook on saved tensors may have moved it
@@ -82,7 +82,7 @@ def backward_into(
         [scale, logit_scale, *integers],
         constants | {"maxnreg": 168},
     )
-    launch.run(dq_launch, dkdv_launch)
+    return dq_launch, dkdv_launch
 
 
 @gluon.jit

@@ -41,7 +41,7 @@ SPIN = gl.constexpr("""{  // for that many cycles
 }""")
 
 
-def forward(
+def forward_launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -49,14 +49,14 @@ def forward(
     logit_scale: float,
     return_lse: bool,
     save_stats: bool,
-) -> list[Tensor]:
-    """As `forward.na2d_forward` for what `hopper.takes_forward`."""
+) -> tuple[list[Tensor], launch.Launch]:
+    """As `forward.forward_launch` for what `hopper.takes_forward`."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
     strides = (query.stride(), key.stride(), value.stride())
     kernel, grid, integers, constants = _plan(query.shape, strides, tuple(window), query.device, return_lse)
     tensors, numbers = (query, key, value, out, stats, lse), [logit_scale, int(save_stats), *integers]
-    launch.run(launch.Launch(kernel, grid, tensors, numbers, constants))
-    return [out] + return_lse * [lse] + save_stats * [stats]
+    forward = launch.Launch(kernel, grid, tensors, numbers, constants)
+    return [out] + return_lse * [lse] + save_stats * [stats], forward
 
 
 @functools.lru_cache(maxsize=4096)

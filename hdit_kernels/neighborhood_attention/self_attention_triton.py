@@ -1,5 +1,5 @@
 """Launchers of `neighborhood_self_attention`: the kernels of `qk_norm_rope` and `na2d` over slices of packed
-tensors.
+tensors, planned first and run together, so that a first call compiles them side by side.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hdit_kernels.neighborhood_attention.backward import na2d_backward_into
-from hdit_kernels.neighborhood_attention.forward import na2d_forward
-from hdit_kernels.rope_triton import qk_norm_rope_backward_into, qk_norm_rope_into
+from hdit_kernels import launch
+from hdit_kernels.neighborhood_attention.backward import backward_launches
+from hdit_kernels.neighborhood_attention.forward import forward_launch
+from hdit_kernels.rope_triton import qk_norm_rope_backward_launches, qk_norm_rope_forward_launch
 
-ONCE, NOT_CAUSAL = (1, 1), (False, False)
+DILATION = (1, 1)
 
 
 def forward(
@@ -20,10 +21,10 @@ def forward(
 ) -> list[Tensor]:
     batch, height, width, _, heads, dim = qkv.shape
     ready = qkv.new_empty((batch, height, width, 2, heads, dim))
-    qk_norm_rope_into(ready, qkv, scale, theta_y, theta_x, eps)
+    make_ready = qk_norm_rope_forward_launch(ready, qkv, scale, theta_y, theta_x, eps)
     query, key = ready.unbind(3)
-    value = qkv[:, :, :, 2]
-    out, *stats = na2d_forward(query, key, value, None, None, window, ONCE, ONCE, NOT_CAUSAL, 1.0, False, save)
+    (out, *stats), attend = forward_launch(query, key, qkv[:, :, :, 2], window, DILATION, 1.0, False, save)
+    launch.run(make_ready, attend)
     return [out, ready, *stats] if save else [out]
 
 
@@ -42,5 +43,7 @@ def backward(
     dqkv = qkv.new_empty(qkv.shape)
     query, key = ready.unbind(3)
     dq, dk, dv = dqkv.unbind(3)
-    na2d_backward_into(dq, dk, dv, dout, None, query, key, qkv[:, :, :, 2], out, stats, window, ONCE, 1.0)
-    return dqkv, qk_norm_rope_backward_into(dqkv, dqkv, qkv, scale, theta_y, theta_x, eps)
+    launches = backward_launches(dq, dk, dv, dout, None, query, key, qkv[:, :, :, 2], out, stats, window, DILATION, 1.0)
+    dscale, rotate_back = qk_norm_rope_backward_launches(dqkv, dqkv, qkv, scale, theta_y, theta_x, eps)
+    launch.run(*launches, *rotate_back)
+    return dqkv, dscale

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hdit_kernels import reference
+from hdit_kernels import launch, reference
 from hdit_kernels.rope_triton import (
     qk_norm_rope_backward,
-    qk_norm_rope_backward_into,
+    qk_norm_rope_backward_launches,
     qk_norm_rope_forward,
-    qk_norm_rope_into,
+    qk_norm_rope_forward_launch,
 )
 from tests.accuracy import FLOOR, relative_error
 from tests.lanes import kernels_only
@@ -31,10 +31,10 @@ def test_qk_norm_rope(grid, heads, dim, dtype, seed) -> None:
     with kernels_only():
         found = qk_norm_rope_forward(qkv, scale, theta_y, theta_x, 1e-6)
         only_qk = qkv.new_empty((2, height, width, 2, heads, dim))
-        qk_norm_rope_into(only_qk, qkv, scale, theta_y, theta_x, 1e-6)
+        launch.run(qk_norm_rope_forward_launch(only_qk, qkv, scale, theta_y, theta_x, 1e-6))
         found_dqkv, found_dscale = qk_norm_rope_backward(dready, qkv, scale, theta_y, theta_x, 1e-6)
         in_place = dready.contiguous()
-        qk_norm_rope_backward_into(in_place, in_place, qkv, scale, theta_y, theta_x, 1e-6)
+        launch.run(*qk_norm_rope_backward_launches(in_place, in_place, qkv, scale, theta_y, theta_x, 1e-6)[1])
     assert relative_error(found, ready) <= FLOOR[dtype]
     assert torch.equal(found[:, :, :, :2], only_qk)
     assert relative_error(found_dqkv, dqkv) <= FLOOR[dtype]

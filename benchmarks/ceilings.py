@@ -18,6 +18,7 @@ Ceilings = dict[str, Any]
 
 SIZES = (2**28, 2**30, 2**32)  # bytes of a copied tensor: well past any L2
 MATMUL_SIZE = {torch.bfloat16: 8192, torch.float32: 4096}
+MATMUL_SIZE_ON_CPU = {torch.bfloat16: 512, torch.float32: 1024}  # some processors take seconds for 1024 in bfloat16
 KEY = {"bfloat16": "matmul_bf16_tflop_s", "float16": "matmul_bf16_tflop_s", "float32": "matmul_fp32_tflop_s"}
 
 
@@ -113,7 +114,7 @@ def _copy_times(source: torch.Tensor, target: torch.Tensor, device: torch.device
 def _matmul(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """TFLOP/s of a square product of random matrices (zeros would draw less power and run at a higher clock)."""
     on_gpu = device.type == "cuda"
-    n = size or (MATMUL_SIZE[dtype] if on_gpu else 1024)
+    n = size or (MATMUL_SIZE if on_gpu else MATMUL_SIZE_ON_CPU)[dtype]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
 

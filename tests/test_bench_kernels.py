@@ -552,7 +552,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_quick_from_end_to_end(tmp_path: Path) -> None:
     """The real command in a process of its own, in a minute at most: rows of every operator, times or why not."""
     output, table = tmp_path / "run.json", tmp_path / "run.csv"
-    arguments = ["kernels", "--quick", "--budget", "10", "--output", str(output), "--csv", str(table)]
+    arguments = ["kernels", "--quick", "--budget", "20", "--output", str(output), "--csv", str(table)]
     began = time.monotonic()
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     found = subprocess.run(

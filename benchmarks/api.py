@@ -68,13 +68,15 @@ def select_cases(patterns: Sequence[str] = (), quick: bool = False) -> list[Case
     """The cases that a pattern matches: those of real use on a GPU, the small ones on a CPU (a GPU runs them too, where
     nothing else matches). quick: the first of each operator.
 
-    Raises runs.RunError if none is left.
+    Raises runs.RunError for a pattern that matches none, or if none is left.
     """
     on_gpu = torch.cuda.is_available()
-    names = chosen(patterns, [case.name for case in all_cases()])
+    every = [case.name for case in all_cases()]
+    for pattern in patterns:
+        if not chosen([pattern], every):
+            raise no_case([pattern])
+    names = chosen(patterns, every)
     found = [case for case in all_cases() if case.name in names]
-    if not found:
-        raise no_case(patterns)
     usable = [case for case in found if case.full_size == on_gpu] or [case for case in found if on_gpu]
     if not usable:
         raise runs.RunError(f"{found[0].name} and the others that match need a GPU, and torch finds none here")
@@ -178,7 +180,12 @@ def open_run(
     if run.data["rows"]:
         on_line(f"{run.path} holds {len(run.data['rows'])} rows: what is missing is measured")
     with timing.side_stream(device()):
-        run.session["ceilings"] = ceilings.measure(device(), on_line)
+        try:
+            run.session["ceilings"] = ceilings.measure(device(), on_line)
+        except (MemoryError, RuntimeError) as error:
+            if not timing.out_of_memory(error):
+                raise
+            raise runs.RunError(f"there is no memory to measure the ceilings in: {timing.one_line(error)}") from error
     run.session["clocks"] = ceilings.clocks(device())
     run.save()
     return run

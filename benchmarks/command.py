@@ -67,9 +67,9 @@ def finish(run: runs.Run, args: argparse.Namespace) -> int:
         raise runs.RunError("nothing to measure: none of the chosen contestants takes part in the chosen cases")
     run.save()
     api.close_run(run)
+    api.print_table(run.data)
     if args.csv is not None:
         runs.write_csv(run.data, args.csv)
-    api.print_table(run.data)
     if run.data["environment"]["device_type"] == "cpu":
         say("On a CPU: wall time only; GPU times, memory, and peers that need a GPU are left out.")
     counts = {status: sum(row["status"] == status for row in run.data["rows"]) for status in runs.STATUSES}

@@ -431,11 +431,12 @@ def roofline(run: dict[str, Any]) -> Any:
     figure = _figure(8.5, 6)
     axes = figure.subplots()
     intensities = [x for _, x, _ in points]
-    low, high = min(intensities) / 2, 2 * max(*intensities, *(2 * peak / bandwidth for peak in peaks.values()))
+    knees = [peak / bandwidth for peak in peaks.values()]
+    low, high = min(*intensities, *knees) / 2, 2 * max(*intensities, *(2 * knee for knee in knees))
     small = {"textcoords": "offset points", "fontsize": "small", "annotation_clip": False}
     for name, peak in peaks.items():
         knee = peak / bandwidth
-        axes.plot([min(low, knee), knee, high], [min(low, knee) * bandwidth, peak, peak], color="0.2", linewidth=1.2)
+        axes.plot([low, knee, high], [low * bandwidth, peak, peak], color="0.2", linewidth=1.2)
         kind = name.split("_")[1]
         # Right of the axes, where no point is.
         axes.annotate(f"{peak / 1e12:.3g} TFLOP/s,\n{kind} matmul", (high, peak), (4, 0), va="center", **small)

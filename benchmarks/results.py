@@ -90,12 +90,16 @@ def _peers() -> dict[str, str]:
 
 def write(path: Path | str, data: dict[str, Any]) -> None:
     """Writes data as JSON. Raises ValueError on NaN or infinity."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    write_text(path, as_json(data))
+
+
+def as_json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """A reader, or a crash, never meets half a file."""
-    path = Path(path)
+    """A reader, or a crash, never meets half a file. A link stays one: what it points to is written."""
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

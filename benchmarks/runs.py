@@ -7,6 +7,7 @@ Rows are only ever put together when device, versions and sources are the same.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def validate(data: Any) -> None:
     _fields("the run", data, HEADER, required=[name for name in HEADER if name not in ADDED])
     for i, session in enumerate(data.get("continued", [])):
         _fields(f"continued {i}", session, LATER | CARD, required=LATER)
-    _fields("environment", data["environment"], CARD, required=[*SAME, "commit", "date"])
+    _fields("environment", data["environment"], CARD | {"peers": (dict,)}, required=[*SAME, "commit", "date"])
     _expect(data["schema"] == SCHEMA, f"schema {data['schema']!r}, expected {SCHEMA}")
     _expect(data["kind"] in KINDS, f"kind {data['kind']!r}, expected one of {KINDS}")
     for i, found in enumerate(data["rows"]):
@@ -148,8 +149,11 @@ def check_writable(path: Path | str) -> None:
     try:
         if path.is_dir():
             raise RunError(f"can't write {path}: it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.parent / f".{path.name}.probe"
+        if path.exists() and not path.is_file():  # a device would be replaced by a file
+            raise RunError(f"can't write {path}: it is neither a file nor a new one")
+        folder = path.resolve().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{path.name}.probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -214,18 +218,26 @@ def sessions(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_csv(data: dict[str, Any], path: Path | str) -> None:
-    """A line a row; a Stats is four columns (gpu_us_median, …), settings are JSON."""
+    """A line a row; a Stats is four columns (gpu_us_median, …), settings are JSON. Raises RunError if it can't."""
     nested = ("gpu_us", "wall_us", "host_us")
     columns = [c for name in FIELDS for c in ([f"{name}_{part}" for part in STATS] if name in nested else [name])]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for found in data["rows"]:
-            line = {name: value for name, value in found.items() if name not in nested}
-            line["settings"] = json.dumps(found["settings"])
-            for name in nested:
-                line |= {f"{name}_{part}": value for part, value in (found.get(name) or {}).items()}
-            writer.writerow(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for found in data["rows"]:
+        line = {name: value for name, value in found.items() if name not in nested}
+        line["settings"] = json.dumps(found["settings"])
+        for name in nested:
+            line |= {f"{name}_{part}": value for part, value in (found.get(name) or {}).items()}
+        writer.writerow(line)
+    _write(path, text.getvalue())
+
+
+def _write(path: Path | str, text: str) -> None:
+    try:
+        results.write_text(path, text)
+    except OSError as error:
+        raise RunError(f"can't write {path}: {error.strerror or error}") from error
 
 
 class Run:
@@ -295,9 +307,5 @@ class Run:
     def save(self) -> None:
         """Raises RunError if the file can't be written (any more)."""
         validate(self.data)
-        if self.path is None:
-            return
-        try:
-            results.write(self.path, self.data)
-        except OSError as error:
-            raise RunError(f"can't write {self.path}: {error.strerror or error}") from error
+        if self.path is not None:
+            _write(self.path, results.as_json(self.data))

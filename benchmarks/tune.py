@@ -93,13 +93,14 @@ def all_entries() -> list[Entry]:
 
 
 def select_entries(patterns: Sequence[str]) -> list[Entry]:
-    """Those that a pattern matches; all without patterns. Raises runs.RunError if none is left."""
+    """Those that a pattern matches; all without patterns. Raises runs.RunError for a pattern that matches none."""
     every = all_entries()
-    names = api.chosen(patterns, [entry.name for entry in every])
-    found = [entry for entry in every if entry.name in names]
-    if not found:
-        raise runs.RunError(f"no entry matches {', '.join(map(repr, patterns))}; one of them is {every[0].name!r}")
-    return found
+    names = [entry.name for entry in every]
+    for pattern in patterns:
+        if not api.chosen([pattern], names):
+            raise runs.RunError(f"no entry matches {pattern!r}; one of them is {names[0]!r}")
+    chosen = api.chosen(patterns, names)
+    return [entry for entry in every if entry.name in chosen]
 
 
 # Candidates

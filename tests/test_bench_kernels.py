@@ -429,7 +429,7 @@ def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = api.select_cases(quick=True)
     assert len({c.operator for c in quick}) == len(quick) == 10
     with pytest.raises(runs.RunError, match="no case matches 'zzz'"):
-        api.select_cases(["zzz"])
+        api.select_cases(["geglu", "zzz"])
     with pytest.raises(runs.RunError, match="need a GPU"):
         api.select_cases(["geglu 131072*"])
     assert [c.name for c in api.select_contestants(["natten"])] == ["natten hopper-fna", "natten cutlass-fna"]
@@ -474,6 +474,17 @@ def test_nothing_measured_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys:
     assert status == 1 and "Nothing was measured." in out and "3 unavailable" in out
 
 
+def test_no_memory_for_the_ceilings_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 268435456 bytes.")
+
+    monkeypatch.setattr("benchmarks.ceilings.measure", full)
+    status, _, err = main(capsys, "kernels", "--case", "geglu", "--contestant", "ours")
+    assert status == 2 and "no memory to measure the ceilings in" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -483,6 +494,8 @@ def test_nothing_measured_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys:
         (["kernels", "--budget", "soon"], "argument --budget: invalid number of seconds value: 'soon'"),
         (["kernels", "--case", "geglu", "--output", "/dev/null/run.json"], "can't write /dev/null/run.json"),
         (["kernels", "--case", "geglu", "--csv", "/dev/null/run.csv"], "can't write /dev/null/run.csv"),
+        (["kernels", "--case", "geglu", "--output", "/dev/null"], "can't write /dev/null: it is neither a file nor"),
+        (["kernels", "--case", "geglu", "--case", "zzz"], "no case matches 'zzz'"),
         (["kernels", "--output", "a.json", "--csv", "./a.json"], "--csv and --output: expected two files, got a.json"),
         (["kernels", "--case", "geglu 131072*"], "need a GPU"),
         (["kernels", "--case", "geglu", "--contestant", "natten", "--budget", "1"], "nothing to measure"),

@@ -308,6 +308,14 @@ def test_roofline_points_and_roofs() -> None:
     assert "roofline" not in plots.pictures(run)
 
 
+def test_the_roofline_shows_its_slope_where_all_intensities_are_high() -> None:
+    run = made_up_runs.kernels()
+    run["ceilings"] = {"copy_tb_s": 1e-2, "matmul_bf16_tflop_s": 1e-2, "matmul_fp32_tflop_s": 1e-1}  # a processor's
+    (axes,) = plots.pictures(run)["roofline"]().axes
+    knees = [line.get_xdata()[1] for line in axes.get_lines()]
+    assert knees and all(axes.get_xlim()[0] < knee < axes.get_xlim()[1] for knee in knees)
+
+
 def test_no_ceiling_s_label_covers_a_point() -> None:
     run = made_up_runs.kernels()
     run["ceilings"]["matmul_fp32_tflop_s"] = 50.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,9 +155,11 @@ def test_a_peer_may_come_later_but_not_in_another_version(tmp_path: Path, monkey
         runs.Run.open(path, "kernels", [])
 
 
-def test_an_environment_without_a_date_is_refused() -> None:
+def test_a_wrong_environment_is_refused() -> None:
     with pytest.raises(ValueError, match="environment: .*'date'.* missing"):
         runs.validate(data() | {"environment": {}})
+    with pytest.raises(ValueError, match="environment: peers is None"):
+        runs.validate(data() | {"environment": results.environment() | {"peers": None}})
 
 
 def test_merge_takes_the_later_measurement() -> None:
@@ -249,6 +253,22 @@ def test_nothing_invalid_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a time, though"):
         run.save()
     assert not (tmp_path / "run.json").exists()
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(runs.RunError, match="it is neither a file nor a new one"):
+            runs.check_writable(path)
+    with pytest.raises(runs.RunError, match="can't write .*pipe"):
+        runs.Run.open(tmp_path / "pipe", "kernels", [])
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_csv_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(runs.RunError, match="can't write .*run.csv: "):
+        runs.write_csv(data(row()), tmp_path / "file" / "run.csv")
 
 
 def test_csv_has_a_line_for_each_row(tmp_path: Path) -> None:

@@ -58,6 +58,15 @@ def test_write_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
 
 
+def test_what_a_link_points_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    link, file = tmp_path / "link.json", tmp_path / "far" / "file.json"
+    file.write_text("old")
+    link.symlink_to(file)
+    results.write(link, {"value": 1})
+    assert link.is_symlink() and json.loads(file.read_text()) == {"value": 1}
+
+
 def test_write_leaves_no_temporary_file_when_the_exchange_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

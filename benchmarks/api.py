@@ -64,6 +64,11 @@ def chosen(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if not patterns or any(fits(name, pattern) for pattern in patterns)]
 
 
+def unmatched(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The patterns that match none of the names."""
+    return [pattern for pattern in patterns if not chosen([pattern], names)]
+
+
 def select_cases(patterns: Sequence[str] = (), quick: bool = False) -> list[Case]:
     """The cases that a pattern matches: those of real use on a GPU, the small ones on a CPU (a GPU runs them too, where
     nothing else matches). quick: the first of each operator.
@@ -72,9 +77,8 @@ def select_cases(patterns: Sequence[str] = (), quick: bool = False) -> list[Case
     """
     on_gpu = torch.cuda.is_available()
     every = [case.name for case in all_cases()]
-    for pattern in patterns:
-        if not chosen([pattern], every):
-            raise no_case([pattern])
+    if unknown := unmatched(patterns, every):
+        raise no_case(unknown)
     names = chosen(patterns, every)
     found = [case for case in all_cases() if case.name in names]
     usable = [case for case in found if case.full_size == on_gpu] or [case for case in found if on_gpu]
@@ -95,9 +99,8 @@ def select_contestants(patterns: Sequence[str] = ()) -> list[Contestant]:
 
 def check_contestants(patterns: Sequence[str], names: Sequence[str]) -> None:
     """Raises runs.RunError for a pattern that matches none of the names."""
-    for pattern in patterns:
-        if not chosen([pattern], names):
-            raise runs.RunError(f"no contestant matches {pattern!r}; they are: {', '.join(dict.fromkeys(names))}")
+    if unknown := unmatched(patterns, names):
+        raise runs.RunError(f"no contestant matches {unknown[0]!r}; they are: {', '.join(dict.fromkeys(names))}")
 
 
 def run_cases(

@@ -51,10 +51,12 @@ def measure(device: torch.device, on_step: Callable[[str], None] = lambda messag
 def floor_us(ceilings: Ceilings, nbytes: int, flops: int, precision: str) -> float:
     """The least time of work that moves nbytes and does flops: the larger of the two floors, microseconds.
 
-    precision: "bfloat16", "float16", "float32" or "float32 tf32".
+    precision: "bfloat16", "float16", "float32" or "float32 tf32". Any of them may be computed in float32, which some
+    processors multiply faster.
     """
     key = "matmul_tf32_tflop_s" if precision.endswith("tf32") else KEY[precision]
-    return max(nbytes / (ceilings["copy_tb_s"] * 1e6), flops / (ceilings[key] * 1e6))
+    rate = max(ceilings[key], ceilings[KEY["float32"]])
+    return max(nbytes / (ceilings["copy_tb_s"] * 1e6), flops / (rate * 1e6))
 
 
 def clocks(device: torch.device) -> dict[str, Any]:

@@ -109,13 +109,16 @@ def blank(name: str, network: Network, batch: int, direction: str, device: torch
 
 
 def select(patterns: Sequence[str], every: Batches, default: Batches) -> Batches:
-    """The presets and batches whose cases a pattern matches (RunError if none); the default without patterns."""
+    """The presets and batches whose cases a pattern matches; the default without patterns.
+
+    Raises runs.RunError for a pattern that matches none.
+    """
     if not patterns:
         return default
     names = [case_name(name, batch) for name in every for batch in every[name]]
+    if unknown := api.unmatched(patterns, names):
+        raise runs.RunError(f"no case matches {', '.join(map(repr, unknown))}; they are: {', '.join(names)}")
     chosen = api.chosen(patterns, names)
-    if not chosen:
-        raise runs.RunError(f"no case matches {', '.join(map(repr, patterns))}; they are: {', '.join(names)}")
     found = {name: [batch for batch in every[name] if case_name(name, batch) in chosen] for name in every}
     return {name: batches for name, batches in found.items() if batches}
 

@@ -421,7 +421,8 @@ def attempt(
 ) -> Row:
     """Measures what blank names (it has the pass and the batch), and adds the row to the run; an error is its status.
 
-    patience: seconds of a pass beyond which it stays "not measured", see `measure`.
+    patience: seconds of a pass beyond which it stays "not measured": it isn't tried where a matrix product of as many
+    FLOPs would take longer, and left as `measure` has it.
 
     Raises DeviceLost, the failed row added, when the GPU no longer answers.
     """
@@ -454,6 +455,11 @@ def _attempted(
     found: dict[str, Any] = {"error": error if math.isfinite(error) else None, "allowed_error": allowed}
     if error > allowed:
         return found | {"status": "failed", "reason": f"wrong {what}: error {error:.1e}, allowed {allowed:.1e}"}
+    rate = run.session["ceilings"].get(ceilings.KEY["bfloat16" if device.type == "cuda" else "float32"])
+    floor_us = blank["flops"] / (rate * 1e6) if rate else None
+    if floor_us is not None and floor_us / 1e6 > patience:
+        reason = f"at least {floor_us / 1e6:.2g} s a pass, more than the {patience:.2g} s allowed"
+        return found | {"status": "not measured", "reason": reason}
     call: Callable[[], object] | None = None
     try:
         before = held(device)
@@ -467,8 +473,6 @@ def _attempted(
     finally:
         call = None
         release(device)
-    rate = run.session["ceilings"].get(ceilings.KEY["bfloat16" if device.type == "cuda" else "float32"])
-    floor_us = blank["flops"] / (rate * 1e6) if rate else None
     details = [blank["detail"], f"SDPA by {measured.sdpa}" if measured.sdpa else None]
     return found | {
         "status": "ok",

@@ -399,20 +399,20 @@ class Selection:
 def select(patterns: Sequence[str], quick: bool, on_gpu: bool) -> Selection:
     """Cases that a pattern matches; without patterns all that make sense on this machine. quick: a few of them.
 
-    Raises runs.RunError if no case matches.
+    Raises runs.RunError for a pattern that matches none.
     """
     if quick and not patterns:
         return Selection([128, 256, 512], [], [32, 64, 128]) if on_gpu else Selection([64, 128, 256], [], [32])
     if not patterns:
         return Selection(list(SIZES), list(SIZES) if on_gpu else [], list(GRIDS if on_gpu else GRIDS[:3]))
+    if unknown := api.unmatched(patterns, list(_cases())):
+        raise api.no_case(unknown)
     chosen = api.chosen(patterns, list(_cases()))
     found = Selection(
         [size for size in SIZES if any(case_name(size, largest) in chosen for largest in (False, True))],
         [size for size in SIZES if case_name(size, largest=True) in chosen],
         [grid for grid in GRIDS if grid_name(grid) in chosen],
     )
-    if not found.sizes and not found.grids:
-        raise api.no_case(patterns)
     if found.largest and not on_gpu:
         raise runs.RunError(f"{case_name(found.largest[0], largest=True)} needs a GPU, and torch finds none here")
     return found

@@ -96,9 +96,8 @@ def select_entries(patterns: Sequence[str]) -> list[Entry]:
     """Those that a pattern matches; all without patterns. Raises runs.RunError for a pattern that matches none."""
     every = all_entries()
     names = [entry.name for entry in every]
-    for pattern in patterns:
-        if not api.chosen([pattern], names):
-            raise runs.RunError(f"no entry matches {pattern!r}; one of them is {names[0]!r}")
+    if unknown := api.unmatched(patterns, names):
+        raise runs.RunError(f"no entry matches {unknown[0]!r}; one of them is {names[0]!r}")
     chosen = api.chosen(patterns, names)
     return [entry for entry in every if entry.name in chosen]
 

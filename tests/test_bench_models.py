@@ -586,6 +586,17 @@ def test_a_pass_that_would_go_beyond_the_budget_is_left_after_one_call(
     assert {row["status"] for row in run.data["rows"]} == {"ok"}
 
 
+def test_a_pass_whose_flops_alone_go_beyond_the_budget_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run("model")
+    run.data["ceilings"]["matmul_fp32_tflop_s"] = 1e-12  # one FLOP a second
+    monkeypatch.setattr(networks, "prepare", lambda *_: pytest.fail("it was tried"))
+    options: dict[str, Any] = {"device": CPU, "configs": TINY, "contestants": ["ours"]}
+    model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 60)
+    assert {row["status"] for row in run.data["rows"]} == {"not measured"}
+    for row in run.data["rows"]:
+        assert re.fullmatch(r"at least \S+ s a pass, more than the \d+(\.\d+)? s allowed", row["reason"])
+
+
 @pytest.mark.parametrize("kind", ["model", "train"])
 def test_a_folder_without_k_diffusion_is_an_error(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -602,7 +613,7 @@ def test_cases_are_selected_by_pattern() -> None:
     }  # fmt: skip
     assert model.select(["imagenet-256 batch 1"], model.BATCHES, {}) == {"imagenet-256": [1]}
     with pytest.raises(runs.RunError, match="no case matches 'mnist'; they are: flowers-256 batch 1"):
-        model.select(["mnist"], model.BATCHES, {})
+        model.select(["flowers-256", "mnist"], model.BATCHES, {})
 
 
 @pytest.fixture
@@ -988,7 +999,8 @@ def test_selection_of_sizes_and_grids() -> None:
     one = scaling.select(["image 1024x1024 largest"], quick=False, on_gpu=True)
     assert (one.sizes, one.largest, one.grids) == ([1024], [1024], [])  # it starts from batch 1
     assert scaling.select(["attention 64x64 "], quick=False, on_gpu=False) == scaling.Selection([], [], [64])
-    for patterns, message in ((["image 100x100"], "no case matches"), (["64x64 largest"], "needs a GPU")):
+    unknown = ["image 64x64", "image 100x100"], "no case matches 'image 100x100'"
+    for patterns, message in (unknown, (["64x64 largest"], "needs a GPU")):
         with pytest.raises(runs.RunError, match=message):
             scaling.select(patterns, quick=False, on_gpu=False)
 

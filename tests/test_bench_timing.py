@@ -177,6 +177,8 @@ def test_floor_is_the_larger_of_two() -> None:
     assert ceilings.floor_us(rates, 0, computed, "float16") == pytest.approx(computed / 751e6)
     assert ceilings.floor_us(rates, 0, computed, "float32") == pytest.approx(computed / 50e6)
     assert ceilings.floor_us(rates, 0, computed, "float32 tf32") == pytest.approx(computed / 400e6)
+    slow = rates | {"matmul_bf16_tflop_s": 1.0}  # a processor without instructions for bfloat16: float32 is a way, too
+    assert ceilings.floor_us(slow, 0, computed, "bfloat16") == pytest.approx(computed / 50e6)
 
 
 def test_ceilings_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -377,7 +377,7 @@ def test_cases_of_issue_4() -> None:
 
 def test_floors_of_the_anchors() -> None:
     """Microseconds at 3.02 TB/s, forward and forward + backward."""
-    rates = {"copy_tb_s": 3.02, "matmul_bf16_tflop_s": 751.0}
+    rates = {"copy_tb_s": 3.02, "matmul_bf16_tflop_s": 751.0, "matmul_fp32_tflop_s": 50.0}
     by_name = {found.name: found for found in all_cases()}
     for label, forward, both in (
         ("4x256x256x2x64 k7", 88.9, 266.7),

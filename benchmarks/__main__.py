@@ -11,6 +11,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    began = time.monotonic()  # before torch is imported
     argv = sys.argv[1:] if argv is None else list(argv)
     asked = next((word for word in argv if not word.startswith("-")), None)
     parser = _Parser(prog="python -m benchmarks", description="Benchmarks of hdit-kernels.", allow_abbrev=False)
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name == asked:
                 module = importlib.import_module(path)
                 module.add_arguments(own)
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv, argparse.Namespace(began=began))
         status: int = module.run(args)
         sys.stdout.flush()
         return status

@@ -25,6 +25,7 @@ A run's data is what SCHEMA.md describes; benchmarks.runs reads, merges and writ
 from __future__ import annotations
 
 import fnmatch
+import math
 import random
 import sys
 import time
@@ -41,7 +42,7 @@ from benchmarks.measure import DeviceLost, Session, left_out, measure
 from benchmarks.peers import Contestant, all_contestants, case_contestants
 from hdit._extras import require
 
-QUICK_SECONDS = 45
+QUICK_SECONDS = 45  # what has begun by then is finished
 
 
 def device() -> torch.device:
@@ -117,9 +118,9 @@ def run_cases(
 
     cases, contestants: themselves, or patterns as in chosen(); none means all that make sense here. output: a run
     file; if it exists, what it holds already is left out, and it must be of the same device, versions and sources.
-    budget_seconds: for all together; what it doesn't suffice for becomes rows "not measured". quick: one case an
-    operator, without what compiles for long, in QUICK_SECONDS. command: recorded in the data. on_line: called with each
-    line of progress.
+    budget_seconds: for all together, beside the ceilings; what it doesn't suffice for becomes rows "not measured".
+    quick: one case an operator, without what compiles for long, in QUICK_SECONDS. command: recorded in the data.
+    on_line: called with each line of progress.
 
     Raises runs.RunError for what the caller has to change. What fails in a case is a row of the data, not an exception,
     except measure.DeviceLost, when the GPU no longer answers.
@@ -135,20 +136,37 @@ def run_cases(
     if quick and budget_seconds is None:
         budget_seconds = QUICK_SECONDS
 
-    began, on_step = time.monotonic(), clocked(on_line)
     run = open_run("kernels", output, command or ["benchmarks.api.run_cases"], on_line)
+    deadline = math.inf if budget_seconds is None else time.monotonic() + budget_seconds
+    measure_cases(run, chosen, rivals, deadline=deadline, compiling=not quick, on_step=clocked(on_line))
+    close_run(run)
+    return run.data
+
+
+def measure_cases(
+    run: runs.Run,
+    cases: Sequence[Case],
+    contestants: Sequence[Contestant],
+    *,
+    deadline: float = math.inf,
+    compiling: bool = True,
+    on_step: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Measures what the run has no row of yet, and saves it after every contestant of a case.
+
+    deadline: by time.monotonic(). compiling: whether those that compile for long are measured. on_step: called with
+    each line of progress. Raises measure.DeviceLost.
+    """
     with timing.side_stream(device()):
-        session = Session(device(), run.session["ceilings"], compiling=not quick)
-        if budget_seconds is not None:
-            session.deadline = began + budget_seconds
-        for case in chosen:
-            own = case_contestants(case, rivals)
+        session = Session(device(), run.session["ceilings"], deadline, compiling)
+        for case in cases:
+            own = case_contestants(case, contestants)
             for contestant in random.sample(own, len(own)):
                 missing = [p for p in PASSES if not run.done(case.name, contestant.name, p)]
                 if not missing:
                     continue
                 try:
-                    rows = _measured(case, contestant, session, missing, budget_seconds)
+                    rows = _measured(case, contestant, session, missing)
                 except DeviceLost as error:  # what was under way is the culprit: a run that goes on leaves it out
                     run.put(*error.rows)
                     run.save()
@@ -158,8 +176,6 @@ def run_cases(
                 for line in describe(rows):
                     on_step(line)
             session.forget()
-    close_run(run)
-    return run.data
 
 
 def clocked(on_line: Callable[[str], None]) -> Callable[[str], None]:
@@ -203,12 +219,10 @@ def close_run(run: runs.Run) -> None:
         run.save()
 
 
-def _measured(
-    case: Case, contestant: Contestant, session: Session, passes: Sequence[str], budget: float | None
-) -> list[runs.Row]:
+def _measured(case: Case, contestant: Contestant, session: Session, passes: Sequence[str]) -> list[runs.Row]:
     if session.left() > 0 or contestant.peer.available():  # why a peer can't run is told at no cost
         return measure(case, contestant, session, passes)
-    return left_out(case, contestant, session, passes, f"the budget of {budget:,.0f} s is spent")
+    return left_out(case, contestant, session, passes, "the budget is spent")
 
 
 def describe(rows: Sequence[runs.Row]) -> list[str]:

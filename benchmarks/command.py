@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser, quick: str) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="run file (JSON) to write, or to continue")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
-    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="for everything together (default: no limit)")
+    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="for all cases together (default: no limit)")
     parser.add_argument("--quick", action="store_true", help=quick)
 
 
@@ -37,9 +37,11 @@ seconds.__name__ = "number of seconds"  # argparse names it when it fails
 
 
 def deadline(args: argparse.Namespace) -> float:
-    """By time.monotonic(), of what the options allow from now on."""
-    allowed = args.budget or (api.QUICK_SECONDS if args.quick else math.inf)
-    return time.monotonic() + allowed
+    """By time.monotonic(). To be called when the ceilings are known: a budget counts from then on, --quick without one
+    from the start of the command."""
+    if args.budget:
+        return time.monotonic() + float(args.budget)
+    return float(args.began) + api.QUICK_SECONDS if args.quick else math.inf
 
 
 def check(args: argparse.Namespace) -> None:

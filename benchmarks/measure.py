@@ -18,6 +18,7 @@ from benchmarks.kernels import PASSES, Case
 from benchmarks.peers import Contestant, Implementation, Tensors, Unsupported, compiled
 
 CHECKED = 2**27  # elements of the largest input up to which the case itself is checked, not a smaller one
+COMPILES = "left out: its first call compiles for long"
 PATIENCE = 0.5  # seconds of one forward pass, by its FLOPs alone, beyond which it is not measured (see Session)
 
 
@@ -116,7 +117,7 @@ def _measure(
     device, entry = session.device, Entry(case, contestant)
     implementation = entry.implementation
     if implementation.compiles and not session.compiling:
-        return fill("not measured", "left out: its first call compiles for long", detail=implementation.detail)
+        return fill("not measured", COMPILES, detail=implementation.detail)
     work = implementation.work or case.flops["forward"]
     least = ceilings.floor_us(session.ceilings, 0, work, case.settings["dtype"]) / 1e6
     if least > session.patience:

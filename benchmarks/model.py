@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import api, command, networks, runs
+from benchmarks.measure import COMPILES
 from benchmarks.networks import Network
 from benchmarks.peers import kdiffusion
 from hdit import HDiTConfig, presets
@@ -39,6 +40,7 @@ def measure(
     k_diffusion: Path | None = None,
     seconds: float = 1.0,
     deadline: float = math.inf,
+    compiling: bool = True,
     configs: Mapping[str, HDiTConfig] = presets,
     on_step: Callable[[str], None] = lambda message: None,
 ) -> None:
@@ -47,6 +49,7 @@ def measure(
     batches: by the names of configs. passes: of runs.PASSES. contestants: patterns as in api.chosen; none means all.
     k_diffusion: a folder, see peers/kdiffusion.py. seconds: for measuring a pass. deadline: by time.monotonic(); what
     it leaves out, and passes of which the fewest that measuring takes would go beyond it, become rows "not measured".
+    compiling: whether the reference HDiT, which compiles for long, is measured.
     on_step: called with a line of text before each piece of work.
     """
     absent = kdiffusion.available(k_diffusion)
@@ -66,7 +69,7 @@ def measure(
         }
         wanted = {network.name for found in missing.values() for network in found}
         checks: dict[str, networks.Check | str] = {}
-        for group in ([own] if absent else [own, reference], [dit]):
+        for group in ([own, reference] if compiling and not absent else [own], [dit]):
             if any(network.name in wanted for network in group) and time.monotonic() < deadline:
                 on_step(f"{name}: checking {' and '.join(network.name for network in group)} against float64")
                 checks |= networks.check(group, device)
@@ -75,6 +78,8 @@ def measure(
                 row = blank(name, network, batch, direction, device)
                 if network is reference and absent:
                     row |= {"status": "unavailable", "reason": f"{absent}: {kdiffusion.INSTALL}"}
+                elif network is reference and not compiling:
+                    row["reason"] = COMPILES
                 elif network.name not in checks or time.monotonic() >= deadline:
                     row["reason"] = "the budget is spent"
                 else:
@@ -124,7 +129,8 @@ def select(patterns: Sequence[str], every: Batches, default: Batches) -> Batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    command.add_options(parser, f"{case_name('flowers-256', 1)} only, {api.QUICK_SECONDS} s")
+    quick = f"{case_name('flowers-256', 1)} only, without what compiles for long, {api.QUICK_SECONDS} s"
+    command.add_options(parser, quick)
     text = "a checkout of crowsonkb/k-diffusion, for the reference HDiT (default: the installed package)"
     parser.add_argument("--k-diffusion", type=Path, metavar="FOLDER", help=text)
 
@@ -152,6 +158,7 @@ def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batch
         k_diffusion=args.k_diffusion,
         seconds=0.5 if args.quick else 1.0,
         deadline=command.deadline(args),
+        compiling=not args.quick,
         on_step=api.clocked(command.say),
     )
     return command.finish(found, args)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import __main__, api, ceilings, measure, results, runs, timing
+from benchmarks import __main__, api, ceilings, command, measure, results, runs, timing
 from benchmarks.kernels import FAMILIES, PASSES, Case, all_cases
 from benchmarks.kernels.geglu import geglu
 from benchmarks.kernels.neighborhood_attention import na2d
@@ -308,7 +310,7 @@ def test_budget_ends_the_run_and_another_one_goes_on(tmp_path: Path) -> None:
     counts = {status: sum(row["status"] == status for row in rows) for status in runs.STATUSES}
     assert counts["ok"] > 0 and counts["not measured"] > 0 and counts["ok"] + counts["not measured"] == len(rows) == 24
     late = next(row for row in rows[::-1] if row["status"] == "not measured")
-    assert late["reason"] == "the budget of 1 s is spent"
+    assert late["reason"] == "the budget is spent"
     kept = {runs.key(row): row["wall_us"] for row in rows if row["status"] == "ok"}
     lines: list[str] = []
     rows = api.run_cases(cases, [contestant("a"), contestant("b")], output=path, on_line=lines.append)["rows"]
@@ -547,7 +549,7 @@ def test_interrupted_run_says_how_to_go_on(capsys: pytest.CaptureFixture[str], m
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "run_cases", interrupt)
+    monkeypatch.setattr(api, "measure_cases", interrupt)
     status, _, err = main(capsys, "kernels")
     assert status == 130 and "interrupted" in err and err.count("\n") == 1
 
@@ -560,6 +562,22 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_quick_counts_from_the_start_of_the_command_and_a_budget_from_the_ceilings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    ceilings_known = 1030.0
+    found = []
+    for options in ([], ["--quick"], ["--budget", "6"], ["--quick", "--budget", "6"]):
+        parser = argparse.ArgumentParser()
+        command.add_options(parser, "")
+        args = parser.parse_args(options, argparse.Namespace(began=time.monotonic()))
+        with monkeypatch.context() as later:
+            later.setattr(time, "monotonic", lambda: ceilings_known)
+            found.append(command.deadline(args))
+    assert found == [math.inf, 1000 + api.QUICK_SECONDS, 1036, 1036]
 
 
 def test_quick_from_end_to_end(tmp_path: Path) -> None:

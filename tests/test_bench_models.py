@@ -572,6 +572,20 @@ def test_a_spent_budget_leaves_rows_not_measured(small_dit: None) -> None:
     }  # fmt: skip
 
 
+def test_quick_leaves_the_reference_out_since_it_compiles_for_long(
+    small_dit: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run("model")
+    monkeypatch.setattr("benchmarks.peers.kdiffusion.available", lambda path: None)
+    monkeypatch.setattr("benchmarks.peers.kdiffusion.build", lambda *_: pytest.fail("it was built"))
+    model.measure(run, {"tiny": (1,)}, ["forward"], device=CPU, configs=TINY, compiling=False)
+    assert {row["contestant"]: (row["status"], row["reason"]) for row in run.data["rows"]} == {
+        "ours": ("ok", None),
+        "k-diffusion": ("not measured", "left out: its first call compiles for long"),
+        "DiT-S/4": ("ok", None),
+    }
+
+
 def test_a_pass_that_would_go_beyond_the_budget_is_left_after_one_call(
     small_dit: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from benchmarks import api, command, runs
+from benchmarks import api, command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,14 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    command.check(args)
-    data = api.run_cases(
-        args.case,
-        args.contestant,
-        output=args.output,
-        budget_seconds=args.budget,
-        quick=args.quick,
-        command=["python", "-m", "benchmarks", *sys.argv[1:]],
-        on_line=command.say,
-    )
-    return command.finish(runs.Run(data, args.output), args)
+    cases, contestants = api.select_cases(args.case, args.quick), api.select_contestants(args.contestant)
+    found = command.open_run(args, "kernels")
+    options = {"deadline": command.deadline(args), "compiling": not args.quick}
+    api.measure_cases(found, cases, contestants, **options, on_step=api.clocked(command.say))
+    return command.finish(found, args)

@@ -46,7 +46,7 @@ from hdit._extras import require
 CONFIRMATIONS = 5  # more turns of each revision, for the cases that still differ
 STRAY = 7  # turns of each from which on one may disagree with the others
 CONFIRMED = 4  # turns of each that have to agree on a small difference
-QUICK_SECONDS = 6  # of a turn, beside its start and what it is at by then
+QUICK_SECONDS = 8  # of a turn, beside its start and what it is at by then
 QUICK_TOTAL = 50  # seconds of all turns: one that is not done by then is ended, what it has measured so far counts
 SHORTEST = 5  # seconds that a turn takes at least
 FEWEST = 20  # measurements of others from which a margin is taken; from the largest of them where ours are more

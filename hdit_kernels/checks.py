@@ -1,12 +1,19 @@
-"""Input checks shared by the operators: each error names the argument, what came and what was expected."""
+"""Input checks shared by the operators and the model: each error names the argument, what came and what was expected.
+
+Values of tensors (`values`) are looked at on a CPU only, where that costs no wait; shapes, dtypes and numbers anywhere.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import math
+import numbers
+import reprlib
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 T = TypeVar("T")
@@ -14,21 +21,36 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MOST_REMEMBERED = 4096
 
 
-def floating(**tensors: torch.Tensor | None) -> None:
-    """Every given tensor is a bfloat16, float16, float32 or float64 tensor, and all lie on one device."""
+# Tensors
+
+
+def tensor(name: str, value: object) -> None:
+    """TypeError unless value is a dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
+
+
+def floating(**tensors: Tensor | None) -> None:
+    """Every given tensor is a dense bfloat16, float16, float32 or float64 tensor, and all lie on one device.
+
+    In all checks a message is made only where it is needed: a size in one would become a constant of torch.compile's
+    graph.
+    """
     first_name, first = "", None
-    for name, tensor in tensors.items():
-        if tensor is None:
+    for name, given in tensors.items():
+        if given is None:
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {_name(tensor.dtype)}")
+        tensor(name, given)
+        if given.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {_name(given.dtype)}")
         if first is None:
-            first_name, first = name, tensor
-        elif tensor.device != first.device:
+            first_name, first = name, given
+        elif given.device != first.device:
             raise ValueError(
-                f"{name}: expected a tensor on {first.device} like {first_name}, got one on {tensor.device}"
+                f"{name}: expected a tensor on {first.device} like {first_name}, got one on {given.device}"
             )
 
 
@@ -40,7 +62,7 @@ def same_dtype(**dtypes: torch.dtype | None) -> None:
             raise TypeError(f"{name}: expected {_name(given[0][1])} like {given[0][0]}, got {_name(dtype)}")
 
 
-def shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> None:
+def shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """`tensor` has the expected shape; a string stands for a size that is free, by its name.
 
     >>> shape("scale", torch.zeros(2, 3), ["B", 3])
@@ -48,24 +70,141 @@ def shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> Non
     sizes = tensor.shape
     if len(sizes) == len(expected):
         for size, wanted in zip(sizes, expected, strict=True):
-            if size != wanted and not isinstance(wanted, str):
+            if not isinstance(wanted, str) and size != wanted:
                 break
         else:
             return
     raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(sizes)}")
 
 
-def require(condition: bool, message: str) -> None:
-    """ValueError(message) unless condition holds; message: "argument: expected …, got …"."""
-    if not condition:
-        raise ValueError(message)
+def concrete(tensor: Tensor) -> bool:
+    """Whether the values can be looked at: of a plain CPU tensor, outside torch.compile, export, functorch's
+    transforms, dispatch modes (tracing, fake tensors) and the capture of a CUDA graph.
+    """
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def values(name: str, tensor: Tensor, holds: Callable[[Tensor], Tensor], expected: str) -> None:
+    """ValueError unless holds(tensor) is true everywhere; looked at where it is `concrete`, elsewhere taken for right.
+
+    expected: what the values should be, in words.
+    """
+    if not is_dynamo_compiling() and concrete(tensor):
+        with torch.no_grad():
+            right = holds(tensor)
+            if not right.all():
+                wrong = tensor[~right].flatten()[:4].tolist()
+                raise ValueError(f"{name}: expected {expected}, got {', '.join(f'{v:g}' for v in wrong)}")
+
+
+def nonempty(name: str, tensor: Tensor, first: int = 1) -> None:
+    """Every dimension of `tensor` from `first` on has a size of at least 1; those before, the batch, may be empty."""
+    if 0 in tensor.shape[first:]:
+        raise ValueError(
+            f"{name}: expected every size but the batch's to be at least 1, got shape {list(tensor.shape)}"
+        )
+
+
+def positive(tensor: Tensor) -> Tensor:
+    """Where a tensor is finite and above 0, for `values`."""
+    return (tensor > 0) & (tensor < math.inf)
+
+
+# Numbers and words
+
+
+def integer(name: str, value: object, minimum: int = 1) -> int:
+    """value as an int (NumPy's integers are taken, True and 7.0 are not), at least minimum."""
+    if type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}: expected an integer of at least {minimum}, got {shown(value)}")
+        value = int(value)
+    if value < minimum:
+        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")
+    return value
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+    infinite: bool = False,
+) -> float:
+    """value as a float (NumPy's numbers are taken, True, text and tensors are not) inside the bounds; never NaN.
+
+    infinite: whether infinity is a value inside the bounds.
+    """
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected {_bounds(above, at_least, at_most, below)}, got {shown(value)}")
+        try:
+            value = float(value)
+        except OverflowError:  # an integer beyond the largest float
+            value = math.copysign(math.inf, value)
+    finite = -math.inf < value < math.inf or (infinite and value == value)
+    inside = value > above or above == -math.inf
+    if not (finite and inside and at_least <= value <= at_most and (value < below or below == math.inf)):
+        raise ValueError(f"{name}: expected {_bounds(above, at_least, at_most, below)}, got {value!r}")
+    return value
+
+
+def choice(name: str, value: T, options: Collection[T]) -> T:
+    """value, which is one of options."""
+    try:
+        known = value in options
+    except TypeError:  # without a hash
+        known = False
+    if not known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, options))}, got {shown(value)}")
+    return value
+
+
+def pair(name: str, value: object, minimum: int = 1) -> tuple[int, int]:
+    """One integer for both axes, or one for each: (rows, columns)."""
+    if type(value) is int and value >= minimum:
+        return value, value
+    both = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
+    if len(both) == 2:
+        try:
+            return integer(name, both[0], minimum), integer(name, both[1], minimum)
+        except (TypeError, ValueError) as error:
+            kind = type(error)
+    else:
+        kind = ValueError
+    wanted = f"an integer of at least {minimum} or two of them (rows, columns)"
+    raise kind(f"{name}: expected {wanted}, got {shown(value)}") from None
+
+
+def device(name: str, value: object) -> torch.device:
+    """value as a device that tensors can be made on here."""
+    try:
+        found = torch.device(value)  # type: ignore[call-overload]
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: expected a device that torch can use here, got {shown(value)}") from error
+    return found
+
+
+# Checks that need not run again
 
 
 def remembered(check: Callable[..., T]) -> Callable[..., T]:
     """`check`, run once for all calls that are alike, since checks cost more host time than the operator's dispatch.
 
-    Of a tensor `check` may look at shape, dtype and device only. What it returns is kept, an error is not. 7, 7.0 and
-    True are not alike, nor are tuples of them.
+    Of a tensor `check` may look at shape, dtype, device and layout only. What it returns is kept, an error is not. 7,
+    7.0 and True are not alike, nor are tuples of them.
     """
     known: dict[Hashable, T] = {}
 
@@ -96,12 +235,30 @@ def _key(arguments: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _what_counts(argument: Any) -> Any:
-    if isinstance(argument, torch.Tensor):
+    if isinstance(argument, Tensor):
+        if argument.layout is not torch.strided or argument.is_nested:
+            return [argument]  # nested tensors have no shape
         return argument.shape, argument.dtype, argument.device
     if isinstance(argument, (int, float, torch.dtype)):
         return type(argument), argument
     return _key(argument) if isinstance(argument, (tuple, list)) else [argument]
 
 
+# Words of messages
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def shown(value: object) -> str:
+    """A wrong value, short."""
+    if isinstance(value, Tensor):
+        return "a tensor"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+def _bounds(above: float, at_least: float, at_most: float, below: float) -> str:
+    words = [f"above {above:g}"] * (above > -math.inf) + [f"of at least {at_least:g}"] * (at_least > -math.inf)
+    words += [f"at most {at_most:g}"] * (at_most < math.inf) + [f"below {below:g}"] * (below < math.inf)
+    return " ".join(["a number", " and ".join(words)]) if words else "a finite number"

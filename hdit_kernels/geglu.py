@@ -26,10 +26,8 @@ def geglu(x: Tensor) -> Tensor:
     Source: Shazeer 2020, arXiv:2002.05202; HDiT section 4.3.
     """
     checks.floating(x=x)
-    checks.require(
-        x.ndim >= 1 and x.shape[-1] > 0 and x.shape[-1] % 2 == 0,
-        f"x: expected shape [..., 2·d_ff], got {list(x.shape)}",
-    )
+    if x.ndim < 1 or x.shape[-1] == 0 or x.shape[-1] % 2 != 0:
+        raise ValueError(f"x: expected shape [..., 2·d_ff], got {list(x.shape)}")
     return _GEGLU.apply(x) if registration.needs_grad(x) else _forward(x)
 
 

@@ -44,11 +44,12 @@ def qk_norm_rope(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, e
 def check_packed(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor) -> None:
     checks.floating(qkv=qkv, scale=scale, theta_y=theta_y, theta_x=theta_x)
     checks.shape("qkv", qkv, ["B", "H", "W", 3, "heads", "head_dim"])
-    checks.require(qkv.numel() > 0, f"qkv: expected at least one element, got shape {list(qkv.shape)}")
+    checks.nonempty("qkv", qkv)
     _, height, width, _, heads, dim = qkv.shape
-    checks.require(dim % 8 == 0, f"qkv: expected a head_dim that is a multiple of 8, got {dim}")
-    if qkv.is_cuda:
-        checks.require(dim <= 128, f"qkv: expected a head_dim of at most 128 on a GPU, got {dim}")
+    if dim % 8 != 0:
+        raise ValueError(f"qkv: expected a head_dim that is a multiple of 8, got {dim}")
+    if qkv.is_cuda and dim > 128:
+        raise ValueError(f"qkv: expected a head_dim of at most 128 on a GPU, got {dim}")
     checks.shape("scale", scale, [heads])
     checks.shape("theta_y", theta_y, [height, heads, dim // 8])
     checks.shape("theta_x", theta_x, [width, heads, dim // 8])

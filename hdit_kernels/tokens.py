@@ -32,10 +32,10 @@ def token_merge(x: Tensor, weight: Tensor, patch_size: Sequence[int] = (2, 2)) -
     checks.floating(x=x, weight=weight)
     h, w = _patch(patch_size)
     checks.shape("x", x, ["B", "H·h", "W·w", "C"])
-    checks.require(
-        x.shape[1] % h == 0 and x.shape[2] % w == 0,
-        f"x: expected height and width divisible by patch_size {(h, w)}, got {x.shape[1]} x {x.shape[2]}",
-    )
+    if x.shape[1] % h != 0 or x.shape[2] % w != 0:
+        raise ValueError(
+            f"x: expected height and width divisible by patch_size {(h, w)}, got {x.shape[1]} x {x.shape[2]}"
+        )
     checks.shape("weight", weight, ["out", h * w * x.shape[3]])
     _check_sizes_and_float64(x, weight)
     x = registration.cast(x, registration.autocast_dtype(x))
@@ -72,10 +72,8 @@ def token_split(
     h, w = _patch(patch_size)
     checks.shape("x", x, ["B", "H", "W", "in"])
     checks.shape("weight", weight, ["h·w·C", x.shape[3]])
-    checks.require(
-        weight.shape[0] % (h * w) == 0,
-        f"weight: expected rows divisible by the patch, {h} · {w}, got {weight.shape[0]} rows",
-    )
+    if weight.shape[0] % (h * w) != 0:
+        raise ValueError(f"weight: expected rows divisible by the patch, {h} · {w}, got {weight.shape[0]} rows")
     _check_sizes_and_float64(x, weight)
     if (skip is None) != (fac is None):
         missing, given = ("fac", "skip") if fac is None else ("skip", "fac")
@@ -90,15 +88,14 @@ def token_split(
 
 
 def _patch(patch_size: Sequence[int]) -> tuple[int, int]:
-    sizes = tuple(patch_size) if isinstance(patch_size, Sequence) else ()
-    right = len(sizes) == 2 and all(isinstance(size, int) and size >= 1 for size in sizes)
-    checks.require(right, f"patch_size: expected two positive integers (rows, columns), got {patch_size!r}")
-    return sizes[0], sizes[1]
+    if isinstance(patch_size, int):
+        raise TypeError(f"patch_size: expected two integers (rows, columns), got {checks.shown(patch_size)}")
+    return checks.pair("patch_size", patch_size)
 
 
 def _check_sizes_and_float64(x: Tensor, weight: Tensor) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
-        checks.require(tensor.numel() > 0, f"{name}: expected at least one element, got shape {list(tensor.shape)}")
+    checks.nonempty("x", x)
+    checks.nonempty("weight", weight, first=0)
     if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise TypeError(f"weight: expected float64 exactly when x is, got {weight.dtype} beside {x.dtype}")
 

@@ -269,13 +269,13 @@ GRID = torch.randn(1, 6, 6, 2, 8)
         (dict(value=GRID.half()), "value: expected float32 like query, got float16"),
         (dict(kernel_size=7), r"kernel_size: .* at most the grid \(6, 6\), got kernel_size \(7, 7\)"),
         (dict(dilation=3), r"kernel_size .* with dilation \(3, 3\)"),
-        (dict(kernel_size=0), "kernel_size: expected a positive integer .* got 0"),
+        (dict(kernel_size=0), "kernel_size: expected an integer of at least 1 .* got 0"),
         (dict(kernel_size=(3, 3, 3)), "kernel_size: .* two of them"),
         (dict(stride=4), r"stride: expected at most kernel_size \(3, 3\), got \(4, 4\)"),
-        (dict(scale=0), "scale: expected a positive finite number, got 0.0"),
+        (dict(scale=0), "scale: expected a number above 0, got 0.0"),
         (dict(is_causal=1), "is_causal: expected True or False"),
         (dict(additional_keys=GRID[:, 0]), "additional_keys and additional_values: expected both or neither"),
-        (dict(query=GRID[:0], key=GRID[:0], value=GRID[:0]), "query: expected at least one element"),
+        (dict(query=GRID[:, :, :0]), "query: expected every size but the batch's to be at least 1"),
     ],
 )
 def test_bad_input(change, message) -> None:

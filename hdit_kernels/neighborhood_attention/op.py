@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from hdit_kernels import checks, reference, registration
 
-T = TypeVar("T", int, bool)
 Settings = tuple[tuple[int, int], tuple[int, int] | None, tuple[int, int], tuple[bool, bool] | None, float]
 
 
@@ -61,7 +60,8 @@ def na2d(
     """
     tensors: tuple[Any, ...] = (query, key, value, additional_keys, additional_values)
     autocast = registration.autocast_dtype(query)
-    scale = None if scale is None else float(scale)
+    if isinstance(scale, Tensor):
+        scale = checks.number("scale", scale.item() if scale.numel() == 1 else scale.tolist())
     settings = _checked_settings(*tensors, kernel_size, stride, dilation, is_causal, scale, autocast)
     if autocast is not None:
         tensors = tuple([None if t is None else registration.cast(t, autocast) for t in tensors])
@@ -93,12 +93,12 @@ def _checked_settings(
     checks.shape("query", query, ["B", "H", "W", "heads", "head_dim"])
     checks.shape("key", key, query.shape)
     checks.shape("value", value, query.shape)
-    checks.require(query.numel() > 0, f"query: expected at least one element, got shape {list(query.shape)}")
-    window, strides, steps = pair("kernel_size", kernel_size), pair("stride", stride), pair("dilation", dilation)
-    causal = pair("is_causal", is_causal, bool)
+    checks.nonempty("query", query)
+    window, strides = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride)
+    steps, causal = checks.pair("dilation", dilation), _causal(is_causal)
     check_window(query.shape[1:3], window, steps)
-    for axis in (0, 1):
-        checks.require(strides[axis] <= window[axis], f"stride: expected at most kernel_size {window}, got {strides}")
+    if strides[0] > window[0] or strides[1] > window[1]:
+        raise ValueError(f"stride: expected at most kernel_size {window}, got {strides}")
     if (additional_keys is None) != (additional_values is None):
         raise ValueError("additional_keys and additional_values: expected both or neither, got one")
     if additional_keys is not None and additional_values is not None:
@@ -114,36 +114,31 @@ def _checked_settings(
     checks.same_dtype(
         **{n: None if t is None else registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()}
     )
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    checks.require(0 < scale < math.inf, f"scale: expected a positive finite number, got {scale}")
+    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
     # two lists less to dispatch take a microsecond less
     return window, None if strides == (1, 1) else strides, steps, causal if any(causal) else None, scale
 
 
-def pair(name: str, value: T | Sequence[T], kind: type = int) -> tuple[T, T]:
-    """One number for both axes or one per axis; integers must be at least 1."""
-    both = (value, value) if isinstance(value, (int, bool)) else tuple(value)
-    right = len(both) == 2 and all(isinstance(v, kind) and (kind is bool or v >= 1) for v in both)
-    wanted = "True or False" if kind is bool else "a positive integer"
-    checks.require(right, f"{name}: expected {wanted} or two of them (rows, columns), got {value!r}")
-    return both[0], both[1]
+def _causal(value: object) -> tuple[bool, bool]:
+    """One bool for both axes or one for each; None, as NATTEN takes it, means False."""
+    both = tuple(value) if isinstance(value, (tuple, list)) else (False if value is None else value,) * 2
+    if len(both) != 2 or not all(isinstance(v, bool) for v in both):
+        raise TypeError(f"is_causal: expected True or False or two of them (rows, columns), got {checks.shown(value)}")
+    return both
 
 
 def check_window(grid: Sequence[int], window: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> None:
     """kernel_size · dilation fits into the grid (H, W)."""
-    fits = all(w * d <= length for w, d, length in zip(window, dilation, grid, strict=True))
-    checks.require(
-        fits,
-        f"kernel_size: expected kernel_size · dilation at most the grid {tuple(grid)}, "
-        f"got kernel_size {window} with dilation {dilation}",
-    )
+    if window[0] * dilation[0] > grid[0] or window[1] * dilation[1] > grid[1]:
+        raise ValueError(
+            f"kernel_size: expected kernel_size · dilation at most the grid {tuple(grid)}, "
+            f"got kernel_size {window} with dilation {dilation}"
+        )
 
 
 def check_head_dim(head_dim: int) -> None:
-    checks.require(
-        head_dim % 8 == 0 and head_dim <= 128,
-        f"head_dim: expected a multiple of 8, at most 128, on a GPU, got {head_dim}",
-    )
+    if head_dim % 8 != 0 or head_dim > 128:
+        raise ValueError(f"head_dim: expected a multiple of 8, at most 128, on a GPU, got {head_dim}")
 
 
 class _NA2D(torch.autograd.Function):

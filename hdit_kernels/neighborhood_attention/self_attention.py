@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hdit_kernels import checks, reference, registration
-from hdit_kernels.neighborhood_attention.op import check_window, flops_forward, pair, softmax_stats, stats_shape
+from hdit_kernels.neighborhood_attention.op import check_window, flops_forward, softmax_stats, stats_shape
 from hdit_kernels.rope import check_packed
 
 
@@ -54,7 +54,7 @@ def _checked_window(
     qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, kernel_size: int | Sequence[int]
 ) -> tuple[int, int]:
     check_packed(qkv, scale, theta_y, theta_x)
-    window = pair("kernel_size", kernel_size)
+    window = checks.pair("kernel_size", kernel_size)
     check_window(qkv.shape[1:3], window)
     return window
 

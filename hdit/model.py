@@ -10,17 +10,20 @@ neither scales its input nor weighs its output by the noise level: hdit.Denoiser
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from hdit.config import GlobalAttention, HDiTConfig, NeighborhoodAttention, NoAttention, ShiftedWindowAttention
 from hdit.config import Level as LevelConfig
 from hdit.config import Mapping as MappingConfig
 from hdit_kernels import (
     ada_rms_norm,
+    checks,
     geglu,
     neighborhood_self_attention,
     qk_norm_rope,
@@ -28,13 +31,41 @@ from hdit_kernels import (
     token_merge,
     token_split,
 )
+from hdit_kernels.registration import autocast_dtype
 
+LINEAR_FORWARD = nn.Linear.forward
 AUGMENTATIONS = 9  # numbers that describe an augmentation (EDM, arXiv 2206.00364, appendix F.2)
 
 
 def zero_init(layer: nn.Linear) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     return layer
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is the product with its weight and nothing else, so that an operator may do it instead.
+
+    Not so with an adapter in its place, a hook, a parametrization, a quantized or sharded weight, a patched forward or a
+    bias: then the layer is called.
+    """
+    every = nn.modules.module  # the hooks of all modules; nn.Module.__call__ has the same test
+    return (
+        type(layer) is nn.Linear
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
+        and not (every._global_forward_hooks or every._global_forward_pre_hooks)
+        and not (every._global_backward_hooks or every._global_backward_pre_hooks)
+        and "forward" not in layer.__dict__
+        and nn.Linear.forward is LINEAR_FORWARD
+        and layer.bias is None
+        and type(layer.weight) in (Tensor, nn.Parameter, FakeTensor)
+    )
+
+
+def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of the module's first floating-point parameter; the default if it has none, as quantized ones."""
+    floating = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    return floating[0] if floating else default
 
 
 # Conditioning: noise level, augmentation, class and anything else become one vector [B, mapping width]
@@ -144,7 +175,8 @@ def global_attention(qkv: Tensor) -> Tensor:
     """Attention of all tokens to all: qkv [B, H, W, 3, heads, D], ready by qk_norm_rope -> [B, H, W, heads, D]."""
     query, key, value = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-    return out.transpose(1, 2).unflatten(1, qkv.shape[1:3])
+    batch, height, width, _, heads, head_dim = qkv.shape
+    return out.transpose(1, 2).reshape(batch, height, width, heads, head_dim)
 
 
 def shifted_window_attention(qkv: Tensor, size: int, shift: int) -> Tensor:
@@ -192,7 +224,7 @@ class SelfAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, pos_y: Tensor, pos_x: Tensor, cond: Tensor) -> Tensor:
         kind = self.attention
-        qkv = self.qkv_proj(self.norm(x, cond)).unflatten(-1, (3, self.heads, kind.head_dim))
+        qkv = self.qkv_proj(self.norm(x, cond)).view(*x.shape[:3], 3, self.heads, kind.head_dim)
         theta_y, theta_x = self.pos_emb(pos_y, pos_x)
         if isinstance(kind, NeighborhoodAttention):
             out = neighborhood_self_attention(qkv, self.scale, theta_y, theta_x, kind.kernel_size)
@@ -245,6 +277,20 @@ class Level(nn.ModuleList):
 # Between levels, and between pixels and tokens
 
 
+def unshuffle(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """[B, H*h, W*w, C] -> [B, H, W, h*w*C] in the order row, column, channel."""
+    (batch, height, width, channels), (h, w) = x.shape, patch_size
+    x = x.reshape(batch, height // h, h, width // w, w, channels).transpose(2, 3)
+    return x.reshape(batch, height // h, width // w, h * w * channels)
+
+
+def shuffle(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """The inverse: [B, H, W, h*w*C] -> [B, H*h, W*w, C]."""
+    (batch, height, width, features), (h, w) = x.shape, patch_size
+    x = x.reshape(batch, height, width, h, w, features // (h * w)).transpose(2, 3)
+    return x.reshape(batch, height * h, width * w, features // (h * w))
+
+
 class TokenMerge(nn.Module):
     """x [B, H*h, W*w, in_features] -> [B, H, W, out_features]."""
 
@@ -254,7 +300,9 @@ class TokenMerge(nn.Module):
         self.proj = nn.Linear(in_features * math.prod(patch_size), out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return token_merge(x, self.proj.weight, self.patch_size)
+        if is_plain(self.proj):
+            return token_merge(x, self.proj.weight, self.patch_size)
+        return self.proj(unshuffle(x, self.patch_size))
 
 
 class TokenSplit(nn.Module):
@@ -266,7 +314,11 @@ class TokenSplit(nn.Module):
         self.fac = nn.Parameter(torch.full([1], 0.5))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return token_split(x, self.proj.weight, (2, 2), skip, self.fac)
+        if is_plain(self.proj):
+            return token_split(x, self.proj.weight, (2, 2), skip, self.fac)
+        y = shuffle(self.proj(x), (2, 2))
+        wide = torch.promote_types(y.dtype, torch.float32)
+        return torch.lerp(skip.to(wide), y.to(wide), self.fac.to(wide)).to(y.dtype)
 
 
 class PatchOut(nn.Module):
@@ -278,14 +330,22 @@ class PatchOut(nn.Module):
         self.proj = zero_init(nn.Linear(in_features, out_features * math.prod(patch_size), bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return token_split(x, self.proj.weight, self.patch_size)
+        if is_plain(self.proj):
+            return token_split(x, self.proj.weight, self.patch_size)
+        return shuffle(self.proj(x), self.patch_size)
 
 
 class HDiT(nn.Module):
-    """The whole network. config: what it is made of (see hdit.HDiTConfig; hdit.presets has the published ones)."""
+    """The whole network. config: what it is made of (see hdit.HDiTConfig; hdit.presets has the published ones).
+
+    Every nn.Linear may be replaced or wrapped by an adapter (LoRA), quantized, parametrized or hooked: it is called as a
+    layer then. Plain ones between levels are part of a fused operator. TypeError if config is no HDiTConfig.
+    """
 
     def __init__(self, config: HDiTConfig) -> None:
         super().__init__()
+        if not isinstance(config, HDiTConfig):
+            raise TypeError(f"config: expected an HDiTConfig, got {checks.shown(config)}")
         self.config = config
         levels, width = config.levels, config.mapping.width
 
@@ -313,7 +373,7 @@ class HDiT(nn.Module):
     def forward(
         self,
         x: Tensor,
-        sigma: Tensor,
+        sigma: Tensor | float,
         aug_cond: Tensor | None = None,
         class_cond: Tensor | None = None,
         mapping_cond: Tensor | None = None,
@@ -321,16 +381,19 @@ class HDiT(nn.Module):
         """One evaluation of the network.
 
         x [B, in_channels, H, W]: noised images scaled to about unit variance, in the parameters' dtype (in any under
-        autocast); H and W multiples of the patch and its merges. sigma [B]: positive noise levels, floating point.
-        aug_cond [B, 9]: how the images were augmented, zeros if not given. class_cond [B]: class indices, int64 or
-        int32, below num_classes; mapping_cond [B, mapping_cond_dim]: each needed exactly if the model has it.
-        Returns [B, out_channels, H, W]. Raises ValueError, naming the argument, for whatever doesn't fit; the values of
-        class_cond are checked on the CPU only, where that doesn't wait for a GPU.
+        autocast); H and W multiples of the patch and its merges; B may be 0. sigma [B]: positive noise levels, floating
+        point of any width, or one for the whole batch: a number or a tensor without dimensions. aug_cond [B, 9]: how the
+        images were augmented, floating point, zeros if not given. class_cond [B]: class indices, int64 or int32, below
+        num_classes; mapping_cond [B, mapping_cond_dim], in a dtype as x: each needed exactly if the model has it.
+        Returns [B, out_channels, H, W]. Raises TypeError or ValueError, naming the argument, for whatever doesn't fit;
+        the values of sigma and class_cond are checked on the CPU only, where that doesn't wait for a GPU.
         """
         self._check(x, sigma, aug_cond, class_cond, mapping_cond)
-        cond = self.condition(sigma, aug_cond, class_cond, mapping_cond)
+        rows, columns = self._grid(x)
+        if not isinstance(sigma, Tensor):
+            sigma = torch.full((), sigma, dtype=self._wide_dtype, device=x.device)
+        cond = self.condition(sigma.expand(x.shape[0]), aug_cond, class_cond, mapping_cond)
 
-        rows, columns = self.config.grids(*x.shape[2:])[0]
         # Positions need at least float32: in bfloat16 the neighbours of a large grid would share one.
         pos_y, pos_x = axial_positions(rows, columns, self._wide_dtype, x.device)
 
@@ -352,13 +415,13 @@ class HDiT(nn.Module):
     def condition(
         self, sigma: Tensor, aug_cond: Tensor | None, class_cond: Tensor | None, mapping_cond: Tensor | None
     ) -> Tensor:
-        """The conditioning vector [B, mapping width]; arguments as in forward."""
-        dtype = self.time_in_proj.weight.dtype
-        log_sigma = sigma.to(self._wide_dtype).log()[:, None] / 4
+        """The conditioning vector [B, mapping width]; arguments as in forward, sigma [B]."""
+        dtype, wide = dtype_of(self.time_in_proj, self.out_norm.scale.dtype), self._wide_dtype
+        log_sigma = sigma.to(wide).log()[:, None] / 4
         cond = self.time_in_proj(self.time_emb(log_sigma).to(dtype))
         if aug_cond is None:
-            aug_cond = log_sigma.new_zeros(len(sigma), AUGMENTATIONS)
-        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond.to(self._wide_dtype)).to(dtype))
+            aug_cond = log_sigma.new_zeros(sigma.shape[0], AUGMENTATIONS)
+        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond.to(wide)).to(dtype))
         if self.class_emb is not None:
             cond = cond + self.class_emb(class_cond)
         if self.mapping_cond_in_proj is not None:
@@ -368,51 +431,73 @@ class HDiT(nn.Module):
     @property
     def _wide_dtype(self) -> torch.dtype:
         """float32, or float64 in a float64 model: for numbers that must not be rounded to half precision."""
-        return torch.promote_types(self.time_in_proj.weight.dtype, torch.float32)
+        return torch.promote_types(self.out_norm.scale.dtype, torch.float32)
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of the finest tokens of x."""
+        try:
+            return self.config.grids(*x.shape[2:])[0]
+        except ValueError as error:
+            raise ValueError(f"x: {error}") from None
 
     def _check(
         self,
         x: Tensor,
-        sigma: Tensor,
+        sigma: Tensor | float,
         aug_cond: Tensor | None,
         class_cond: Tensor | None,
         mapping_cond: Tensor | None,
     ) -> None:
-        config, dtype = self.config, self.patch_in.proj.weight.dtype
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(f"x must be [batch, {config.in_channels}, height, width], got {list(x.shape)}")
-        if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(f"x must have the model's dtype {dtype} outside autocast, got {x.dtype}")
-        batch = x.shape[0]
-        if sigma.shape != (batch,) or not sigma.is_floating_point():
-            raise ValueError(f"sigma must be [{batch}] and floating point, got {list(sigma.shape)} {sigma.dtype}")
-        if aug_cond is not None and aug_cond.shape != (batch, AUGMENTATIONS):
-            raise ValueError(f"aug_cond must be [{batch}, {AUGMENTATIONS}], got {list(aug_cond.shape)}")
+        classes, dim = self.config.num_classes, self.config.mapping_cond_dim
+        checks.tensor("x", x)
+        for name, given, needed in (("class_cond", class_cond, classes > 0), ("mapping_cond", mapping_cond, dim > 0)):
+            if needed:
+                checks.tensor(name, given)
+            elif given is not None:
+                raise ValueError(f"{name}: expected None, since this model takes none, got {checks.shown(given)}")
+        if isinstance(sigma, numbers.Real):
+            checks.number("sigma", sigma, above=0)
+            checks.floating(x=x, aug_cond=aug_cond, mapping_cond=mapping_cond)
+        else:
+            checks.tensor("sigma", sigma)
+            checks.floating(x=x, sigma=sigma, aug_cond=aug_cond, mapping_cond=mapping_cond)
 
-        if (class_cond is None) == bool(config.num_classes):
-            raise ValueError(f"class_cond must be given exactly if the model has classes, it has {config.num_classes}")
+        batch, default = x.shape[0] if x.ndim else 0, self.out_norm.scale.dtype
+        checks.shape("x", x, ["B", self.config.in_channels, "H", "W"])
+        checks.nonempty("x", x)
+        if autocast_dtype(x) is None:
+            checks.same_dtype(**{"the model": dtype_of(self.patch_in, default), "x": x.dtype})
+        if is_plain(self.time_in_proj) and x.device != self.time_in_proj.weight.device:
+            device = self.time_in_proj.weight.device
+            raise ValueError(f"x: expected a tensor on {device} like the model, got one on {x.device}")
+        if isinstance(sigma, Tensor):
+            checks.shape("sigma", sigma, [batch] if sigma.ndim else [])
+            checks.values("sigma", sigma, checks.positive, "finite noise levels above 0")
+        if aug_cond is not None:
+            checks.shape("aug_cond", aug_cond, [batch, AUGMENTATIONS])
+        if mapping_cond is not None:
+            checks.shape("mapping_cond", mapping_cond, [batch, dim])
+            if autocast_dtype(x) is None:
+                wanted = dtype_of(self.mapping_cond_in_proj, default)
+                checks.same_dtype(**{"mapping_cond_in_proj": wanted, "mapping_cond": mapping_cond.dtype})
         if class_cond is not None:
-            if class_cond.shape != (batch,) or class_cond.dtype not in (torch.int64, torch.int32):
-                got = f"{list(class_cond.shape)} {class_cond.dtype}"
-                raise ValueError(f"class_cond must be [{batch}], int64 or int32, got {got}")
-            if class_cond.device.type == "cpu" and not torch.compiler.is_compiling():
-                wrong = class_cond[(class_cond < 0) | (class_cond >= config.num_classes)]
-                if len(wrong):
-                    top = config.num_classes - 1
-                    raise ValueError(f"class_cond must be in 0…{top} ({top}: no class), got {wrong.tolist()}")
-
-        dim = config.mapping_cond_dim
-        if (mapping_cond is None) == bool(dim):
-            raise ValueError(f"mapping_cond must be given exactly if the model has mapping_cond_dim, which is {dim}")
-        if mapping_cond is not None and mapping_cond.shape != (batch, dim):
-            raise ValueError(f"mapping_cond must be [{batch}, {dim}], got {list(mapping_cond.shape)}")
+            if class_cond.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"class_cond: expected int64 or int32, got {class_cond.dtype}")
+            if class_cond.device != x.device:
+                raise ValueError(f"class_cond: expected a tensor on {x.device} like x, got one on {class_cond.device}")
+            checks.shape("class_cond", class_cond, [batch])
+            below = f"classes from 0 to {classes - 1} (the last: no class)"
+            checks.values("class_cond", class_cond, lambda index: (index >= 0) & (index < classes), below)
 
     def param_groups(self, base_lr: float = 5e-4, mapping_lr_scale: float = 1 / 3) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: [others, others without decay, mapping, mapping without decay].
 
         The mapping network and the projections from it learn mapping_lr_scale times as fast. Projections take the
-        optimizer's own weight decay; norms, scales, mixing factors and embeddings of the conditions take none.
+        optimizer's own weight decay; norms, scales, mixing factors, biases and embeddings of the conditions take none.
+        What adapters and parametrizations add to a layer goes into its group.
         """
+        checks.number("base_lr", base_lr, at_least=0)
+        checks.number("mapping_lr_scale", mapping_lr_scale, at_least=0)
         embeddings = ("time_in_proj.", "aug_in_proj.", "class_emb.", "mapping_cond_in_proj.")
         groups: list[dict[str, Any]] = [
             {"params": [], "lr": base_lr},
@@ -421,7 +506,7 @@ class HDiT(nn.Module):
             {"params": [], "lr": base_lr * mapping_lr_scale, "weight_decay": 0.0},
         ]
         for name, parameter in self.named_parameters():
-            mapping = name.startswith("mapping.") or name.endswith(".norm.linear.weight")
-            decays = name.endswith(".weight") and not name.startswith(embeddings)
+            mapping = name.startswith("mapping.") or ".norm.linear." in name
+            decays = not name.startswith(embeddings) and {"scale", "fac", "bias"}.isdisjoint(name.split("."))
             groups[2 * mapping + (not decays)]["params"].append(parameter)
         return groups

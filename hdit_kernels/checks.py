@@ -83,7 +83,7 @@ def concrete(tensor: Tensor) -> bool:
     """
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._len_torch_dispatch_stack() == 0
@@ -105,11 +105,10 @@ def values(name: str, tensor: Tensor, holds: Callable[[Tensor], Tensor], expecte
 
 
 def nonempty(name: str, tensor: Tensor, first: int = 1) -> None:
-    """Every dimension of `tensor` from `first` on has a size of at least 1; those before, the batch, may be empty."""
+    """Every size of `tensor` from dimension `first` on is at least 1; those before, the batch, may be 0."""
     if 0 in tensor.shape[first:]:
-        raise ValueError(
-            f"{name}: expected every size but the batch's to be at least 1, got shape {list(tensor.shape)}"
-        )
+        which = "every size" if first == 0 else "every size but the batch's"
+        raise ValueError(f"{name}: expected {which} to be at least 1, got shape {list(tensor.shape)}")
 
 
 def positive(tensor: Tensor) -> Tensor:

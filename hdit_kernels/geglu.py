@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hdit_kernels import checks, reference, registration
+from hdit_kernels.autograd import differentiable
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -28,19 +25,7 @@ def geglu(x: Tensor) -> Tensor:
     checks.floating(x=x)
     if x.ndim < 1 or x.shape[-1] == 0 or x.shape[-1] % 2 != 0:
         raise ValueError(f"x: expected shape [..., 2·d_ff], got {list(x.shape)}")
-    return _GEGLU.apply(x) if registration.needs_grad(x) else _forward(x)
-
-
-class _GEGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _forward(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> Tensor:
-        return _backward(dout, *ctx.saved_tensors)
+    return _geglu(x)
 
 
 def _reference_backward(dout: Tensor, x: Tensor) -> Tensor:
@@ -61,4 +46,10 @@ _backward = registration.define(
     reference=_reference_backward,
     launcher="geglu_triton:geglu_backward",
     fake=lambda dout, x: x.new_empty(x.shape),
+)
+_geglu = differentiable(
+    reference.geglu,
+    forward=lambda x, save: (_forward(x),),
+    backward=lambda cotangents, tensors, saved, settings, needed: (_backward(*cotangents, *tensors),),
+    inputs=1,
 )

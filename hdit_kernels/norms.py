@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hdit_kernels import checks, reference, registration
+from hdit_kernels.autograd import differentiable, wanted
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -33,9 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     if x.ndim < 1 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape [..., C] with C at least 1, got {list(x.shape)}")
     checks.shape("weight", weight, x.shape[-1:])
-    _check_eps(eps)
-    call = _RMSNorm.apply if registration.needs_grad(x, weight) else _rms_norm_forward
-    return call(x, weight, eps)
+    return _rms_norm(x, weight, checks.number("eps", eps, at_least=0))
 
 
 def ada_rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -58,9 +56,7 @@ def ada_rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """
     checks.floating(x=x, scale=scale)
     _check_per_sample(x, scale=scale)
-    _check_eps(eps)
-    call = _AdaRMSNorm.apply if registration.needs_grad(x, scale) else _ada_rms_norm_forward
-    return call(x, scale, eps)
+    return _ada_rms_norm(x, scale, checks.number("eps", eps, at_least=0))
 
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -83,9 +79,7 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
     """
     checks.floating(x=x, shift=shift, scale=scale)
     _check_per_sample(x, shift=shift, scale=scale)
-    _check_eps(eps)
-    call = _AdaLayerNorm.apply if registration.needs_grad(x, shift, scale) else _ada_layer_norm_forward
-    return call(x, shift, scale, eps)
+    return _ada_layer_norm(x, shift, scale, checks.number("eps", eps, at_least=0))
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -109,8 +103,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     checks.floating(x=x, y=y, gate=gate)
     _check_per_sample(x, gate=gate)
     checks.shape("y", y, x.shape)
-    call = _GatedResidual.apply if registration.needs_grad(x, y, gate) else _gated_residual_forward
-    return call(x, y, gate)
+    return _gated_residual(x, y, gate)
 
 
 def _check_per_sample(x: Tensor, **parameters: Tensor) -> None:
@@ -118,66 +111,6 @@ def _check_per_sample(x: Tensor, **parameters: Tensor) -> None:
         raise ValueError(f"x: expected shape [B, ..., C] with C at least 1, got {list(x.shape)}")
     for name, tensor in parameters.items():
         checks.shape(name, tensor, (x.shape[0], x.shape[-1]))
-
-
-def _check_eps(eps: float) -> None:
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps!r}")
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return _rms_norm_forward(x, weight, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-        dx, dweight = _rms_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
-        return dx, dweight, None
-
-
-class _AdaRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.eps = eps
-        return _ada_rms_norm_forward(x, scale, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-        dx, dscale = _ada_rms_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
-        return dx, dscale, None
-
-
-class _AdaLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, shift, scale)
-        ctx.eps = eps
-        return _ada_layer_norm_forward(x, shift, scale, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        dx, dshift, dscale = _ada_layer_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
-        return dx, dshift, dscale, None
-
-
-class _GatedResidual(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(y, gate)
-        return _gated_residual_forward(x, y, gate)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dy, dgate = _gated_residual_backward(dout, *ctx.saved_tensors)
-        return dout, dy, dgate  # dx is dout itself, which a registered operator may not return
 
 
 def _rms_norm_vjp(dout: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -260,4 +193,33 @@ _gated_residual_backward = registration.define(
     reference=_gated_residual_vjp,
     launcher="norms_triton:gated_residual_backward",
     fake=lambda dout, y, gate: _like(y, gate),
+)
+
+
+def _joined(
+    reference: Callable[..., Tensor], forward: Callable[..., Tensor], backward: Callable[..., Any], inputs: int
+) -> Callable[..., Tensor]:
+    """A norm of `inputs` tensors and eps."""
+    return differentiable(
+        reference,
+        forward=lambda *arguments: (forward(*arguments[:-1]),),
+        backward=lambda cotangents, tensors, saved, settings, needed: wanted(
+            backward(*cotangents, *tensors, *settings), needed
+        ),
+        inputs=inputs,
+    )
+
+
+_rms_norm = _joined(reference.rms_norm, _rms_norm_forward, _rms_norm_backward, 2)
+_ada_rms_norm = _joined(reference.ada_rms_norm, _ada_rms_norm_forward, _ada_rms_norm_backward, 2)
+_ada_layer_norm = _joined(reference.ada_layer_norm, _ada_layer_norm_forward, _ada_layer_norm_backward, 3)
+_gated_residual = differentiable(
+    reference.gated_residual,
+    forward=lambda x, y, gate, save: (_gated_residual_forward(x, y, gate),),
+    backward=lambda cotangents, tensors, saved, settings, needed: (
+        None,
+        *wanted(_gated_residual_backward(*cotangents, *tensors[1:]), needed[1:]),
+    ),
+    inputs=3,
+    passed_on=0,  # a registered operator may not return its argument
 )

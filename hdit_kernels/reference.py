@@ -80,8 +80,9 @@ def token_split(
     """
     h, w = patch_size
     batch, height, width, _ = x.shape
-    patches = F.linear(_widen(x), _widen(weight)).view(batch, height, width, h, w, -1)
-    y = patches.transpose(2, 3).reshape(batch, height * h, width * w, -1)
+    channels = weight.shape[0] // (h * w)
+    patches = F.linear(_widen(x), _widen(weight)).view(batch, height, width, h, w, channels)
+    y = patches.transpose(2, 3).reshape(batch, height * h, width * w, channels)
     if skip is not None and fac is not None:
         y = torch.lerp(_widen(skip).to(y.dtype), y, _widen(fac).to(y.dtype))
     return y.to(x.dtype)
@@ -157,11 +158,11 @@ def na2d(
     q, k, v, extra_k, extra_v = wide
     assert q is not None and k is not None and v is not None
     pieces, where = [], []
-    for tile in _tiles(query, kernel_size, stride, dilation, is_causal):
+    for tile in _tiles(query, kernel_size, stride, dilation, is_causal, _side(wide)):
         pieces.append(_attend(q[tile.queries], k[tile.keys], v[tile.keys], extra_k, extra_v, tile.mask, scale))
         where.append(tile.queries)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:-1])
+    # of a piece's kind, whichever of the inputs torch.func differentiates
+    out, lse = pieces[0][0].new_empty(q.shape), pieces[0][1].new_empty(q.shape[:-1])
     for (piece_out, piece_lse), queries in zip(pieces, where, strict=True):
         out[queries], lse[queries] = piece_out, piece_lse
     return out.to(query.dtype), lse
@@ -190,7 +191,7 @@ def na2d_backward(
         None if t is None else _widen(t).detach() for t in (query, key, value, additional_keys, additional_values)
     ]
     gradients = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
-    for tile in _tiles(query, kernel_size, stride, dilation, is_causal):
+    for tile in _tiles(query, kernel_size, stride, dilation, is_causal, _side([*inputs, dout, dlse])):
         regions: list[Any] = [tile.queries, tile.keys, tile.keys, ..., ...]
         with torch.enable_grad():
             leaves = [None if t is None else t[at].requires_grad_() for t, at in zip(inputs, regions, strict=True)]
@@ -228,10 +229,27 @@ def _attend(
     return out.reshape(q.shape), lse.transpose(1, 2).reshape(q.shape[:-1])
 
 
+def _side(tensors: Sequence[Tensor | None]) -> int:
+    """Queries a side of a tile: 1 where a number is NaN or infinite, which then reaches only the queries that see it
+    (in a larger tile, those that don't would take 0 · NaN from it). torch.func can't branch on values.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return TILE
+    return TILE if all(t is None or bool(t.isfinite().all()) for t in tensors) else 1
+
+
 def _tiles(
-    query: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], is_causal: Sequence[bool]
+    query: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    side: int,
 ) -> Iterator[_Tile]:
-    axes = [list(_axis_tiles(query.shape[1 + a], kernel_size[a], stride[a], dilation[a], is_causal[a])) for a in (0, 1)]
+    axes = [
+        list(_axis_tiles(query.shape[1 + a], kernel_size[a], stride[a], dilation[a], is_causal[a], side))
+        for a in (0, 1)
+    ]
     for rows in axes[0]:
         for columns in axes[1]:
             mask = (rows[2][:, None, :, None] & columns[2][None, :, None, :]).to(query.device)
@@ -240,16 +258,16 @@ def _tiles(
 
 
 def _axis_tiles(
-    length: int, window: int, stride: int, dilation: int, causal: bool
+    length: int, window: int, stride: int, dilation: int, causal: bool, side: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(queries, keys, mask [queries, keys]) of each tile along one axis, all residues of the dilation in turn."""
     for residue in range(dilation):
         start, end = windows((length - residue + dilation - 1) // dilation, window, stride, causal)
-        for first in range(0, len(start), TILE):
-            lo, hi = int(start[first : first + TILE].min()), int(end[first : first + TILE].max())
-            keys = torch.arange(lo, hi)
-            mask = (keys >= start[first : first + TILE, None]) & (keys < end[first : first + TILE, None])
-            last = min(first + TILE, len(start)) - 1
+        for first in range(0, len(start), side):
+            lo, hi = int(start[first : first + side].min()), int(end[first : first + side].max())
+            keys = torch.arange(lo, hi, device="cpu")
+            mask = (keys >= start[first : first + side, None]) & (keys < end[first : first + side, None])
+            last = min(first + side, len(start)) - 1
             yield _strided(first, last, residue, dilation), _strided(lo, hi - 1, residue, dilation), mask
 
 
@@ -259,7 +277,7 @@ def _strided(first: int, last: int, residue: int, dilation: int) -> slice:
 
 def windows(length: int, window: int, stride: int = 1, causal: bool = False) -> tuple[Tensor, Tensor]:
     """First key and one past the last key of every query along one axis, int64 [length] each."""
-    query = torch.arange(length)
+    query = torch.arange(length, device="cpu")
     if causal:
         leader = (query // stride * stride + stride - 1).clamp(max=length - 1)
         return (leader - window + 1).clamp(min=0), query + 1

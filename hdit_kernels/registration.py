@@ -1,8 +1,8 @@
 """How an operator joins PyTorch: one `define` a forward or backward, seen by the dispatcher as an opaque call.
 
 CPU, MPS, float64 and machines without Triton run the reference; CUDA and ROCm tensors run the Triton launcher, imported
-on its first call. The two directions are joined by an `autograd.Function` in each family's module, which costs half as
-much host time a call as `torch.library.custom_op` and traces under `torch.compile(fullgraph=True)`.
+on its first call. The two directions are joined by the `autograd.Function`s of `hdit_kernels.autograd`, which cost half
+as much host time a call as `torch.library.custom_op` and trace under `torch.compile(fullgraph=True)`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("hdit_kernels", "DEF")
@@ -65,7 +65,7 @@ def define(
         return getattr(importlib.import_module(f"{__package__}.{module}"), function)
 
     def on_gpu(*args: Any) -> Any:
-        if not triton_available():
+        if not triton_available() or args[0].numel() == 0:  # an empty batch: nothing to launch, sums over it are 0
             return portable(*args)
         for position in tensors:
             argument = args[position]
@@ -80,8 +80,7 @@ def define(
     LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
     LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"hdit_kernels::{name}", fake, lib=LIBRARY)
-    if signature.endswith("-> Tensor[]"):  # for which torch.vmap has no loop of its own
-        torch.library.register_vmap(f"hdit_kernels::{name}", functools.partial(_in_turn, packet.default), lib=LIBRARY)
+    torch.library.register_vmap(f"hdit_kernels::{name}", functools.partial(_in_turn, packet.default), lib=LIBRARY)
     if flops is not None:
         # The formula sees shapes for tensors and, last, the output's shape, which no formula here needs.
         register_flop_formula(packet)(lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs))
@@ -89,7 +88,7 @@ def define(
 
 
 def vjp(
-    function: Callable[..., Any], inputs: tuple[torch.Tensor | None, ...], cotangents: tuple[torch.Tensor | None, ...]
+    function: Callable[..., Any], inputs: tuple[Tensor | None, ...], cotangents: tuple[Tensor | None, ...]
 ) -> list[Any]:
     """Gradients of sum(function(*inputs) * cotangents) by autograd, one per input (None where the input is None)."""
     with torch.enable_grad():
@@ -102,23 +101,9 @@ def vjp(
     return [None if t is None else next(gradients) for t in leaves]
 
 
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd has to see this call; without it the forward operator is called directly.
-
-    Forward mode has to as well, to say that there are no such derivatives, where an operator would drop the tangents.
-    """
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    if forward_ad._current_level >= 0:
-        return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    return False
-
-
 def autocast_dtype(tensor: Any) -> torch.dtype | None:
     """The autocast dtype when autocast is on where `tensor` lies, else None; None also for what is no tensor."""
-    if not torch._C._is_any_autocast_enabled() or not isinstance(tensor, torch.Tensor):
+    if not torch._C._is_any_autocast_enabled() or not isinstance(tensor, Tensor):
         return None
     device_type = tensor.device.type
     if device_type == "meta":  # of which torch.is_autocast_enabled raises
@@ -126,7 +111,7 @@ def autocast_dtype(tensor: Any) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`tensor` in the autocast dtype."""
     return tensor if dtype is None else tensor.to(cast_dtype(tensor.dtype, dtype))
 
@@ -137,20 +122,22 @@ def cast_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
 
 
 def _in_turn(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    """torch.vmap of an operator that returns a list: a call for each element, the results stacked."""
+    """torch.vmap of an operator: a call for each element, the results stacked."""
     calls = [
         operator(*[a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)])
         for i in range(info.batch_size)
     ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
     stacked = [torch.stack(results) for results in zip(*calls, strict=True)]
-    return stacked, [0] * len(stacked)
+    return type(calls[0])(stacked), type(calls[0])([0] * len(stacked))
 
 
-def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
-    return next(a for a in args if isinstance(a, torch.Tensor))
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    return next(a for a in args if isinstance(a, Tensor))
 
 
 def _contiguous(result: Any) -> Any:
-    if isinstance(result, torch.Tensor):
+    if isinstance(result, Tensor):
         return result.contiguous()
     return type(result)(t.contiguous() for t in result)

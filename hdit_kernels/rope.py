@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hdit_kernels import checks, reference, registration
+from hdit_kernels.autograd import differentiable, wanted
 
 
 def qk_norm_rope(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -35,10 +32,9 @@ def qk_norm_rope(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, e
     Source: HDiT section 4.2 (cosine similarity attention with learned scale, axial RoPE, Su et al. 2021).
     """
     check_packed(qkv, scale, theta_y, theta_x)
+    eps = check_scale(scale, eps)
     qkv = registration.cast(qkv, registration.autocast_dtype(qkv))
-    if registration.needs_grad(qkv, scale):
-        return _QKNormRope.apply(qkv, scale, theta_y, theta_x, float(eps))
-    return _forward(qkv, scale, theta_y, theta_x, float(eps))
+    return _qk_norm_rope(qkv, scale, theta_y, theta_x, eps)
 
 
 def check_packed(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor) -> None:
@@ -55,18 +51,10 @@ def check_packed(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor) -
     checks.shape("theta_x", theta_x, [width, heads, dim // 8])
 
 
-class _QKNormRope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(qkv, scale, theta_y, theta_x)
-        ctx.eps = eps
-        return _forward(qkv, scale, theta_y, theta_x, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dready: Tensor) -> Any:
-        dqkv, dscale = _backward(dready, *ctx.saved_tensors, ctx.eps)
-        return dqkv, dscale, None, None, None
+def check_scale(scale: Tensor, eps: float) -> float:
+    """What depends on values, so that it is looked at in every call; returns eps."""
+    checks.values("scale", scale, checks.positive, "positive numbers")
+    return checks.number("eps", eps, at_least=0)
 
 
 def _reference_backward(
@@ -91,4 +79,13 @@ _backward = registration.define(
     reference=_reference_backward,
     launcher="rope_triton:qk_norm_rope_backward",
     fake=lambda dready, qkv, scale, theta_y, theta_x, eps: (qkv.new_empty(qkv.shape), scale.new_empty(scale.shape)),
+)
+_qk_norm_rope = differentiable(
+    reference.qk_norm_rope,
+    forward=lambda *arguments: (_forward(*arguments[:-1]),),
+    backward=lambda cotangents, tensors, saved, settings, needed: wanted(
+        _backward(*cotangents, *tensors, *settings), needed
+    ),
+    inputs=2,
+    constants=2,
 )

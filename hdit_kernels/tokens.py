@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hdit_kernels import checks, reference, registration
+from hdit_kernels.autograd import differentiable, wanted
 
 
 def token_merge(x: Tensor, weight: Tensor, patch_size: Sequence[int] = (2, 2)) -> Tensor:
@@ -39,8 +39,7 @@ def token_merge(x: Tensor, weight: Tensor, patch_size: Sequence[int] = (2, 2)) -
     checks.shape("weight", weight, ["out", h * w * x.shape[3]])
     _check_sizes_and_float64(x, weight)
     x = registration.cast(x, registration.autocast_dtype(x))
-    call = _TokenMerge.apply if registration.needs_grad(x, weight) else _merge_forward
-    return call(x, weight, [h, w])
+    return _merge(x, weight, (h, w))
 
 
 def token_split(
@@ -83,8 +82,7 @@ def token_split(
         checks.shape("fac", fac, [1])
     dtype = registration.autocast_dtype(x)
     x, skip = registration.cast(x, dtype), None if skip is None else registration.cast(skip, dtype)
-    call = _TokenSplit.apply if registration.needs_grad(x, weight, skip, fac) else _split_forward
-    return call(x, weight, [h, w], skip, fac)
+    return _split(x, weight, skip, fac, (h, w))
 
 
 def _patch(patch_size: Sequence[int]) -> tuple[int, int]:
@@ -103,44 +101,6 @@ def _check_sizes_and_float64(x: Tensor, weight: Tensor) -> None:
 def _split_shape(x: Sequence[int], weight: Sequence[int], patch_size: Sequence[int]) -> list[int]:
     h, w = patch_size
     return [x[0], x[1] * h, x[2] * w, weight[0] // (h * w)]
-
-
-class _TokenMerge(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, patch_size: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.patch_size = patch_size
-        return _merge_forward(x, weight, patch_size)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        needed = ctx.needs_input_grad[:2]
-        gradients = _merge_backward(dout, *ctx.saved_tensors, ctx.patch_size, list(needed))
-        return *_wanted(gradients, needed), None
-
-
-class _TokenSplit(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, patch_size: list[int], skip: Tensor | None, fac: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, skip, fac)
-        ctx.patch_size = patch_size
-        return _split_forward(x, weight, patch_size, skip, fac)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        x, weight, skip, fac = ctx.saved_tensors
-        needed = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:])
-        gradients = _split_backward(dout, x, weight, ctx.patch_size, skip, fac, list(needed))
-        dx, dweight, dskip, dfac = _wanted(gradients, needed)
-        return dx, dweight, None, dskip, dfac
-
-
-def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
 
 
 # The operators. needed: which of the gradients to compute; the others come back empty.
@@ -246,4 +206,27 @@ _split_backward = registration.define(
     launcher="tokens_triton:token_split_backward",
     fake=lambda dout, x, weight, p, skip, fac, needed: _fake_gradients((x, weight, skip, fac), dout, needed),
     flops=_split_backward_flops,
+)
+_merge = differentiable(
+    reference.token_merge,
+    forward=lambda x, weight, patch_size, save: (_merge_forward(x, weight, patch_size),),
+    backward=lambda cotangents, tensors, saved, settings, needed: wanted(
+        _merge_backward(*cotangents, *tensors, *settings, needed), needed
+    ),
+    inputs=2,
+)
+
+
+def _split_gradients(
+    cotangents: Any, tensors: Any, saved: Any, settings: Any, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    x, weight, skip, fac = tensors
+    return wanted(_split_backward(*cotangents, x, weight, *settings, skip, fac, needed), needed)
+
+
+_split = differentiable(
+    lambda x, weight, skip, fac, patch_size: reference.token_split(x, weight, patch_size, skip, fac),
+    forward=lambda x, weight, skip, fac, patch_size, save: (_split_forward(x, weight, patch_size, skip, fac),),
+    backward=_split_gradients,
+    inputs=4,
 )

@@ -275,7 +275,10 @@ GRID = torch.randn(1, 6, 6, 2, 8)
         (dict(scale=0), "scale: expected a number above 0, got 0.0"),
         (dict(is_causal=1), "is_causal: expected True or False"),
         (dict(additional_keys=GRID[:, 0]), "additional_keys and additional_values: expected both or neither"),
-        (dict(query=GRID[:, :, :0]), "query: expected every size but the batch's to be at least 1"),
+        (
+            dict(query=GRID[:, :, :0], key=GRID[:, :, :0], value=GRID[:, :, :0]),
+            "query: expected every size but the batch's to be at least 1",
+        ),
     ],
 )
 def test_bad_input(change, message) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hdit_kernels import checks, reference, registration
+from hdit_kernels.autograd import differentiable, wanted
 
 Settings = tuple[tuple[int, int], tuple[int, int] | None, tuple[int, int], tuple[bool, bool] | None, float]
 
@@ -65,10 +65,7 @@ def na2d(
     settings = _checked_settings(*tensors, kernel_size, stride, dilation, is_causal, scale, autocast)
     if autocast is not None:
         tensors = tuple([None if t is None else registration.cast(t, autocast) for t in tensors])
-    if registration.needs_grad(*tensors):
-        return _NA2D.apply(*tensors, settings, return_lse)
-    results = _forward(*tensors, *settings, return_lse, False)
-    return tuple(results) if return_lse else results[0]
+    return _na2d(*tensors, settings, return_lse)
 
 
 @checks.remembered
@@ -139,28 +136,6 @@ def check_window(grid: Sequence[int], window: tuple[int, int], dilation: tuple[i
 def check_head_dim(head_dim: int) -> None:
     if head_dim % 8 != 0 or head_dim > 128:
         raise ValueError(f"head_dim: expected a multiple of 8, at most 128, on a GPU, got {head_dim}")
-
-
-class _NA2D(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, add_k: Any, add_v: Any, settings: Any, return_lse: bool
-    ) -> Any:
-        out, *lse, stats = _forward(query, key, value, add_k, add_v, *settings, return_lse, True)
-        ctx.save_for_backward(query, key, value, add_k, add_v, out, stats)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        return (out, *lse) if return_lse else out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
-        query, key, value, add_k, add_v, out, stats = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        gradients = _backward(dout, dlse, query, key, value, add_k, add_v, out, stats, *ctx.settings)
-        if add_k is None:
-            gradients = (*gradients[:3], None, None)
-        return *gradients, None, None
 
 
 def _reference_forward(
@@ -237,4 +212,31 @@ _backward = registration.define(
     launcher="neighborhood_attention.backward:na2d_backward",
     fake=_fake_backward,
     flops=_flops_backward,
+)
+
+
+def _gradients(cotangents: Any, tensors: Any, saved: Any, settings: Any, needed: tuple[bool, ...]) -> Any:
+    dout, dlse = cotangents if len(cotangents) == 2 else (*cotangents, None)
+    out, stats = saved
+    dout = torch.zeros_like(out) if dout is None else dout
+    gradients = wanted(_backward(dout, dlse, *tensors, out, stats, *settings[0]), needed)
+    return gradients if tensors[3] is not None else (*gradients[:3], None, None)
+
+
+def _plain(query: Any, key: Any, value: Any, add_k: Any, add_v: Any, settings: Settings, return_lse: bool) -> Any:
+    window, stride, dilation, causal, scale = settings
+    out, lse = reference.na2d(
+        query, key, value, window, stride or (1, 1), dilation, causal or (False, False), scale, add_k, add_v
+    )
+    return (out, lse) if return_lse else out
+
+
+_na2d = differentiable(
+    _plain,
+    forward=lambda query, key, value, add_k, add_v, settings, return_lse, save: _forward(
+        query, key, value, add_k, add_v, *settings, return_lse, save
+    ),
+    backward=_gradients,
+    inputs=5,
+    extras=1,
 )

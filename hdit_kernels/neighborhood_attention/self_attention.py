@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hdit_kernels import checks, reference, registration
+from hdit_kernels.autograd import differentiable, wanted
 from hdit_kernels.neighborhood_attention.op import check_window, flops_forward, softmax_stats, stats_shape
-from hdit_kernels.rope import check_packed
+from hdit_kernels.rope import check_packed, check_scale
 
 
 def neighborhood_self_attention(
@@ -43,10 +42,9 @@ def neighborhood_self_attention(
     Source: HDiT section 4.2.
     """
     window = _checked_window(qkv, scale, theta_y, theta_x, kernel_size)
+    eps = check_scale(scale, eps)
     qkv = registration.cast(qkv, registration.autocast_dtype(qkv))
-    if registration.needs_grad(qkv, scale):
-        return _NeighborhoodSelfAttention.apply(qkv, scale, theta_y, theta_x, window, float(eps))
-    return _forward(qkv, scale, theta_y, theta_x, window, float(eps), False)[0]
+    return _self_attention(qkv, scale, theta_y, theta_x, window, eps)
 
 
 @checks.remembered
@@ -57,23 +55,6 @@ def _checked_window(
     window = checks.pair("kernel_size", kernel_size)
     check_window(qkv.shape[1:3], window)
     return window
-
-
-class _NeighborhoodSelfAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, window: tuple[int, int], eps: float
-    ) -> Tensor:
-        out, ready, stats = _forward(qkv, scale, theta_y, theta_x, window, eps, True)
-        ctx.save_for_backward(qkv, scale, theta_y, theta_x, ready, out, stats)
-        ctx.settings = window, eps
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        dqkv, dscale = _backward(dout, *ctx.saved_tensors, *ctx.settings)
-        return dqkv, dscale, None, None, None, None
 
 
 def _reference_forward(qkv, scale, theta_y, theta_x, window, eps, save):
@@ -131,4 +112,19 @@ _backward = registration.define(
     launcher="neighborhood_attention.self_attention_triton:backward",
     fake=lambda dout, qkv, scale, *_: (qkv.new_empty(qkv.shape), scale.new_empty(scale.shape)),
     flops=_flops_backward,
+)
+
+
+def _gradients(cotangents, tensors, saved, settings, needed):
+    out, ready, stats = saved
+    return wanted(_backward(*cotangents, *tensors, ready, out, stats, *settings), needed)
+
+
+_self_attention = differentiable(
+    reference.neighborhood_self_attention,
+    forward=_forward,
+    backward=_gradients,
+    inputs=2,
+    constants=2,
+    extras=2,
 )

@@ -43,10 +43,10 @@ def zero_init(layer: nn.Linear) -> nn.Linear:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is the product with its weight and nothing else, so that an operator may do it instead.
+    """Whether a call of the layer is the product with its weight and nothing else, which an operator may do instead.
 
-    Not so with an adapter in its place, a hook, a parametrization, a quantized or sharded weight, a patched forward or a
-    bias: then the layer is called.
+    Not so with an adapter in its place, a hook, a parametrization, a quantized or sharded weight, a patched forward or
+    a bias: then the layer is called.
     """
     every = nn.modules.module  # the hooks of all modules; nn.Module.__call__ has the same test
     return (
@@ -338,8 +338,10 @@ class PatchOut(nn.Module):
 class HDiT(nn.Module):
     """The whole network. config: what it is made of (see hdit.HDiTConfig; hdit.presets has the published ones).
 
-    Every nn.Linear may be replaced or wrapped by an adapter (LoRA), quantized, parametrized or hooked: it is called as a
-    layer then. Plain ones between levels are part of a fused operator. TypeError if config is no HDiTConfig.
+    Every nn.Linear may be wrapped by an adapter (LoRA), quantized, parametrized or hooked, before the model is
+    compiled: each is called as a layer, save plain ones between levels, which are part of a fused operator. Second
+    derivatives need global attention that has them: torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+    TypeError if config is no HDiTConfig.
     """
 
     def __init__(self, config: HDiTConfig) -> None:
@@ -382,9 +384,9 @@ class HDiT(nn.Module):
 
         x [B, in_channels, H, W]: noised images scaled to about unit variance, in the parameters' dtype (in any under
         autocast); H and W multiples of the patch and its merges; B may be 0. sigma [B]: positive noise levels, floating
-        point of any width, or one for the whole batch: a number or a tensor without dimensions. aug_cond [B, 9]: how the
-        images were augmented, floating point, zeros if not given. class_cond [B]: class indices, int64 or int32, below
-        num_classes; mapping_cond [B, mapping_cond_dim], in a dtype as x: each needed exactly if the model has it.
+        point of any width, or one for the whole batch: a number or a tensor without dimensions. aug_cond [B, 9]: how
+        the images were augmented, floating point, zeros if not given. class_cond [B]: class indices, int64 or int32,
+        below num_classes; mapping_cond [B, mapping_cond_dim], in a dtype as x: each needed exactly if the model has it.
         Returns [B, out_channels, H, W]. Raises TypeError or ValueError, naming the argument, for whatever doesn't fit;
         the values of sigma and class_cond are checked on the CPU only, where that doesn't wait for a GPU.
         """
@@ -443,7 +445,7 @@ class HDiT(nn.Module):
     def _check(
         self,
         x: Tensor,
-        sigma: Tensor | float,
+        sigma: Any,
         aug_cond: Tensor | None,
         class_cond: Tensor | None,
         mapping_cond: Tensor | None,
@@ -475,7 +477,7 @@ class HDiT(nn.Module):
             checks.values("sigma", sigma, checks.positive, "finite noise levels above 0")
         if aug_cond is not None:
             checks.shape("aug_cond", aug_cond, [batch, AUGMENTATIONS])
-        if mapping_cond is not None:
+        if mapping_cond is not None and self.mapping_cond_in_proj is not None:
             checks.shape("mapping_cond", mapping_cond, [batch, dim])
             if autocast_dtype(x) is None:
                 wanted = dtype_of(self.mapping_cond_in_proj, default)

@@ -129,9 +129,8 @@ def axial_positions(rows: int, columns: int, dtype: torch.dtype, device: torch.d
     """Centres of a grid's rows [rows] and columns [columns]: the longer side spans [-1, 1], the other a part of it."""
 
     def centres(count: int) -> Tensor:
-        reach = count / max(rows, columns)
-        edges = torch.linspace(-reach, reach, count + 1, dtype=dtype, device=device)
-        return (edges[:-1] + edges[1:]) / 2
+        # Not by linspace, whose steps torch.compile takes for a constant.
+        return (2 * torch.arange(count, dtype=dtype, device=device) + (1 - count)) / max(rows, columns)
 
     return centres(rows), centres(columns)
 

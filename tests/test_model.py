@@ -569,17 +569,17 @@ def test_plain_layers_are_fused_and_equal_called_ones(seed: int) -> None:
             one, other = model.float()(**half), called.float()(**half)
         assert one.dtype == other.dtype == dtype
         assert (one - other).float().norm() < 0.05 * one.float().norm()
-    one, other = (
-        @1@,
-        @2@,
-    )
+    half = {key: t.bfloat16() if key in ("x", "mapping_cond") else t for key, t in half.items()}
+    one, other = model.bfloat16()(**half), called.bfloat16()(**half)
     assert one.dtype == other.dtype == torch.bfloat16
     assert (one - other).float().norm() < 0.05 * one.float().norm()
 
 
 def test_a_hooked_layer_is_called_in_a_compiled_model(seed: int) -> None:
+    """And a number for sigma is taken there."""
     torch.compiler.reset()
-    model, args = make(fast()).eval(), arguments(fast())
+    config = dataclasses.replace(fast(), levels=fast().levels[:1])
+    model, args = make(config).eval(), arguments(config) | {"sigma": 2.0}
     plain = model(**args)
     model.patch_out.proj.register_forward_hook(lambda module, args, out: 2 * out)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -623,8 +623,6 @@ def test_one_noise_level_for_the_batch(seed: int) -> None:
     wanted = model(**args)
     for sigma in (2.0, 2, np.float32(2), torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float16)):
         assert torch.equal(model(**args | {"sigma": sigma}), wanted), sigma
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(**args | {"sigma": 2.0}), wanted)
 
 
 def test_noise_levels_in_half_precision(seed: int) -> None:
@@ -632,7 +630,8 @@ def test_noise_levels_in_half_precision(seed: int) -> None:
     sigma = torch.tensor([60000.0, 1e-7], dtype=torch.float16)
     wanted = model(**args | {"sigma": sigma.float()})
     assert torch.equal(model(**args | {"sigma": sigma}), wanted)
-    half = model.half()(**args | {"sigma": sigma, "x": args["x"].half()})
+    args |= {"sigma": sigma, "x": args["x"].half(), "mapping_cond": args["mapping_cond"].half()}
+    half = model.half()(**args)
     assert (half.float() - wanted).norm() < 0.02 * wanted.norm()
 
 

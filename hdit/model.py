@@ -188,15 +188,15 @@ def shifted_window_attention(qkv: Tensor, size: int, shift: int) -> Tensor:
         qkv = qkv.roll((shift, shift), dims=(1, 2))
         # The roll brings tokens from opposite edges of the image together, which must not see each other: they are told
         # apart by whether their row and their column come before the shift.
-        past_y = torch.arange(height, device=qkv.device) < shift
-        past_x = torch.arange(width, device=qkv.device) < shift
-        region = (2 * past_y[:, None] + past_x).view(rows, size, columns, size).transpose(1, 2).reshape(-1, size * size)
+        past_y = (torch.arange(height, device=qkv.device) < shift).view(rows, 1, size, 1)
+        past_x = (torch.arange(width, device=qkv.device) < shift).view(1, columns, 1, size)
+        region = (2 * past_y + past_x).view(rows * columns, size * size)
         mask = (region[:, :, None] == region[:, None, :])[:, None]
     windows = qkv.view(batch, rows, size, columns, size, 3, heads, head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
-    query, key, value = windows.reshape(3, batch, rows * columns, heads, size * size, head_dim)
+    query, key, value = windows.contiguous().view(3, batch, rows * columns, heads, size * size, head_dim)
     out = F.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
     out = out.view(batch, rows, columns, heads, size, size, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
-    out = out.reshape(batch, height, width, heads, head_dim)
+    out = out.contiguous().view(batch, height, width, heads, head_dim)
     return out.roll((-shift, -shift), dims=(1, 2)) if shift else out
 
 

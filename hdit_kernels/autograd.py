@@ -85,7 +85,7 @@ def differentiable(
             cotangents = cotangents[:outputs]
             needed = tuple([needs and i != passed_on for i, needs in enumerate(ctx.needs_input_grad[:inputs])])
             found: list[Tensor | None] = [None] * (count + len(settings))
-            if cotangents.count(None) == outputs:
+            if all([cotangent is None for cotangent in cotangents]):
                 return tuple(found)
             if any(needed):
                 if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -33,16 +33,14 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
 
 
-def floating(**tensors: Tensor | None) -> None:
-    """Every given tensor is a dense bfloat16, float16, float32 or float64 tensor, and all lie on one device.
+def floating(**tensors: Tensor) -> None:
+    """Each is a dense bfloat16, float16, float32 or float64 tensor, and all lie on one device.
 
     In all checks a message is made only where it is needed: a size in one would become a constant of torch.compile's
     graph.
     """
     first_name, first = "", None
     for name, given in tensors.items():
-        if given is None:
-            continue
         tensor(name, given)
         if given.dtype not in FLOATS:
             raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {_name(given.dtype)}")
@@ -54,9 +52,9 @@ def floating(**tensors: Tensor | None) -> None:
             )
 
 
-def same_dtype(**dtypes: torch.dtype | None) -> None:
-    """All given dtypes are the first one."""
-    given = [(name, dtype) for name, dtype in dtypes.items() if dtype is not None]
+def same_dtype(**dtypes: torch.dtype) -> None:
+    """All dtypes are the first one."""
+    given = list(dtypes.items())
     for name, dtype in given[1:]:
         if dtype != given[0][1]:
             raise TypeError(f"{name}: expected {_name(given[0][1])} like {given[0][0]}, got {_name(dtype)}")
@@ -155,6 +153,13 @@ def number(
     inside = value > above or above == -math.inf
     if not (finite and inside and at_least <= value <= at_most and (value < below or below == math.inf)):
         raise ValueError(f"{name}: expected {_bounds(above, at_least, at_most, below)}, got {value!r}")
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """value, which is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
     return value
 
 

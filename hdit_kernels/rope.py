@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hdit_kernels import checks, reference, registration
@@ -49,6 +50,9 @@ def check_packed(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor) -
     checks.shape("scale", scale, [heads])
     checks.shape("theta_y", theta_y, [height, heads, dim // 8])
     checks.shape("theta_x", theta_x, [width, heads, dim // 8])
+    for name, theta in (("theta_y", theta_y), ("theta_x", theta_x)):
+        if theta.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: expected float32 (float64 beside float64), got {theta.dtype}")
 
 
 def check_scale(scale: Tensor, eps: float) -> float:

@@ -274,7 +274,10 @@ GRID = torch.randn(1, 6, 6, 2, 8)
         (dict(stride=4), r"stride: expected at most kernel_size \(3, 3\), got \(4, 4\)"),
         (dict(scale=0), "scale: expected a number above 0, got 0.0"),
         (dict(is_causal=1), "is_causal: expected True or False"),
-        (dict(additional_keys=GRID[:, 0]), "additional_keys and additional_values: expected both or neither"),
+        (
+            dict(additional_keys=GRID[:, 0]),
+            "additional_values: expected additional_keys and additional_values or neither",
+        ),
         (
             dict(query=GRID[:, :, :0], key=GRID[:, :, :0], value=GRID[:, :, :0]),
             "query: expected every size but the batch's to be at least 1",

@@ -65,7 +65,7 @@ def na2d(
     settings = _checked_settings(*tensors, kernel_size, stride, dilation, is_causal, scale, autocast)
     if autocast is not None:
         tensors = tuple([None if t is None else registration.cast(t, autocast) for t in tensors])
-    return _na2d(*tensors, settings, return_lse)
+    return _na2d(*tensors, settings, checks.boolean("return_lse", return_lse))
 
 
 @checks.remembered
@@ -83,9 +83,12 @@ def _checked_settings(
     autocast: torch.dtype | None,
 ) -> Settings:
     """Checks the arguments of `na2d`; returns those after the tensors as the operators take them."""
-    tensors = dict(
-        query=query, key=key, value=value, additional_keys=additional_keys, additional_values=additional_values
-    )
+    tensors = dict(query=query, key=key, value=value)
+    if additional_keys is not None and additional_values is not None:
+        tensors |= dict(additional_keys=additional_keys, additional_values=additional_values)
+    elif additional_keys is not None or additional_values is not None:
+        missing = "additional_keys" if additional_keys is None else "additional_values"
+        raise ValueError(f"{missing}: expected additional_keys and additional_values or neither, got one")
     checks.floating(**tensors)
     checks.shape("query", query, ["B", "H", "W", "heads", "head_dim"])
     checks.shape("key", key, query.shape)
@@ -96,8 +99,6 @@ def _checked_settings(
     check_window(query.shape[1:3], window, steps)
     if strides[0] > window[0] or strides[1] > window[1]:
         raise ValueError(f"stride: expected at most kernel_size {window}, got {strides}")
-    if (additional_keys is None) != (additional_values is None):
-        raise ValueError("additional_keys and additional_values: expected both or neither, got one")
     if additional_keys is not None and additional_values is not None:
         expected = [query.shape[0], "extra", *query.shape[3:]]
         checks.shape("additional_keys", additional_keys, expected)
@@ -108,9 +109,7 @@ def _checked_settings(
             raise NotImplementedError(
                 "na2d: stride, is_causal and additional_keys run on the CPU only so far; on a GPU leave them out"
             )
-    checks.same_dtype(
-        **{n: None if t is None else registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()}
-    )
+    checks.same_dtype(**{n: registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()})
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
     # two lists less to dispatch take a microsecond less
     return window, None if strides == (1, 1) else strides, steps, causal if any(causal) else None, scale

@@ -32,7 +32,7 @@ def qk_norm_rope(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, e
 
     Source: HDiT section 4.2 (cosine similarity attention with learned scale, axial RoPE, Su et al. 2021).
     """
-    check_packed(qkv, scale, theta_y, theta_x)
+    _remembered_check(qkv, scale, theta_y, theta_x)
     eps = check_scale(scale, eps)
     qkv = registration.cast(qkv, registration.autocast_dtype(qkv))
     return _qk_norm_rope(qkv, scale, theta_y, theta_x, eps)
@@ -53,6 +53,9 @@ def check_packed(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor) -
     for name, theta in (("theta_y", theta_y), ("theta_x", theta_x)):
         if theta.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: expected float32 (float64 beside float64), got {theta.dtype}")
+
+
+_remembered_check = checks.remembered(check_packed)
 
 
 def check_scale(scale: Tensor, eps: float) -> float:

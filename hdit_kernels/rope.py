@@ -60,7 +60,8 @@ _remembered_check = checks.remembered(check_packed)
 
 def check_scale(scale: Tensor, eps: float) -> float:
     """What depends on values, so that it is looked at in every call; returns eps."""
-    checks.values("scale", scale, checks.positive, "positive numbers")
+    if scale.is_cpu:
+        checks.values("scale", scale, checks.positive, "positive numbers")
     return checks.number("eps", eps, at_least=0)
 
 
@@ -89,7 +90,7 @@ _backward = registration.define(
 )
 _qk_norm_rope = differentiable(
     reference.qk_norm_rope,
-    forward=lambda *arguments: (_forward(*arguments[:-1]),),
+    forward=_forward,
     backward=lambda cotangents, tensors, saved, settings, needed: wanted(
         _backward(*cotangents, *tensors, *settings), needed
     ),

@@ -212,7 +212,7 @@ _split_backward = registration.define(
 )
 _merge = differentiable(
     reference.token_merge,
-    forward=lambda x, weight, patch_size, save: (_merge_forward(x, weight, patch_size),),
+    forward=_merge_forward,
     backward=lambda cotangents, tensors, saved, settings, needed: wanted(
         _merge_backward(*cotangents, *tensors, *settings, needed), needed
     ),
@@ -229,7 +229,7 @@ def _split_gradients(
 
 _split = differentiable(
     lambda x, weight, skip, fac, patch_size: reference.token_split(x, weight, patch_size, skip, fac),
-    forward=lambda x, weight, skip, fac, patch_size, save: (_split_forward(x, weight, patch_size, skip, fac),),
+    forward=lambda x, weight, skip, fac, patch_size: _split_forward(x, weight, patch_size, skip, fac),
     backward=_split_gradients,
     inputs=4,
 )

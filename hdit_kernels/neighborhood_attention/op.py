@@ -48,8 +48,12 @@ def na2d(
 
     Returns:
         out [B, H, W, heads, head_dim] in the query's dtype; with return_lse (out, lse), lse float32 (float64 for
-        float64) [B, H, W, heads], natural logarithm. Both are differentiable, once and backward; the gradients are
-        deterministic.
+        float64) [B, H, W, heads], natural logarithm. Both are differentiable, to any order; the gradients are
+        deterministic. A batch of 0 gives empty results and zero gradients.
+
+        NaN or infinity in a key or value spoils every query that sees it, and no other head or image. On a GPU it may
+        spoil further queries around them, that share a tile: up to 48 rows and columns beyond (16 on Hopper), times the
+        dilation. In plain PyTorch it spoils no others.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
@@ -65,7 +69,7 @@ def na2d(
     settings = _checked_settings(*tensors, kernel_size, stride, dilation, is_causal, scale, autocast)
     if autocast is not None:
         tensors = tuple([None if t is None else registration.cast(t, autocast) for t in tensors])
-    return _na2d(*tensors, settings, checks.boolean("return_lse", return_lse))
+    return _na2d(*tensors, *settings, checks.boolean("return_lse", return_lse))
 
 
 @checks.remembered
@@ -218,24 +222,15 @@ def _gradients(cotangents: Any, tensors: Any, saved: Any, settings: Any, needed:
     dout, dlse = cotangents if len(cotangents) == 2 else (*cotangents, None)
     out, stats = saved
     dout = torch.zeros_like(out) if dout is None else dout
-    gradients = wanted(_backward(dout, dlse, *tensors, out, stats, *settings[0]), needed)
+    gradients = wanted(_backward(dout, dlse, *tensors, out, stats, *settings[:-1]), needed)
     return gradients if tensors[3] is not None else (*gradients[:3], None, None)
 
 
-def _plain(query: Any, key: Any, value: Any, add_k: Any, add_v: Any, settings: Settings, return_lse: bool) -> Any:
-    window, stride, dilation, causal, scale = settings
+def _plain(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse):
     out, lse = reference.na2d(
         query, key, value, window, stride or (1, 1), dilation, causal or (False, False), scale, add_k, add_v
     )
     return (out, lse) if return_lse else out
 
 
-_na2d = differentiable(
-    _plain,
-    forward=lambda query, key, value, add_k, add_v, settings, return_lse, save: _forward(
-        query, key, value, add_k, add_v, *settings, return_lse, save
-    ),
-    backward=_gradients,
-    inputs=5,
-    extras=1,
-)
+_na2d = differentiable(_plain, forward=_forward, backward=_gradients, inputs=5, extras=1)

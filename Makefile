@@ -1,4 +1,5 @@
 # make demo, make test, make lint: each does all its own set-up, from a fresh clone, in .venv.
+# make test-oldest: the CPU tests with the oldest versions that pyproject.toml allows, in .venv-oldest (with plain torch, gigabytes).
 #   PYTHON=python3.12   the Python (>= 3.10) that .venv is made with; remove .venv to change it
 #   TORCH_INDEX=URL     one more package index, for another build of torch, e.g. https://download.pytorch.org/whl/cpu
 #   VENV=0              use PYTHON's environment as it is: nothing is installed
@@ -14,20 +15,27 @@ run := .venv/bin/python
 installed = .venv/$(1).installed
 endif
 
-.PHONY: demo test lint
+# Two processes of one thread each. Tests marked gpu have the GPU to themselves: pytest -m gpu.
+cpu_tests := -m pytest -n 2 --dist worksteal -m "not gpu" --durations 10
+pip_install = -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable
+
+.PHONY: demo test test-oldest lint
 .NOTPARALLEL:
 
 demo: $(call installed,demo)
 	$(run) -m hdit.demo
 
-# Two processes of one thread each. Tests marked gpu have the GPU to themselves: pytest -m gpu.
 test: $(call installed,test)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(run) -m pytest -n 2 --dist worksteal -m "not gpu" --durations 10
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(run) $(cpu_tests)
+
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-oldest/bin/python $(cpu_tests)
 
 lint: $(call installed,lint)
 	$(run) -m ruff check .
 	$(run) -m ruff format --check .
 	$(run) -m mypy
+	$(run) -m tests.documented_code
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"Python >= 3.10 is needed and {sys.executable} is {sys.version.split()[0]}: name another with make PYTHON=...")'
@@ -36,6 +44,13 @@ lint: $(call installed,lint)
 	touch $@
 
 .venv/%.installed: pyproject.toml constraints.txt .venv/created
-	.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[$*]"
+	.venv/bin/python $(pip_install) ".[$*]" --constraint constraints.txt
+	touch $@
+
+.venv-oldest/installed: pyproject.toml tests/oldest.py .venv/created
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python $(pip_install) . --no-deps
+	.venv-oldest/bin/python tests/oldest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python $(pip_install) ".[test]" --constraint .venv-oldest/constraints.txt
 	touch $@

@@ -1,7 +1,7 @@
 """Code that readers copy: Python in the Markdown files and in docstrings.
 
-python -m tests.documented_code runs mypy over all of it, as `make lint` does. It shares the cache of mypy's run over the
-packages, without which torch alone takes half a minute.
+python -m tests.documented_code runs mypy over all of it, as `make lint` does. It shares the cache of mypy's run over
+the packages, without which torch alone takes half a minute.
 """
 
 from __future__ import annotations

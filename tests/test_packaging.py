@@ -27,7 +27,7 @@ from tests.oldest import oldest
 KNOWN_HOLES = [
     ("torch", "3.10", "2.10.0", "torch.load corrupts memory in spite of weights_only (CVE-2026-24747)"),
     ("pillow", "3.10", "12.1.1", "writes out of bounds in decoding tiles (CVE-2026-25990)"),
-    ("pillow", "3.11", "13.0.0", "JPEG and TIFF decoders overrun buffers (CVE-2026-112403); no such Pillow for 3.10"),
+    ("pillow", "3.11", "13.0.0", "JPEG and TIFF decoders overrun buffers (CVE-2026-112403); 3.10 has no such Pillow"),
 ]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 

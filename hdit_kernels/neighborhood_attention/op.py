@@ -23,7 +23,7 @@ def na2d(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
+    is_causal: bool | Sequence[bool] | None = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -40,7 +40,7 @@ def na2d(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
+    is_causal: bool | Sequence[bool] | None = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -57,7 +57,7 @@ def na2d(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
+    is_causal: bool | Sequence[bool] | None = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -73,7 +73,7 @@ def na2d(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
+    is_causal: bool | Sequence[bool] | None = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -92,7 +92,7 @@ def na2d(
         kernel_size: window, one number or (rows, columns), any parity; kernel_size · dilation ≤ (H, W).
         stride: queries that share a window, at most kernel_size (1: each its own). More than 1: CPU only.
         dilation: the step between the keys of a window; the grid splits into dilation² interleaved ones.
-        is_causal: per axis, see no later key. True: CPU only.
+        is_causal: per axis, see no later key; None means False, as in NATTEN. True: CPU only.
         scale: factor of the logits, positive, default head_dim ** -0.5.
         additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query. CPU only.
         return_lse: also return the logarithm of the softmax denominator.
@@ -133,7 +133,7 @@ def _checked_settings(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int],
     dilation: int | Sequence[int],
-    is_causal: bool | Sequence[bool],
+    is_causal: bool | Sequence[bool] | None,
     scale: float | None,
     autocast: torch.dtype | None,
 ) -> Settings:

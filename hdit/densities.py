@@ -181,17 +181,16 @@ def rand_cosine_interpolated(
     _check(shape, device, dtype)
     image_d, sigma_data = checks.number("image_d", image_d, above=0), checks.number("sigma_data", sigma_data, above=0)
     low, high = checks.rising("min_value", min_value, "max_value", max_value)
-    ratios = [
-        checks.number("noise_d_low", noise_d_low, above=0) / image_d,
-        checks.number("noise_d_high", noise_d_high, above=0) / image_d,
-    ]
+    ratio_low = checks.number("noise_d_low", noise_d_low, above=0) / image_d
+    ratio_high = checks.number("noise_d_high", noise_d_high, above=0) / image_d
     t = _uniform(shape, device, dtype)  # from the most noise to the least
 
     def log_sigma(ratio: float) -> Tensor:
         first, last = math.atan(high / sigma_data * ratio), math.atan(low / sigma_data * ratio)
         return torch.log(_tan(first + t * (last - first)) / ratio)
 
-    return _levels(torch.exp(torch.lerp(*map(log_sigma, ratios), t)) * sigma_data, dtype, low, high)
+    log_ratio = torch.lerp(log_sigma(ratio_low), log_sigma(ratio_high), t)
+    return _levels(torch.exp(log_ratio) * sigma_data, dtype, low, high)
 
 
 def rand_split_log_normal(

@@ -173,8 +173,8 @@ class _Steps:
         extra_args: Mapping[str, Any] | None,
         callback: Callback | None,
         disable: bool | None,
+        settings: Mapping[str, float] | None = None,
         noise_sampler: NoiseSampler | None = None,
-        **settings: float,
     ) -> None:
         checks.function("model", model)
         _batch(x)
@@ -185,7 +185,7 @@ class _Steps:
         checks.flag("disable", disable, optional=True)
         if noise_sampler is not None:
             checks.function("noise_sampler", noise_sampler)
-        for name, value in settings.items():
+        for name, value in (settings or {}).items():
             checks.number(name, value, at_least=0, infinite=name == "s_tmax")
         self.levels = _falling(sigmas)
         self.model, self.sigmas, self.callback, self.disable = model, sigmas, callback, disable
@@ -267,7 +267,7 @@ def sample_euler(
 ) -> Tensor:
     """Euler steps; s_churn and the rest add noise on the way (EDM, algorithm 2 without its correction)."""
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-    steps = _Steps(model, x, sigmas, extra_args, callback, disable, **churn)
+    steps = _Steps(model, x, sigmas, extra_args, callback, disable, churn)
     for i, sigma, sigma_next in steps:
         x, sigma_hat = _churn(x, sigma, len(steps), **churn)
         denoised = steps.denoise(x, sigma_hat)
@@ -291,7 +291,7 @@ def sample_heun(
 ) -> Tensor:
     """Heun steps, second order, two calls of the model a step (EDM, algorithm 2)."""
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-    steps = _Steps(model, x, sigmas, extra_args, callback, disable, **churn)
+    steps = _Steps(model, x, sigmas, extra_args, callback, disable, churn)
     for i, sigma, sigma_next in steps:
         x, sigma_hat = _churn(x, sigma, len(steps), **churn)
         denoised = steps.denoise(x, sigma_hat)
@@ -320,7 +320,7 @@ def sample_dpm_2(
 ) -> Tensor:
     """Midpoint steps in log(sigma), two calls of the model a step (DPM-Solver-2, Lu et al. 2022, arXiv 2206.00927)."""
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-    steps = _Steps(model, x, sigmas, extra_args, callback, disable, **churn)
+    steps = _Steps(model, x, sigmas, extra_args, callback, disable, churn)
     for i, sigma, sigma_next in steps:
         x, sigma_hat = _churn(x, sigma, len(steps), **churn)
         denoised = steps.denoise(x, sigma_hat)
@@ -400,7 +400,7 @@ def sample_euler_ancestral(
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Euler steps below the next noise level, and back up by adding noise; eta 0 is sample_euler."""
-    steps = _Steps(model, x, sigmas, extra_args, callback, disable, noise_sampler, eta=eta, s_noise=s_noise)
+    steps = _Steps(model, x, sigmas, extra_args, callback, disable, {"eta": eta, "s_noise": s_noise}, noise_sampler)
     for i, sigma, sigma_next in steps:
         denoised = steps.denoise(x, sigma)
         steps.report(i, x, sigma, denoised)
@@ -424,7 +424,7 @@ def sample_dpmpp_2s_ancestral(
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Ancestral sampling with DPM-Solver++(2S) steps (arXiv 2211.01095), two calls of the model a step."""
-    steps = _Steps(model, x, sigmas, extra_args, callback, disable, noise_sampler, eta=eta, s_noise=s_noise)
+    steps = _Steps(model, x, sigmas, extra_args, callback, disable, {"eta": eta, "s_noise": s_noise}, noise_sampler)
     for i, sigma, sigma_next in steps:
         denoised = steps.denoise(x, sigma)
         steps.report(i, x, sigma, denoised)
@@ -457,7 +457,7 @@ def sample_dpmpp_2m_sde(
     solver_type: "midpoint" or "heun", how the change of the denoised x enters. Raises ValueError on another.
     """
     checks.choice("solver_type", solver_type, ("midpoint", "heun"))
-    steps = _Steps(model, x, sigmas, extra_args, callback, disable, noise_sampler, eta=eta, s_noise=s_noise)
+    steps = _Steps(model, x, sigmas, extra_args, callback, disable, {"eta": eta, "s_noise": s_noise}, noise_sampler)
     denoised_last, h_last = None, 0.0
     for i, sigma, sigma_next in steps:
         denoised = steps.denoise(x, sigma)
@@ -491,7 +491,7 @@ def sample_dpmpp_3m_sde(
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """SDE-DPM-Solver++(3M), third order from one call of the model a step; eta scales the noise, 0 is the ODE."""
-    steps = _Steps(model, x, sigmas, extra_args, callback, disable, noise_sampler, eta=eta, s_noise=s_noise)
+    steps = _Steps(model, x, sigmas, extra_args, callback, disable, {"eta": eta, "s_noise": s_noise}, noise_sampler)
     history: list[tuple[Tensor, float]] = []  # the last two (denoised, h), newest first
     for i, sigma, sigma_next in steps:
         denoised = steps.denoise(x, sigma)

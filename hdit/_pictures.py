@@ -112,12 +112,13 @@ def picture_or_folder(name: str) -> tuple[Path, bool]:
     return path, True
 
 
-def save(picture: Any, path: Path, **options: Any) -> None:
+def save(picture: Any, path: Path, unfinished: Path | None = None, **options: Any) -> None:
     """Writes a Pillow image under a hidden temporary name, and gives it its own once it is whole.
 
-    Raises OSError, naming path, if that fails.
+    unfinished: the folder of the temporary file, on path's file system; path's own if not given. Raises OSError, naming
+    path, if that fails.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = (unfinished or path.parent) / f".{path.name}.tmp"
     try:
         picture.save(temporary, FORMATS[path.suffix.lower()], **options)
         os.replace(temporary, path)
@@ -177,7 +178,9 @@ class ImageExport:
         """pixels: uint8 [C, H, W]."""
         info = require("PIL.PngImagePlugin", "train").PngInfo()
         info.add_text(TEXT, json.dumps(self._label(number)))
-        save(to_image(pixels), self.path / f"{number:05}.png", pnginfo=info)
+        beside = self.grid.parent  # where a kill may leave half an image
+        unfinished = beside if beside.stat().st_dev == self.path.stat().st_dev else None
+        save(to_image(pixels), self.path / f"{number:05}.png", unfinished, pnginfo=info)
 
     def write_grid(self) -> None:
         """Writes the grid beside the folder."""

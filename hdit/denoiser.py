@@ -108,4 +108,5 @@ def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
 
 
 def _wide(sigma: Tensor) -> Tensor:
-    return sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+    """sigma in at least float32: the square of 300 is beyond float16."""
+    return sigma if sigma.dtype in (torch.float32, torch.float64) else sigma.float()

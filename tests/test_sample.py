@@ -332,6 +332,21 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeyp
     assert files(tmp_path) == {"x.png": b"old"}
 
 
+def test_a_kill_leaves_images_only(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an image lies beside the folder, and is gone once the export goes on."""
+    output, png = tmp_path / "new" / "out", Image.Image.save
+
+    def looks(self: Image.Image, path: Path, *arguments: Any, **options: Any) -> None:
+        assert path.parent == output.parent and path.suffix == ".tmp"
+        png(self, path, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "save", looks)
+    output.mkdir(parents=True)
+    (output.parent / ".00001.png.tmp").write_bytes(b"half")
+    run(checkpoint, output, "--count", 2)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out", "out-grid.png"]
+
+
 def test_unconditional_model(tmp_path: Path, seed: int) -> None:
     checkpoint = write_checkpoint(tmp_path / "x.safetensors", random_model(UNCONDITIONAL), class_names=[])
     run(checkpoint, tmp_path / "x.png", "--count", 1)

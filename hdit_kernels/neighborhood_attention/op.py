@@ -117,10 +117,11 @@ def na2d(
     autocast = registration.autocast_dtype(query)
     if isinstance(scale, Tensor):
         scale = checks.number("scale", scale.item() if scale.numel() == 1 else scale.tolist())
+    checks.boolean("return_lse", return_lse)
     settings = _checked_settings(*tensors, kernel_size, stride, dilation, is_causal, scale, autocast)
     if autocast is not None:
         tensors = tuple([None if t is None else registration.cast(t, autocast) for t in tensors])
-    return _na2d(*tensors, *settings, checks.boolean("return_lse", return_lse))
+    return _na2d(*tensors, *settings, return_lse)
 
 
 @checks.remembered

@@ -31,8 +31,17 @@ def one_line_errors(program: str) -> Iterator[None]:
         sys.exit(130)
     else:
         return
-    print(f"{program}: error: {message}", file=sys.stderr)
+    print(f"{program}: error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text: str) -> str:
+    r"""text in one line for a terminal: what it would act on or can't show is written as repr() does, \x1b for escape.
+
+    That is control characters and escape sequences, line breaks, changes of the writing direction, unusual spaces, and
+    the lone surrogates that stand for the bytes of a file name that is not UTF-8.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:

@@ -100,7 +100,7 @@ class ImageFolder(Images):
         try:
             return self._read(name), self.labels[index]
         except Exception as error:  # as in _unreadable
-            raise _lost(name, error) from error
+            raise DataError(f"{name} can no longer be read ({error}): restore or remove it and start again") from error
 
     def _read(self, name: str) -> Tensor:
         with self.files.open(name) as file, open_image(file) as image:
@@ -117,7 +117,7 @@ class ImageFolder(Images):
             with self.files.open(source) as file:
                 content = file.read()
         except Exception as error:
-            raise _lost(source, error) from error
+            raise DataError(f"{source} can't be read ({error}): restore or remove it") from error
         labels = read_labels(source, content)
         if labels is None:
             return [], dict.fromkeys(names, 0)
@@ -143,14 +143,11 @@ class ImageFolder(Images):
         return [name for name, _ in bad]
 
     def _fingerprint(self) -> str:
-        def signature(name: str) -> object:
-            try:
-                return self.files.signature(name)
-            except OSError as error:
-                raise _lost(name, error) from error
-
         digest = hashlib.sha256(ascii(list(self.class_names)).encode())
-        signatures = _in_threads(signature, self.names, "comparing images")
+        try:
+            signatures = _in_threads(self.files.signature, self.names, "comparing images")
+        except OSError as error:
+            raise DataError(f"an image can no longer be read ({error}): restore it") from error
         for entry in zip(self.names, self.labels, signatures, strict=True):
             digest.update(ascii(entry).encode())  # ASCII, whatever is in a name
         return digest.hexdigest()
@@ -209,7 +206,7 @@ class BatchOrder(Sampler[list[int]]):
 
 
 def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """A batch of a data set's items: uint8 [B, C, H, W] and int64 [B], on the CPU whatever torch's default device is."""
+    """A batch of a data set's items: uint8 [B, C, H, W] and int64 [B], on the CPU whatever torch's default device."""
     pixels, labels = zip(*items, strict=True)
     return torch.stack(pixels), torch.tensor(labels, device="cpu")
 
@@ -228,9 +225,3 @@ def _report(headline: str, left_out: Sequence[tuple[str, str]]) -> None:
         if len(left_out) > NAMED:
             lines.append(f"  and {len(left_out) - NAMED} more")
         print(*map(printable, lines), sep="\n", file=sys.stderr)
-
-
-def _lost(name: str, error: Exception) -> DataError:
-    return DataError(
-        f"{name} can no longer be read ({' '.join(str(error).split())}): restore or remove it and start again"
-    )

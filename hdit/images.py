@@ -20,6 +20,7 @@ FORMATS = {  # Pillow's names of the formats that are read, and no others: for s
 }
 SUFFIXES = {suffix for suffixes in FORMATS.values() for suffix in suffixes}
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for an image of so many channels
+STEPS = {"L;2": 85, "L;4": 17}  # Pillow scales pixels of 2 and 4 bits by so much, but not the one that is transparent
 
 # Tags of a TIFF file, and values of PHOTOMETRIC
 BITS, PHOTOMETRIC, COLOUR_MAP, INK_SET, SAMPLE_FORMAT, YCBCR_SUBSAMPLING = 258, 262, 320, 332, 339, 530
@@ -62,10 +63,8 @@ def to_tensor(image: Any, size: tuple[int, int], channels: int) -> Tensor:
     if image.mode == "F" or image.mode.startswith("I"):
         inverted = bool(tags) and tags.get(PHOTOMETRIC, WHITE_IS_ZERO) == WHITE_IS_ZERO
         upright = _eight_bits(upright, _white(image, tags), inverted)
-    elif (
-        stored in ("L;2", "L;4") and "transparency" in image.info
-    ):  # pixels come scaled to 255, the transparent one not
-        upright.info["transparency"] *= 85 if stored == "L;2" else 17
+    elif stored in STEPS and "transparency" in image.info:
+        upright.info["transparency"] *= STEPS[stored]
     if upright.mode in ("La", "LAB"):  # which Pillow converts to one mode only
         upright = upright.convert("LA" if upright.mode == "La" else "RGB")
     if upright.has_transparency_data:
@@ -126,6 +125,8 @@ def _refuse_unclear(image: Any, stored: str, tags: Any) -> None:
             raise UnclearPixels(f"colour {used[1]} of a palette of {colours}")
     if stored == "RGB;16B" and "transparency" in image.info:
         raise UnclearPixels("16-bit colour with a transparent colour, which Pillow reads with 8 bits")
+    if stored in ("F;32BF", "I;32BS") and image.info.get("compression", "raw") != "raw":
+        raise UnclearPixels("compressed big-endian numbers, whose bytes Pillow puts in the wrong order")
     if image.mode == "F" and image.info.get("scale", 1) != 1:
         raise UnclearPixels(f"a scale of {image.info['scale']:g}")
     if image.mode == "I" and image.format != "PPM" and 0 < image.getextrema()[1] < 256:

@@ -221,6 +221,24 @@ def test_modes_in_memory(mode: str) -> None:
     assert abs(pixel(image, 1)[0] - luma) <= 2
 
 
+def test_crop_is_the_centre() -> None:
+    pixels = np.zeros((10, 30), np.uint8)
+    pixels[:, 10:20] = 200
+    assert (to_tensor(Image.fromarray(pixels), (10, 10), 1) == 200).all()
+    assert (to_tensor(Image.fromarray(pixels.T.copy()), (10, 10), 1) == 200).all()
+
+
+def test_size_is_height_and_width() -> None:
+    image = Image.new("L", (40, 20))  # Pillow's order: width, height
+    assert to_tensor(image, (20, 40), 3).shape == (3, 20, 40)
+
+
+def test_transparent_is_white() -> None:
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert (to_tensor(image, (4, 4), 3) == 255).all()
+    assert to_tensor(Image.new("RGBA", (4, 4), (255, 0, 0, 255)), (4, 4), 3)[:, 0, 0].tolist() == [255, 0, 0]
+
+
 def test_every_16_bit_value_is_scaled() -> None:
     values = np.arange(65536).reshape(256, 256)
     found = to_tensor(Image.fromarray(values.astype(np.uint16)), (256, 256), 1)[0]

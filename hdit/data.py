@@ -145,7 +145,7 @@ class ImageFolder(Images):
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(ascii(list(self.class_names)).encode())
         try:
-            signatures = _in_threads(self.files.signature, self.names, "comparing images")
+            signatures = _in_threads(self.files.signature, self.names, "sampling images")
         except OSError as error:
             raise DataError(f"an image can no longer be read ({error}): restore it") from error
         for entry in zip(self.names, self.labels, signatures, strict=True):

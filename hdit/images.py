@@ -113,8 +113,9 @@ def _refuse_unclear(image: Any, stored: str, tags: Any) -> None:
     photometric = tags.get(PHOTOMETRIC)
     if photometric == CMYK and tags.get(INK_SET, 1) != 1:
         raise UnclearPixels("inks other than cyan, magenta, yellow and black")
-    if photometric == YCBCR and image.info.get("compression") == "raw" and tags.get(YCBCR_SUBSAMPLING) != (1, 1):
-        raise UnclearPixels("uncompressed YCbCr with fewer samples of colour, which Pillow doesn't read")
+    if photometric == YCBCR and image.info.get("compression") == "raw":
+        if stored != "YCbCr" or tags.get(YCBCR_SUBSAMPLING) != (1, 1):  # Pillow 12 reads none of them
+            raise UnclearPixels("uncompressed YCbCr that Pillow doesn't read")
     if image.mode in ("P", "PA"):
         if COLOUR_MAP in tags and max(tags[COLOUR_MAP]) < 256:
             raise UnclearPixels("a palette of 8-bit values in place of 16-bit ones")

@@ -310,3 +310,10 @@ def test_the_image_given_is_not_changed() -> None:
     image = open_image(io.BytesIO(png(b"\xaa\xaa", 2, 0, numbers(">", 2))))
     to_tensor(image, (4, 4), 3)
     assert image.mode == "L" and image.size == (SIDE, SIDE) and image.info["transparency"] == 2
+
+
+def test_wrong_sizes_and_channels_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^channels: expected one of 1, 3, got 4 \(int\)"):
+        to_tensor(SOLID, (8, 8), 4)
+    with pytest.raises(ValueError, match="^size: expected an integer of at least 1"):
+        to_tensor(SOLID, (0, 8), 3)

@@ -39,7 +39,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         sys.exit(130)
     else:
         return
-    print(f"{program}: error: {message}", file=sys.stderr)
+    print(f"{program}: error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -75,6 +75,15 @@ def writable(folder: Path, needed: int = 0) -> None:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e9:,.3g} GB" if count >= 1e9 else f"{count / 1e6:,.3g} MB"
+
+
+def printable(text: str) -> str:
+    r"""text in one line for a terminal: what it would act on or can't show is written as repr() does, \x1b for escape.
+
+    That is control characters and escape sequences, line breaks, changes of the writing direction, unusual spaces, and
+    the lone surrogates that stand for the bytes of a file name that is not UTF-8.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:

@@ -87,10 +87,8 @@ class Denoiser(nn.Module):
 
 @checks.remembered
 def _check(x: Tensor, noise: Tensor, sigma: Tensor | float) -> None:
-    checks.tensor("x", x)
-    checks.tensor("noise", noise)
     levels = sigma if isinstance(sigma, Tensor) else None
-    checks.floating(x=x, noise=noise, sigma=levels)
+    checks.floating(x=x, noise=noise, **({} if levels is None else {"sigma": levels}))
     checks.shape("x", x, ["B", "C", "H", "W"])
     checks.shape("noise", noise, x.shape)
     if levels is None:

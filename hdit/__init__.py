@@ -14,6 +14,7 @@ from hdit.config import (
 from hdit.denoiser import Denoiser
 from hdit.kdiffusion import config_from_kdiffusion, density_from_kdiffusion, load_kdiffusion
 from hdit.model import HDiT
+from hdit_kernels import __version__ as __version__
 
 __all__ = [
     "Denoiser",

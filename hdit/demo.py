@@ -29,6 +29,8 @@ from hdit.train import CHECKPOINT, Options, train
 OUTPUT = Path("demo_output")
 SCALING_SECONDS = 60.0  # of measuring latency
 ENOUGH = 0.8  # share of the samples that must be recognised
+PICTURES = ("scaling", "samples", "loss")
+NEEDS = ("safetensors.torch", "PIL.Image", "tqdm", "numpy", "rich.progress", "matplotlib.figure", "sklearn.svm")
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,20 @@ def plot_loss(log: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def main() -> None:
-    argparse.ArgumentParser("python -m hdit.demo", description=__doc__).parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser("python -m hdit.demo", description=__doc__).parse_args(argv)
     with one_line_errors("hdit.demo"):
         device = pick_device()
-        OUTPUT.mkdir(exist_ok=True)
         try:
+            from benchmarks.runs import check_writable
             from benchmarks.scaling import report
         except ModuleNotFoundError as error:
             what = "the demonstration runs in a clone of the repository, which has the package benchmarks"
             raise ModuleNotFoundError(f'{error}: {what}: pip install -e ".[demo]"') from error
+        for module in NEEDS:  # what the end needs is looked for ahead of a minute's measuring
+            require(module, "demo")
+        for name in PICTURES:
+            check_writable(OUTPUT / f"{name}.png")
         print("1/2 The cost of HDiT-B/4 beside DiT-B/4")
         report(OUTPUT, SCALING_SECONDS)
         print("\n2/2 A small HDiT learns handwritten digits")
@@ -139,7 +145,7 @@ def main() -> None:
         torch.set_num_threads(threads)
 
         print()
-        for name in ("scaling", "samples", "loss"):
+        for name in PICTURES:
             print(f"{name:7} {(OUTPUT / name).resolve()}.png")
         print("\n".join(environment()))
         if share < ENOUGH:

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from hdit._runtime import at_least, autocast, one_line_errors, pick_device, progress
 from hdit.checkpoint import CheckpointError, Details, read_details, resume, save_checkpoint
 from hdit.config import HDiTConfig, presets
-from hdit.data import BatchOrder, DataError, Digits, Images, open_images, seed_of
+from hdit.data import BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
 from hdit.denoiser import Denoiser
 from hdit.densities import enable_stratified, rand_cosine_interpolated
 from hdit.ema import ema_decay, ema_update
@@ -113,8 +113,9 @@ def train(
     workers = 0 if isinstance(images, Digits) else options.workers  # the digits are in memory
     pinned = device.type == "cuda"
     loader = DataLoader(
-        images, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=_leave_group
-    )
+        images, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=_leave_group,
+        collate_fn=collate,
+    )  # fmt: skip
     with (
         LossLog(output / "loss.csv", details.step) as log,
         progress(loader, desc="training", initial=details.step, total=options.steps) as bar,

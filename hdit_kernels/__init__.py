@@ -7,6 +7,8 @@ from hdit_kernels.norms import ada_layer_norm, ada_rms_norm, gated_residual, rms
 from hdit_kernels.rope import qk_norm_rope
 from hdit_kernels.tokens import token_merge, token_split
 
+__version__ = "0.1.0"  # of both packages; pyproject.toml reads it here
+
 __all__ = [
     "ada_layer_norm",
     "ada_rms_norm",

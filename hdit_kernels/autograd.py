@@ -22,7 +22,7 @@ Tensors = tuple[Tensor | None, ...]
 def differentiable(
     reference: Callable[..., Any],
     *,
-    forward: Callable[..., Sequence[Tensor]],
+    forward: Callable[..., Any],
     backward: Callable[..., Sequence[Tensor | None]],
     inputs: int,
     constants: int = 0,
@@ -33,8 +33,9 @@ def differentiable(
 
     Each tensor may be None. The function returns its output, or a tuple of several.
 
-    reference: the same in plain PyTorch, same arguments; for derivatives beyond the first. forward(*arguments, save):
-    the outputs and, if save, `extras` more tensors that the backward pass needs. backward(cotangents, tensors, saved,
+    reference: the same in plain PyTorch, same arguments; for derivatives beyond the first. forward(*arguments): the
+    output; or, if there are extras, forward(*arguments, save): a list of the outputs and, if save, of `extras` more
+    tensors that the backward pass needs. backward(cotangents, tensors, saved,
     settings, needed): one gradient for each input, None where it isn't needed or there is none; saved: the first output
     and the extras, if there are extras. passed_on: the input whose gradient is the output's own, which backward leaves
     out.
@@ -70,11 +71,11 @@ def differentiable(
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            return tuple(forward(*arguments, True))
+            return tuple(forward(*arguments, True)) if extras else forward(*arguments)
 
         @staticmethod
-        def setup_context(ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
-            ctx.settings, ctx.outputs = arguments[count:], len(results) - extras
+        def setup_context(ctx: Any, arguments: tuple[Any, ...], results: Any) -> None:
+            ctx.settings, ctx.outputs = arguments[count:], len(results) - extras if extras else 1
             saved = (results[0], *results[ctx.outputs :]) if extras else ()
             ctx.save_for_backward(*arguments[:count], *saved)
             ctx.set_materialize_grads(False)
@@ -85,7 +86,7 @@ def differentiable(
             cotangents = cotangents[:outputs]
             needed = tuple([needs and i != passed_on for i, needs in enumerate(ctx.needs_input_grad[:inputs])])
             found: list[Tensor | None] = [None] * (count + len(settings))
-            if cotangents.count(None) == outputs:
+            if all([cotangent is None for cotangent in cotangents]):
                 return tuple(found)
             if any(needed):
                 if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -100,15 +101,16 @@ def differentiable(
             return tuple(found)
 
     def call(*arguments: Any) -> Any:
-        if not needs_grad(*arguments[:inputs]):
-            results = forward(*arguments, False)
-        elif extras:
+        return apply(Forward, *arguments) if needs_grad(*arguments[:inputs]) else forward(*arguments)
+
+    def call_with_extras(*arguments: Any) -> Any:
+        if needs_grad(*arguments[:inputs]):
             results = apply(Forward, *arguments)[:-extras]
         else:
-            results = apply(Forward, *arguments)
+            results = forward(*arguments, False)
         return results[0] if len(results) == 1 else tuple(results)
 
-    return call
+    return call_with_extras if extras else call
 
 
 def apply(function: Any, *arguments: Any) -> Any:

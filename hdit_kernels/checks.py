@@ -33,30 +33,31 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
 
 
-def floating(**tensors: Tensor | None) -> None:
-    """Every given tensor is a dense bfloat16, float16, float32 or float64 tensor, and all lie on one device.
+def floating(**tensors: Tensor) -> None:
+    """Each is a dense bfloat16, float16, float32 or float64 tensor, and all lie on one device.
+
+    Of a GPU's tensors the operator itself refuses those that are not dense (registration.define): under
+    torch.set_default_device each look at an attribute takes microseconds.
 
     In all checks a message is made only where it is needed: a size in one would become a constant of torch.compile's
     graph.
     """
     first_name, first = "", None
     for name, given in tensors.items():
-        if given is None:
-            continue
-        tensor(name, given)
-        if given.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {_name(given.dtype)}")
+        if not isinstance(given, Tensor) or (device := given.device).type == "cpu":
+            tensor(name, given)
+        dtype = given.dtype
+        if dtype not in FLOATS:
+            raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {_name(dtype)}")
         if first is None:
-            first_name, first = name, given
-        elif given.device != first.device:
-            raise ValueError(
-                f"{name}: expected a tensor on {first.device} like {first_name}, got one on {given.device}"
-            )
+            first_name, first = name, device
+        elif device != first:
+            raise ValueError(f"{name}: expected a tensor on {first} like {first_name}, got one on {device}")
 
 
-def same_dtype(**dtypes: torch.dtype | None) -> None:
-    """All given dtypes are the first one."""
-    given = [(name, dtype) for name, dtype in dtypes.items() if dtype is not None]
+def same_dtype(**dtypes: torch.dtype) -> None:
+    """All dtypes are the first one."""
+    given = list(dtypes.items())
     for name, dtype in given[1:]:
         if dtype != given[0][1]:
             raise TypeError(f"{name}: expected {_name(given[0][1])} like {given[0][0]}, got {_name(dtype)}")
@@ -82,8 +83,8 @@ def concrete(tensor: Tensor) -> bool:
     transforms, dispatch modes (tracing, fake tensors) and the capture of a CUDA graph.
     """
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.is_cpu
+        tensor.is_cpu
+        and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._len_torch_dispatch_stack() == 0
@@ -96,7 +97,7 @@ def values(name: str, tensor: Tensor, holds: Callable[[Tensor], Tensor], expecte
 
     expected: what the values should be, in words.
     """
-    if not is_dynamo_compiling() and concrete(tensor):
+    if tensor.is_cpu and not is_dynamo_compiling() and concrete(tensor):
         with torch.no_grad():
             right = holds(tensor)
             if not right.all():
@@ -114,6 +115,19 @@ def nonempty(name: str, tensor: Tensor, first: int = 1) -> None:
 def positive(tensor: Tensor) -> Tensor:
     """Where a tensor is finite and above 0, for `values`."""
     return (tensor > 0) & (tensor < math.inf)
+
+
+def returned(name: str, value: object, like: Tensor) -> Tensor:
+    """value, which the function called `name` gave back: a floating-point tensor of the shape and device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected it to return a torch.Tensor, got {type(value).__name__}")
+    if value.shape != like.shape:
+        raise ValueError(f"{name}: expected it to return shape {list(like.shape)}, got {list(value.shape)}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected it to return a floating-point tensor, got {_name(value.dtype)}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected it to return a tensor on {like.device}, got one on {value.device}")
+    return value
 
 
 # Numbers and words
@@ -144,7 +158,10 @@ def number(
 
     infinite: whether infinity is a value inside the bounds.
     """
-    if type(value) is not float:
+    if type(value) is float:
+        if above < value < below and at_least <= value <= at_most:  # most calls
+            return value
+    else:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}: expected {_bounds(above, at_least, at_most, below)}, got {shown(value)}")
         try:
@@ -156,6 +173,54 @@ def number(
     if not (finite and inside and at_least <= value <= at_most and (value < below or below == math.inf)):
         raise ValueError(f"{name}: expected {_bounds(above, at_least, at_most, below)}, got {value!r}")
     return value
+
+
+def rising(
+    low_name: str, low: object, high_name: str, high: object, *, zero: bool = False, infinite: bool = False
+) -> tuple[float, float]:
+    """Two positive numbers, the first at most the second. zero, infinite: whether they may be that."""
+    first = number(low_name, low, at_least=0) if zero else number(low_name, low, above=0)
+    second = number(high_name, high, above=0, infinite=infinite)
+    if first > second:
+        raise ValueError(f"{low_name}: expected a number of at most {high_name}, {second:g}, got {first:g}")
+    return first, second
+
+
+def seed(name: str, value: object) -> int:
+    """value as an integer that torch takes as a seed, of 64 bits."""
+    found = integer(name, value, -(2**63))
+    if found >= 2**64:
+        raise ValueError(f"{name}: expected an integer below 2**64, got {found}")
+    return found
+
+
+def sizes(name: str, value: object) -> None:
+    """value is a sequence of sizes, integers of at least 0 (or symbolic ones)."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected a sequence of integers of at least 0, got {shown(value)}")
+    for size in value:
+        if not isinstance(size, torch.SymInt):
+            integer(name, size, 0)
+
+
+def boolean(name: str, value: object, *, optional: bool = False) -> None:
+    """value is True or False, or None if that is an option."""
+    if value is not True and value is not False and not (optional and value is None):
+        raise TypeError(f"{name}: expected True{', False or None' if optional else ' or False'}, got {shown(value)}")
+
+
+def function(name: str, value: object) -> None:
+    """value can be called: a function or a module, not a class."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name}: expected a function or module, got {shown(value)}")
+
+
+def floating_dtype(name: str, value: object) -> None:
+    """value is a dtype of `floating` tensors."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {shown(value)}")
+    if value not in FLOATS:
+        raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {_name(value)}")
 
 
 def choice(name: str, value: T, options: Collection[T]) -> T:
@@ -235,9 +300,10 @@ def _key(arguments: Iterable[Any]) -> tuple[Any, ...]:
 
 def _what_counts(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        if argument.layout is not torch.strided or argument.is_nested:
+        device = argument.device
+        if device.type == "cpu" and (argument.layout is not torch.strided or argument.is_nested):
             return [argument]  # nested tensors have no shape
-        return argument.shape, argument.dtype, argument.device
+        return argument.shape, argument.dtype, device
     if isinstance(argument, (int, float, torch.dtype)):
         return type(argument), argument
     return _key(argument) if isinstance(argument, (tuple, list)) else [argument]

@@ -202,7 +202,7 @@ def _joined(
     """A norm of `inputs` tensors and eps."""
     return differentiable(
         reference,
-        forward=lambda *arguments: (forward(*arguments[:-1]),),
+        forward=forward,
         backward=lambda cotangents, tensors, saved, settings, needed: wanted(
             backward(*cotangents, *tensors, *settings), needed
         ),
@@ -215,7 +215,7 @@ _ada_rms_norm = _joined(reference.ada_rms_norm, _ada_rms_norm_forward, _ada_rms_
 _ada_layer_norm = _joined(reference.ada_layer_norm, _ada_layer_norm_forward, _ada_layer_norm_backward, 3)
 _gated_residual = differentiable(
     reference.gated_residual,
-    forward=lambda x, y, gate, save: (_gated_residual_forward(x, y, gate),),
+    forward=_gated_residual_forward,
     backward=lambda cotangents, tensors, saved, settings, needed: (
         None,
         *wanted(_gated_residual_backward(*cotangents, *tensors[1:]), needed[1:]),

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from hdit_kernels import checks
+
 LIBRARY = torch.library.Library("hdit_kernels", "DEF")
 
 
@@ -44,11 +46,13 @@ def define(
     """
     LIBRARY.define(name + signature)
     packet = getattr(torch.ops.hdit_kernels, name)
-    tensors = [
-        i for i, a in enumerate(packet.default._schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
-    ]
+    arguments = packet.default._schema.arguments
+    tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
 
     def portable(*args: Any) -> Any:
+        for position in tensors:  # sparse and nested tensors of a GPU come here, too
+            if args[position] is not None:
+                checks.tensor(arguments[position].name, args[position])
         device = _first_tensor(args).device.type
         with ExitStack() as stack:
             for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hdit_kernels import checks, reference, registration
@@ -31,7 +32,7 @@ def qk_norm_rope(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, e
 
     Source: HDiT section 4.2 (cosine similarity attention with learned scale, axial RoPE, Su et al. 2021).
     """
-    check_packed(qkv, scale, theta_y, theta_x)
+    _remembered_check(qkv, scale, theta_y, theta_x)
     eps = check_scale(scale, eps)
     qkv = registration.cast(qkv, registration.autocast_dtype(qkv))
     return _qk_norm_rope(qkv, scale, theta_y, theta_x, eps)
@@ -49,11 +50,18 @@ def check_packed(qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor) -
     checks.shape("scale", scale, [heads])
     checks.shape("theta_y", theta_y, [height, heads, dim // 8])
     checks.shape("theta_x", theta_x, [width, heads, dim // 8])
+    for name, theta in (("theta_y", theta_y), ("theta_x", theta_x)):
+        if theta.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: expected float32 (float64 beside float64), got {theta.dtype}")
+
+
+_remembered_check = checks.remembered(check_packed)
 
 
 def check_scale(scale: Tensor, eps: float) -> float:
     """What depends on values, so that it is looked at in every call; returns eps."""
-    checks.values("scale", scale, checks.positive, "positive numbers")
+    if scale.is_cpu:
+        checks.values("scale", scale, checks.positive, "positive numbers")
     return checks.number("eps", eps, at_least=0)
 
 
@@ -82,7 +90,7 @@ _backward = registration.define(
 )
 _qk_norm_rope = differentiable(
     reference.qk_norm_rope,
-    forward=lambda *arguments: (_forward(*arguments[:-1]),),
+    forward=_forward,
     backward=lambda cotangents, tensors, saved, settings, needed: wanted(
         _backward(*cotangents, *tensors, *settings), needed
     ),

@@ -67,16 +67,19 @@ def token_split(
 
     Source: HDiT, Crowson et al. 2024, arXiv:2401.11605, section 4.1 (the learned linear interpolation with the skip).
     """
-    checks.floating(x=x, weight=weight, skip=skip, fac=fac)
+    if (skip is None) != (fac is None):
+        missing, given = ("fac", "skip") if fac is None else ("skip", "fac")
+        raise ValueError(f"{missing}: expected a tensor when {given} is, got None")
+    if skip is None or fac is None:
+        checks.floating(x=x, weight=weight)
+    else:
+        checks.floating(x=x, weight=weight, skip=skip, fac=fac)
     h, w = _patch(patch_size)
     checks.shape("x", x, ["B", "H", "W", "in"])
     checks.shape("weight", weight, ["h·w·C", x.shape[3]])
     if weight.shape[0] % (h * w) != 0:
         raise ValueError(f"weight: expected rows divisible by the patch, {h} · {w}, got {weight.shape[0]} rows")
     _check_sizes_and_float64(x, weight)
-    if (skip is None) != (fac is None):
-        missing, given = ("fac", "skip") if fac is None else ("skip", "fac")
-        raise ValueError(f"{missing}: expected a tensor when {given} is, got None")
     if skip is not None and fac is not None:
         checks.shape("skip", skip, _split_shape(x.shape, weight.shape, (h, w)))
         checks.shape("fac", fac, [1])
@@ -209,7 +212,7 @@ _split_backward = registration.define(
 )
 _merge = differentiable(
     reference.token_merge,
-    forward=lambda x, weight, patch_size, save: (_merge_forward(x, weight, patch_size),),
+    forward=_merge_forward,
     backward=lambda cotangents, tensors, saved, settings, needed: wanted(
         _merge_backward(*cotangents, *tensors, *settings, needed), needed
     ),
@@ -226,7 +229,7 @@ def _split_gradients(
 
 _split = differentiable(
     lambda x, weight, skip, fac, patch_size: reference.token_split(x, weight, patch_size, skip, fac),
-    forward=lambda x, weight, skip, fac, patch_size, save: (_split_forward(x, weight, patch_size, skip, fac),),
+    forward=lambda x, weight, skip, fac, patch_size: _split_forward(x, weight, patch_size, skip, fac),
     backward=_split_gradients,
     inputs=4,
 )

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,12 @@ def pytest_testnodedown(node: Any) -> None:
     for section, operators in json.loads(getattr(node, "workeroutput", {}).get("record", "{}")).items():
         for operator, kinds in operators.items():
             seen.setdefault(section, {}).setdefault(operator, {}).update(kinds)
+
+
+@pytest.fixture(autouse=True)
+def other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may read pytest's own arguments, which pytest-xdist hides and a run of one file doesn't."""
+    monkeypatch.setattr(sys, "argv", ["a test", "--whose-arguments-are-not-these"])
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -14,7 +16,10 @@ from tests.test_gpu_operators import OPERATORS, kernels_of_the_package, on_gpu, 
 SMALL = 30_000  # elements
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m tests.sanitize", description=__doc__)
+    parser.add_argument("seed", type=int)
+    seed = parser.parse_args(argv).seed
     launched: set[str] = set()
     launch = JITFunction.run
 
@@ -28,7 +33,7 @@ def main() -> None:
             for name, generate in OPERATORS.items():
                 if attempt and not name.startswith("na2d"):
                     continue
-                for case in variants(generate, int(sys.argv[1]) + attempt, SMALL):
+                for case in variants(generate, seed + attempt, SMALL):
                     run(case, case.call, on_gpu(case.tensors), None)
                     torch.cuda.synchronize()
                     print(f"ran {name}: {case.description}")

@@ -27,7 +27,12 @@ ANGLES = [torch.linspace(-2, 3, 2 * n, dtype=torch.float64).view(n, 2, 1) for n 
 
 def positive_scale(function: Callable[..., Any]) -> Callable[..., Any]:
     """The scale of queries and keys is positive."""
-    return lambda qkv, scale: function(qkv, scale.square() + 0.5, *ANGLES)
+
+    def of_packed(qkv: Tensor, scale: Tensor) -> Any:
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        return function(qkv, scale.square() + 0.5, *(a.to(qkv.device, wide) for a in ANGLES))
+
+    return of_packed
 
 
 GRID, PACKED, ROWS = (2, 4, 3, 2, 8), (2, 4, 3, 3, 2, 8), (2, 3, 5)

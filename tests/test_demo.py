@@ -68,7 +68,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_main_fails_on_unreadable_digits(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"only \d+% of the samples are recognised, 80% are expected"):
-        main()
+        main([])
     printed = capsys.readouterr().out
     for name in ("scaling.png", "samples.png", "loss.png"):
         assert str(quick / name) in printed and (quick / name).is_file()
@@ -77,7 +77,29 @@ def test_main_fails_on_unreadable_digits(quick: Path, capsys: pytest.CaptureFixt
 
 def test_main_succeeds_on_readable_digits(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "recognised", lambda *arguments: (0.8, 0.99))
-    main()
+    main([])
+
+
+@pytest.mark.parametrize("package", ["safetensors", "PIL", "tqdm", "numpy", "rich", "matplotlib", "sklearn"])
+def test_a_missing_package_is_named_before_anything_is_measured(
+    quick: Path, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    out, err = capsys.readouterr()
+    assert err == f'hdit.demo: error: {package} is needed here: pip install "hdit-kernels[demo]"\n'
+    assert not out and not quick.exists()
+
+
+def test_an_output_that_cant_be_written_is_named_before_anything_is_measured(
+    quick: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (quick / "loss.png").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert capsys.readouterr() == ("", "hdit.demo: error: can't write demo_output/loss.png: it is a folder\n")
 
 
 # What is said about the machine

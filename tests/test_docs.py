@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +11,7 @@ from unittest import mock
 import pytest
 
 from benchmarks import api, kernels, model, peers, plots, report, results, runs, scaling
-from tests import made_up_runs
+from tests import documented_code, made_up_runs
 
 DOCUMENTS = report.documents()
 RECORD = re.compile(r"benchmarks/results/[\w.-]+\.json")
@@ -41,10 +40,6 @@ def false_quotes(markdown: str, root: Path = results.ROOT) -> list[str]:
             elif measured != present and not says_earlier:
                 wrong.append(f"{record} measured other sources than the present and the text doesn't say so")
     return wrong
-
-
-def examples(markdown: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", markdown, re.DOTALL | re.MULTILINE)
 
 
 def dead_links(markdown: str, folder: Path) -> list[str]:
@@ -101,8 +96,8 @@ def test_the_checker_notices_a_change_of_the_sources(made_up: Path) -> None:
 
 def test_the_checker_finds_examples_and_dead_links(tmp_path: Path) -> None:
     text = "a\n```python\nx = 1\n```\n```sh\nls\n```\n[b](here.md) ![c](no.png) [d](https://e.f/g) [h](here.md#i)\n"
-    (tmp_path / "here.md").touch()
-    assert examples(text) == ["x = 1\n"]
+    (tmp_path / "here.md").write_text(text)
+    assert documented_code.in_document(tmp_path / "here.md") == ["\n\nx = 1\n"]
     assert dead_links(text + '<img src="gone.png">', tmp_path) == ["no.png", "gone.png"]
 
 
@@ -139,7 +134,9 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert dead_links(document.read_text(encoding="utf-8"), document.parent) == []
 
 
-README_EXAMPLES = examples((results.ROOT / "README.md").read_text(encoding="utf-8"))
+CODE = documented_code.everywhere()  # which make lint has mypy check
+README_EXAMPLES = [code for where, code in CODE.items() if where.startswith("README.md ")]
+NOTEBOOKS = ["docs/benchmarks.md 1", "benchmarks/api.py 1"]  # calls the benchmarks as functions
 
 
 def test_the_readme_has_two_examples() -> None:
@@ -158,14 +155,14 @@ def test_the_readme_s_examples_run(
     assert shown and capsys.readouterr().out.splitlines() == shown
 
 
-def notebook_examples() -> dict[str, str]:
-    """Code that calls the benchmarks as functions: of their page, and of api's docstring (indented there)."""
-    indented = re.findall(r"(?:^    .*\n|^\n)+", api.__doc__ or "", re.MULTILINE)
-    (page,) = examples((results.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
-    return {"docs/benchmarks.md": page, "api.py": textwrap.dedent("".join(indented))}
+def test_an_example_in_a_docstring_runs() -> None:
+    assert "hdit_kernels/checks.py 1" in CODE
+    for where, code in CODE.items():
+        if ".py " in where and where not in NOTEBOOKS:
+            exec(compile(code, where, "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("where", notebook_examples())
+@pytest.mark.parametrize("where", NOTEBOOKS)
 def test_the_benchmarks_examples_run(
     where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,7 +182,7 @@ def test_the_benchmarks_examples_run(
         (model, "measure", None),
     ):
         monkeypatch.setattr(module, name, mock.create_autospec(getattr(module, name), side_effect=effect))
-    code = notebook_examples()[where]
+    code = CODE[where]
     exec(compile(code, where, "exec"), {"__name__": "__main__"})
     assert api.run_cases.called and scaling.measure_attention.called and "api.close_run(run)" in code  # type: ignore
     assert "na2d" in capsys.readouterr().out

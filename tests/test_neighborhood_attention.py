@@ -5,6 +5,7 @@ behave.
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -274,7 +275,10 @@ GRID = torch.randn(1, 6, 6, 2, 8)
         (dict(stride=4), r"stride: expected at most kernel_size \(3, 3\), got \(4, 4\)"),
         (dict(scale=0), "scale: expected a number above 0, got 0.0"),
         (dict(is_causal=1), "is_causal: expected True or False"),
-        (dict(additional_keys=GRID[:, 0]), "additional_keys and additional_values: expected both or neither"),
+        (
+            dict(additional_keys=GRID[:, 0]),
+            "additional_values: expected additional_keys and additional_values or neither",
+        ),
         (
             dict(query=GRID[:, :, :0], key=GRID[:, :, :0], value=GRID[:, :, :0]),
             "query: expected every size but the batch's to be at least 1",
@@ -346,3 +350,39 @@ def test_bad_input_to_self_attention(change, message) -> None:
         with pytest.raises((TypeError, ValueError), match=message):
             neighborhood_self_attention(**right | change)
     neighborhood_self_attention(**right)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value", "dout"])
+def test_what_is_not_finite_reaches_those_that_see_it_only(where, bad, seed) -> None:
+    """Of a grid larger than a tile of the reference; beside the same call without it, bit for bit nowhere else."""
+    shape, (row, column), window = (2, 12, 13, 2, 8), (6, 5), 3
+    tensors = {name: torch.randn(shape) for name in ("query", "key", "value", "dout")}
+
+    def both_ways(tensors):
+        leaves = {name: tensors[name].clone().requires_grad_() for name in ("query", "key", "value")}
+        out = na2d(**leaves, kernel_size=window)
+        gradients = torch.autograd.grad(out, list(leaves.values()), tensors["dout"])
+        return dict(zip(("out", "dquery", "dkey", "dvalue"), (out, *gradients), strict=True))
+
+    clean = both_ways(tensors)
+    tensors[where][1, row, column, 1, 3] = bad
+    found = both_ways(tensors)
+
+    def around(reach):
+        region = torch.zeros(shape[:-1], dtype=torch.bool)
+        region[1, row - reach : row + reach + 1, column - reach : column + reach + 1, 1] = True
+        return region
+
+    here, near, further = around(0), around(1), around(2)
+    spoils = {  # result -> where it may differ; a key or value reaches the keys of those that see it
+        "query": {"out": here, "dquery": here, "dkey": near, "dvalue": near},
+        "key": {"out": near, "dquery": near, "dkey": further, "dvalue": further},
+        "value": {"out": near, "dquery": near, "dkey": further, "dvalue": ~here & here},
+        "dout": {"out": ~here & here, "dquery": here, "dkey": near, "dvalue": near},
+    }[where]
+    for name, region in spoils.items():
+        torch.testing.assert_close(found[name][~region], clean[name][~region])
+        assert found[name][~region].isfinite().all(), name
+    if where == "value" or (where == "key" and math.isnan(bad)):  # a logit of -inf weighs nothing
+        assert not found["out"][near].isfinite().all(-1).any()

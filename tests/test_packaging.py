@@ -1,18 +1,35 @@
-"""The built wheel: what it holds, and that it runs where torch is all there is."""
+"""The built wheel and sdist: what they hold and ask for, and that a wheel runs where torch is all there is."""
 
 from __future__ import annotations
 
+import email.message
+import email.parser
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
+import hdit
+import hdit_kernels
 from benchmarks.results import ROOT
+from tests.oldest import oldest
+
+# Versions that meet a stranger's file and have a known hole in doing so: the first one without it, by Python.
+KNOWN_HOLES = [
+    ("torch", "3.10", "2.10.0", "torch.load corrupts memory in spite of weights_only (CVE-2026-24747)"),
+    ("pillow", "3.10", "12.1.1", "writes out of bounds in decoding tiles (CVE-2026-25990)"),
+    ("pillow", "3.11", "13.0.0", "JPEG and TIFF decoders overrun buffers (CVE-2026-112403); 3.10 has no such Pillow"),
+]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 HIDDEN = "triton numpy einops safetensors PIL tqdm sklearn matplotlib rich scipy hypothesis benchmarks".split()
 
@@ -41,21 +58,61 @@ print(hdit.__file__, hdit_kernels.__file__, sep="\\n")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the sources, without network: setuptools is the one of this environment."""
-    if int(importlib.metadata.version("setuptools").partition(".")[0]) < 77:
-        pytest.fail("building needs setuptools >= 77: install the extra [test]")
-    folder = tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources to build from."""
     unwanted = shutil.ignore_patterns(
-        ".*", "golden", "build", "*.egg-info", "__pycache__", "demo_output", "run", "runs"
+        ".*",
+        "golden",
+        "results",
+        "pictures",
+        "build",
+        "dist",
+        "*.egg-info",
+        "__pycache__",
+        "demo_output",
+        "run",
+        "runs",
     )
-    shutil.copytree(ROOT, folder / "source", ignore=unwanted)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation"]
-    command = [*pip, "--no-index", "--wheel-dir", str(folder / "built"), str(folder / "source")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("build") / "source", ignore=unwanted))
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Builds a wheel or an sdist as pip would, without network: setuptools is the one of this environment."""
+    (asked,) = re.findall(r'^requires = \["(setuptools.*)"\]$', (source / "pyproject.toml").read_text(), re.MULTILINE)
+    if importlib.metadata.version("setuptools") not in Requirement(asked).specifier:
+        pytest.fail(f"building needs {asked}: install the extra [test]")
+    target.mkdir()
+    program = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
+    run = subprocess.run([sys.executable, "-c", program], cwd=source, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    (built,) = (folder / "built").glob("*.whl")
+    (built,) = target.iterdir()
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> Path:
+    return build("wheel", source, source.parent / "wheel")
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path) -> Path:
+    """Unpacked."""
+    with tarfile.open(build("sdist", source, source.parent / "sdist")) as file:
+        file.extractall(source.parent / "unpacked", filter="data")
+    (folder,) = (source.parent / "unpacked").iterdir()
+    return folder
+
+
+def metadata(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as file:
+        (member,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.parser.Parser().parsestr(file.read(member).decode())
+
+
+@pytest.fixture(scope="module")
+def needs(wheel: Path) -> list[Requirement]:
+    """What pyproject.toml asks for, extras included."""
+    return [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist", [])]
 
 
 def run_bare(code: str, wheel: Path, tmp_path: Path) -> list[str]:
@@ -86,13 +143,84 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     assert any(member.endswith("LICENSE") for member in found)
 
 
-def test_the_wheel_needs_torch_only(wheel: Path) -> None:
+def test_the_wheel_needs_torch_only(wheel: Path, needs: list[Requirement]) -> None:
+    assert [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})] == ["torch"]
+    assert metadata(wheel)["Requires-Python"] == ">=3.10"
+
+
+def test_the_packages_have_the_version_of_the_wheel(wheel: Path) -> None:
+    assert hdit.__version__ == hdit_kernels.__version__ == metadata(wheel)["Version"]
+    assert wheel.name.split("-")[1] == hdit.__version__
+
+
+def test_the_sdist_holds_what_a_wheel_is_built_from(sdist: Path, wheel: Path) -> None:
+    found = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     with zipfile.ZipFile(wheel) as file:
-        (metadata,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
-        lines = file.read(metadata).decode().splitlines()
-    needs = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
-    assert [need for need in needs if "extra ==" not in need] == ["torch>=2.9"]
-    assert "Requires-Python: >=3.10" in lines
+        packages = {member for member in file.namelist() if ".dist-info/" not in member}
+    files = {"pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "PKG-INFO", "setup.cfg"}
+    assert {name for name in found if not name.startswith("hdit_kernels.egg-info/")} == packages | files
+
+
+def test_a_wheel_of_the_sdist_is_the_wheel(sdist: Path, wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(build("wheel", sdist, sdist.parent / "wheel")) as other:
+        assert {name: one.read(name) for name in one.namelist()} == {
+            name: other.read(name) for name in other.namelist()
+        }
+
+
+# The oldest versions allowed
+
+
+def floors(needs: list[Requirement], package: str, python: str) -> list[Version]:
+    """The oldest versions of a package that a Python would be given."""
+    return [
+        Version(specifier.version)
+        for need in needs
+        if need.name == package
+        for specifier in need.specifier
+        if need.marker is None
+        or any(need.marker.evaluate({"python_version": python, "extra": extra}) for extra in ("", "train", "test"))
+    ]
+
+
+def test_every_dependency_has_an_oldest_version(needs: list[Requirement]) -> None:
+    for need in needs:
+        assert need.name == "hdit-kernels" or [s.operator for s in need.specifier] == [">="], need
+
+
+@pytest.mark.parametrize(("package", "python", "first", "hole"), KNOWN_HOLES)
+def test_no_version_with_a_known_hole_is_allowed(
+    package: str, python: str, first: str, hole: str, needs: list[Requirement]
+) -> None:
+    for newer in PYTHONS[PYTHONS.index(python) :]:
+        found = floors(needs, package, newer)
+        assert found and min(found) >= Version(first), f"{package} on Python {newer}: {hole}"
+
+
+def test_what_ci_runs_with_is_allowed(needs: list[Requirement]) -> None:
+    pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"]
+    assert {Requirement(pin).name for pin in pins} >= {"torch", "triton", "mypy", "ruff"}
+    for pin in map(Requirement, pins):
+        (version,) = (specifier.version for specifier in pin.specifier if specifier.operator == "==")
+        allowing = [need for need in needs if need.name == pin.name]
+        assert allowing and all(need.specifier.contains(version) for need in allowing), f"{pin}: {allowing}"
+
+
+def test_the_oldest_versions_are_named_for_pip(needs: list[Requirement]) -> None:
+    made_up = [
+        "torch>=2.10",
+        'hdit-kernels[train]; extra == "demo"',
+        'a>=1.2; python_version < "3.11" and extra == "b"',
+    ]
+    assert oldest(made_up) == ['a==1.2; python_version < "3.11"', "torch==2.10"]
+    for line in oldest(map(str, needs)):
+        pin = Requirement(line)
+        assert "extra" not in str(pin.marker) and any(
+            need.name == pin.name and str(need.specifier).replace(">=", "==") == str(pin.specifier) for need in needs
+        )
+
+
+# Where torch is all there is
 
 
 def test_operators_run_with_torch_alone(wheel: Path, tmp_path: Path) -> None:
@@ -165,7 +293,7 @@ import contextlib, io, hdit.demo
 said = io.StringIO()
 try:
     with contextlib.redirect_stderr(said):
-        hdit.demo.main()
+        hdit.demo.main([])
 except SystemExit as error:
     print(error.code)
 print(said.getvalue(), end="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hdit_kernels.autograd import differentiable, wanted
 Settings = tuple[tuple[int, int], tuple[int, int] | None, tuple[int, int], tuple[bool, bool] | None, float]
 
 
+@overload
 def na2d(
     query: Tensor,
     key: Tensor,
@@ -22,7 +23,57 @@ def na2d(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
+    is_causal: bool | Sequence[bool] | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] | None = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -41,15 +92,19 @@ def na2d(
         kernel_size: window, one number or (rows, columns), any parity; kernel_size · dilation ≤ (H, W).
         stride: queries that share a window, at most kernel_size (1: each its own). More than 1: CPU only.
         dilation: the step between the keys of a window; the grid splits into dilation² interleaved ones.
-        is_causal: per axis, see no later key. True: CPU only.
+        is_causal: per axis, see no later key; None means False, as in NATTEN. True: CPU only.
         scale: factor of the logits, positive, default head_dim ** -0.5.
         additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query. CPU only.
         return_lse: also return the logarithm of the softmax denominator.
 
     Returns:
         out [B, H, W, heads, head_dim] in the query's dtype; with return_lse (out, lse), lse float32 (float64 for
-        float64) [B, H, W, heads], natural logarithm. Both are differentiable, once and backward; the gradients are
-        deterministic.
+        float64) [B, H, W, heads], natural logarithm. Both are differentiable, to any order; the gradients are
+        deterministic. A batch of 0 gives empty results and zero gradients.
+
+        NaN or infinity in a key or value spoils every query that sees it, and no other head or image. On a GPU it may
+        spoil further queries around them, that share a tile: up to 48 rows and columns beyond (16 on Hopper), times the
+        dilation. In plain PyTorch it spoils no others.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
@@ -62,10 +117,11 @@ def na2d(
     autocast = registration.autocast_dtype(query)
     if isinstance(scale, Tensor):
         scale = checks.number("scale", scale.item() if scale.numel() == 1 else scale.tolist())
+    checks.boolean("return_lse", return_lse)
     settings = _checked_settings(*tensors, kernel_size, stride, dilation, is_causal, scale, autocast)
     if autocast is not None:
         tensors = tuple([None if t is None else registration.cast(t, autocast) for t in tensors])
-    return _na2d(*tensors, settings, return_lse)
+    return _na2d(*tensors, *settings, return_lse)
 
 
 @checks.remembered
@@ -78,14 +134,17 @@ def _checked_settings(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int],
     dilation: int | Sequence[int],
-    is_causal: bool | Sequence[bool],
+    is_causal: bool | Sequence[bool] | None,
     scale: float | None,
     autocast: torch.dtype | None,
 ) -> Settings:
     """Checks the arguments of `na2d`; returns those after the tensors as the operators take them."""
-    tensors = dict(
-        query=query, key=key, value=value, additional_keys=additional_keys, additional_values=additional_values
-    )
+    tensors = dict(query=query, key=key, value=value)
+    if additional_keys is not None and additional_values is not None:
+        tensors |= dict(additional_keys=additional_keys, additional_values=additional_values)
+    elif additional_keys is not None or additional_values is not None:
+        missing = "additional_keys" if additional_keys is None else "additional_values"
+        raise ValueError(f"{missing}: expected additional_keys and additional_values or neither, got one")
     checks.floating(**tensors)
     checks.shape("query", query, ["B", "H", "W", "heads", "head_dim"])
     checks.shape("key", key, query.shape)
@@ -96,8 +155,6 @@ def _checked_settings(
     check_window(query.shape[1:3], window, steps)
     if strides[0] > window[0] or strides[1] > window[1]:
         raise ValueError(f"stride: expected at most kernel_size {window}, got {strides}")
-    if (additional_keys is None) != (additional_values is None):
-        raise ValueError("additional_keys and additional_values: expected both or neither, got one")
     if additional_keys is not None and additional_values is not None:
         expected = [query.shape[0], "extra", *query.shape[3:]]
         checks.shape("additional_keys", additional_keys, expected)
@@ -108,9 +165,7 @@ def _checked_settings(
             raise NotImplementedError(
                 "na2d: stride, is_causal and additional_keys run on the CPU only so far; on a GPU leave them out"
             )
-    checks.same_dtype(
-        **{n: None if t is None else registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()}
-    )
+    checks.same_dtype(**{n: registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()})
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
     # two lists less to dispatch take a microsecond less
     return window, None if strides == (1, 1) else strides, steps, causal if any(causal) else None, scale
@@ -219,24 +274,15 @@ def _gradients(cotangents: Any, tensors: Any, saved: Any, settings: Any, needed:
     dout, dlse = cotangents if len(cotangents) == 2 else (*cotangents, None)
     out, stats = saved
     dout = torch.zeros_like(out) if dout is None else dout
-    gradients = wanted(_backward(dout, dlse, *tensors, out, stats, *settings[0]), needed)
+    gradients = wanted(_backward(dout, dlse, *tensors, out, stats, *settings[:-1]), needed)
     return gradients if tensors[3] is not None else (*gradients[:3], None, None)
 
 
-def _plain(query: Any, key: Any, value: Any, add_k: Any, add_v: Any, settings: Settings, return_lse: bool) -> Any:
-    window, stride, dilation, causal, scale = settings
+def _plain(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse):
     out, lse = reference.na2d(
         query, key, value, window, stride or (1, 1), dilation, causal or (False, False), scale, add_k, add_v
     )
     return (out, lse) if return_lse else out
 
 
-_na2d = differentiable(
-    _plain,
-    forward=lambda query, key, value, add_k, add_v, settings, return_lse, save: _forward(
-        query, key, value, add_k, add_v, *settings, return_lse, save
-    ),
-    backward=_gradients,
-    inputs=5,
-    extras=1,
-)
+_na2d = differentiable(_plain, forward=_forward, backward=_gradients, inputs=5, extras=1)

@@ -450,18 +450,20 @@ class HDiT(nn.Module):
         mapping_cond: Tensor | None,
     ) -> None:
         classes, dim = self.config.num_classes, self.config.mapping_cond_dim
-        checks.tensor("x", x)
         for name, given, needed in (("class_cond", class_cond, classes > 0), ("mapping_cond", mapping_cond, dim > 0)):
             if needed:
                 checks.tensor(name, given)
             elif given is not None:
                 raise ValueError(f"{name}: expected None, since this model takes none, got {checks.shown(given)}")
+        tensors = {"sigma": sigma}
         if isinstance(sigma, numbers.Real):
             checks.number("sigma", sigma, above=0)
-            checks.floating(x=x, aug_cond=aug_cond, mapping_cond=mapping_cond)
-        else:
-            checks.tensor("sigma", sigma)
-            checks.floating(x=x, sigma=sigma, aug_cond=aug_cond, mapping_cond=mapping_cond)
+            tensors = {}
+        if aug_cond is not None:
+            tensors["aug_cond"] = aug_cond
+        if mapping_cond is not None:
+            tensors["mapping_cond"] = mapping_cond
+        checks.floating(x=x, **tensors)
 
         batch, default = x.shape[0] if x.ndim else 0, self.out_norm.scale.dtype
         checks.shape("x", x, ["B", self.config.in_channels, "H", "W"])

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from hdit import _interrupt
 from hdit._extras import require
 
 MENDABLE = (ValueError, ArithmeticError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
@@ -22,6 +23,8 @@ MENDABLE = (ValueError, ArithmeticError, OSError, ImportError, MemoryError, torc
 
 def in_words(error: BaseException) -> str:
     """An error's message in one line."""
+    if isinstance(error, MemoryError):
+        return f"the memory is full{f' ({error})' if str(error) else ''}"
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --batch-size"
     return " ".join(str(error).split()) or type(error).__name__
@@ -30,6 +33,7 @@ def in_words(error: BaseException) -> str:
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turns what a user can mend into one line on stderr and exit status 2; bugs keep their traceback."""
+    _interrupt.end()
     try:
         yield
     except MENDABLE as error:

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from hdit._runtime import MENDABLE, in_words
+from hdit._runtime import MENDABLE, Stopped, in_words, tell
 from hdit.checkpoint import Details, save_checkpoint
 from hdit.model import HDiT
 
@@ -37,14 +36,6 @@ class NonFiniteLoss(ArithmeticError):
 
 class RunError(ValueError):
     """Something outside the run ended it; the message says what, and which checkpoint is kept."""
-
-
-class Stopped(Exception):
-    """A signal ended the run; number: which one. The message says which checkpoint is kept."""
-
-    def __init__(self, number: int, kept: str = "") -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}{kept}")
-        self.number = number
 
 
 # One run a folder
@@ -370,5 +361,4 @@ def _mendable(error: Exception) -> str | None:
 
 def say(message: str) -> None:
     """A line on stderr."""
-    with suppress(OSError):  # the terminal may be gone
-        print(f"hdit.train: {message}", file=sys.stderr)
+    tell(f"hdit.train: {message}")

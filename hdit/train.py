@@ -37,7 +37,7 @@ from hdit.densities import enable_stratified, rand_cosine_interpolated
 from hdit.ema import ema_decay, ema_update
 from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
-from hdit.run import LossLog, Saver, Signals, Stopped, leave_group, only_run, say
+from hdit.run import LossLog, Saver, Signals, leave_group, only_run, say
 from hdit.run import NonFiniteLoss as NonFiniteLoss
 from hdit.run import RunError as RunError
 from hdit.sample import generate, image_grid
@@ -368,11 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = open_images(options.data, config.image_size, config.in_channels, excluded)
         config = fit_classes(config, images, args.get("class_cond"))
         print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
-        try:
-            train(config, images, options, output, device, resuming)
-        except Stopped as stop:
-            say(str(stop))
-            sys.exit(128 + stop.number)
+        train(config, images, options, output, device, resuming)
         print(output / CHECKPOINT)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from hdit import run
-from hdit.run import LOCK, LossLog, RunError, Signals, Stopped, only_run
+from hdit._runtime import Stopped
+from hdit.run import LOCK, LossLog, RunError, Signals, only_run
 
 fcntl = pytest.importorskip("fcntl")
 HEADER = "step,loss,gradient_norm\n"

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from hdit import HDiT, HDiTConfig, run
 from hdit import train as training
+from hdit._runtime import Stopped
 from hdit.checkpoint import CheckpointError, Details, read_details
 from hdit.data import DataError, Images, open_images
-from hdit.train import CHECKPOINT, NonFiniteLoss, Options, RunError, Stopped, fit_classes, main, read_config, train
+from hdit.train import CHECKPOINT, NonFiniteLoss, Options, RunError, fit_classes, main, read_config, train
 from tests.tiny import CONFIG, write_images
 
 CPU = torch.device("cpu")

@@ -461,17 +461,19 @@ def test_room_for_two_checkpoints(digits: Images, tmp_path: Path, monkeypatch: p
     for resuming in (False, True):
         train(CONFIG, digits, replace(OPTIONS, steps=1 + resuming), tmp_path, CPU, resuming)
     size = (tmp_path / CHECKPOINT).stat().st_size
-    assert 0.8 * size < asked[0] / 2 < size and asked[1] == asked[0] - size
+    tensors = sum(tensor.nbytes for tensor in load_file(tmp_path / CHECKPOINT).values())
+    assert 0.99 * tensors < asked[0] / 2 < size and asked[1] == asked[0] - size
 
 
 def test_a_model_that_can_t_be_trained(digits: Images, tmp_path: Path) -> None:
-    huge = replace(CONFIG.levels[1], width=80_000_000, d_ff=240_000_000)
+    large, side = 2**24, (2**24, 2**24)
+    huge = (CONFIG.levels[0], replace(CONFIG.levels[1], width=large, d_ff=large))
     for change, words in (
         ({"out_channels": 3}, "out_channels 3 must equal in_channels 1"),
         ({"mapping_cond_dim": 4}, "mapping_cond_dim 4 must be 0"),
         ({"in_channels": 5, "out_channels": 5}, "images of 5 channels can't be saved, 1 or 3 can: pass 0"),
-        ({"levels": (CONFIG.levels[0], huge)}, "GB of free space|too large"),
-        ({"levels": (CONFIG.levels[0], replace(huge, width=huge.width * 1000))}, "too large"),
+        ({"levels": huge}, "GB of free space"),
+        ({"levels": huge[1:], "patch_size": side, "image_size": side}, "the model is too large"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
             train(replace(CONFIG, **change), digits, replace(OPTIONS, sample_every=1), tmp_path / "run", CPU)
@@ -573,7 +575,7 @@ def test_bad_input_is_one_line(config_file: Path, tmp_path: Path, capsys: pytest
     assert "image of 10x10 pixels must be a multiple of 4x4" in error(config_file, "--image-size", 10)
     assert "is larger than its grid of 2x2 tokens" in error(config_file, "--image-size", 4)
     assert "pass --class-cond" in error("imagenet-128")
-    for text, words in (("{", "Expecting"), ("[]", "no JSON object"), ('{"widths": 3}', "unknown entries ['widths']")):
+    for text, words in (("{", "Expecting"), ("[]", "no JSON object"), ('{"widths": 3}', "widths")):
         (tmp_path / "bad.json").write_text(text)
         assert f"--config {tmp_path / 'bad.json'}: " in (message := error(tmp_path / "bad.json")) and words in message
     assert "--data and --config are needed" in error_of(capsys, "--output", run)

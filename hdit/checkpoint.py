@@ -36,6 +36,7 @@ class Details:
 
     config: HDiTConfig.to_dict(). step: optimizer steps done. options: those of the run. class_names: of the data, empty
     without classes. excluded, data: the unreadable images, and the data set's fingerprint (see hdit.data.Images).
+    recipe: Recipe.to_dict(); empty for the default one.
     """
 
     config: dict[str, Any]
@@ -44,6 +45,7 @@ class Details:
     class_names: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
     data: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(

@@ -31,6 +31,16 @@ from hdit.model import HDiT
 
 Config = MappingABC[str, Any] | str | PathLike[str]
 
+USED_ENTRIES: frozenset[str] = frozenset(
+    {
+        *("model.type", "model.input_channels", "model.input_size", "model.patch_size"),
+        *("model.depths", "model.widths", "model.d_ffs", "model.self_attns", "model.dropout_rate"),
+        *("model.mapping_depth", "model.mapping_width", "model.mapping_d_ff", "model.mapping_dropout_rate"),
+        *("model.mapping_cond_dim", "model.sigma_data", "model.sigma_min", "model.sigma_max", "dataset.num_classes"),
+    }
+)
+"""The entries of a k-diffusion configuration that config_from_kdiffusion uses, by their dotted names."""
+
 
 def config_from_kdiffusion(config: Config) -> HDiTConfig:
     """The model of a k-diffusion configuration: a dict, a .json file, or a .safetensors file that holds one.

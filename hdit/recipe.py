@@ -22,24 +22,12 @@ from hdit.ema import ema_decay
 from hdit.kdiffusion import USED_ENTRIES, density_from_kdiffusion
 from hdit_kernels import checks
 
-# The numbers of each kind of learning rate schedule and of density of noise levels, and the bounds of their values
+# The numbers of each kind of learning rate schedule, and the bounds of their values
 WARMUP = {"at_least": 0, "below": 1}
 LR_SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {"warmup": WARMUP},
     "inverse": {"warmup": WARMUP, "inv_gamma": {"above": 0}, "power": {"at_least": 0}},
     "exponential": {"warmup": WARMUP, "num_steps": {"above": 0}, "decay": {"above": 0, "at_most": 1}},
-}
-DENSITIES: dict[str, dict[str, Any]] = {
-    kind: {name: {"infinite": True} for name in names.split()}
-    for kind, names in {
-        "lognormal": "mean std loc scale",
-        "loglogistic": "loc scale min_value max_value",
-        "loguniform": "min_value max_value",
-        "v-diffusion": "min_value max_value",
-        "cosine": "min_value max_value",
-        "split-lognormal": "mean std_1 std_2 loc scale_1 scale_2",
-        "cosine-interpolated": "min_value max_value image_d noise_d_low noise_d_high",
-    }.items()
 }
 
 
@@ -52,7 +40,7 @@ class Recipe:
     hdit.denoiser.WEIGHTINGS. sigma_sample_density: the density of noise levels as a k-diffusion configuration has it;
     None for its "cosine-interpolated" with noise_d_low at most the image's side. cond_dropout_rate: share of the labels
     replaced by "no class", for classifier-free guidance. ema_power, ema_max_value: see hdit.ema.ema_decay.
-    Raises ValueError or TypeError, naming the entry, on what doesn't fit.
+    Raises ValueError or TypeError, naming the entry, on what doesn't fit; check does for the density, of a model.
     """
 
     lr: float = 5e-4
@@ -75,7 +63,7 @@ class Recipe:
             "betas": tuple(checks.number("betas", beta, at_least=0, below=1) for beta in self.betas),
             "eps": checks.number("eps", self.eps, at_least=0),
             "weight_decay": checks.number("weight_decay", self.weight_decay, at_least=0),
-            "lr_sched": _numbers_of("lr_sched", self.lr_sched, LR_SCHEDULES, needed=True),
+            "lr_sched": _checked_schedule(self.lr_sched),
             "max_gradient_norm": checks.number("max_gradient_norm", self.max_gradient_norm, above=0),
             "loss_weighting": checks.choice("loss_weighting", self.loss_weighting, WEIGHTINGS),
             "cond_dropout_rate": checks.number("cond_dropout_rate", self.cond_dropout_rate, at_least=0, at_most=1),
@@ -83,7 +71,7 @@ class Recipe:
             "ema_max_value": checks.number("ema_max_value", self.ema_max_value, at_least=0, at_most=1),
         }
         if self.sigma_sample_density is not None:
-            plain["sigma_sample_density"] = _numbers_of("sigma_sample_density", self.sigma_sample_density, DENSITIES)
+            plain["sigma_sample_density"] = _mapping("sigma_sample_density", self.sigma_sample_density)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
@@ -143,12 +131,13 @@ class Recipe:
             return density_from_kdiffusion({"model": model})([count], device=device)
 
     def check(self, config: HDiTConfig) -> None:
-        """Raises ValueError unless the density makes noise levels for such a model."""
-        try:
-            sigma = self.noise_levels(config, 64)
-            checks.values("noise levels", sigma, checks.positive, "positive and finite ones")
-        except (ValueError, TypeError, ArithmeticError) as error:
-            raise ValueError(f"sigma_sample_density: {error}") from error
+        """Raises ValueError or TypeError, naming the entry, unless the density makes noise levels for such a model."""
+        checks.values(
+            "model.sigma_sample_density",
+            self.noise_levels(config, 64),
+            checks.positive,
+            "one of positive, finite noise levels",
+        )
 
 
 def batch_loss(
@@ -168,9 +157,9 @@ def batch_loss(
 
 # k-diffusion's configurations
 
-# What its config.py fills in for image_transformer_v2
+# What its config.py fills in for image_transformer_v2; it has no density of its own
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "model": {"loss_config": "karras", "loss_weighting": "karras"},
+    "model": {"loss_config": "karras", "loss_weighting": "karras", "sigma_sample_density": None},
     "dataset": {"cond_dropout_rate": 0.1},
     "optimizer": {"type": "adamw", "lr": 5e-4, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 1e-4},
     "lr_sched": {"type": "constant", "warmup": 0.0},
@@ -183,11 +172,6 @@ NEUTRAL = {
     "model.has_variance": False,
     "model.loss_scales": 1,
     "model.skip_stages": 0,
-}
-ATTENTIONS = {
-    "global": ["d_head"],
-    "neighborhood": ["d_head", "kernel_size"],
-    "shifted-window": ["d_head", "window_size"],
 }
 
 
@@ -204,32 +188,25 @@ def recipe_from_kdiffusion(config: Mapping[str, Any], lr: float | None = None) -
     checks.choice("ema_sched.type", ema_sched["type"], ["inverse"])
     # The simple loss, the error of the predicted noise, is the network's error times the SNR weight.
     simple = checks.choice("model.loss_config", model["loss_config"], ["karras", "simple"]) == "simple"
-    density = model.get("sigma_sample_density")
-    lr_sched_entries = ["type", *_kind("lr_sched", part["lr_sched"], LR_SCHEDULES)]
-    density_entries = [] if density is None else ["type", *_kind("model.sigma_sample_density", density, DENSITIES)]
+    schedule_entries = {"type", *LR_SCHEDULES[_schedule_type(part["lr_sched"])]}
     recipe = Recipe(
         **{name: optimizer[name] for name in ("lr", "betas", "eps", "weight_decay")},
-        lr_sched={name: value for name, value in part["lr_sched"].items() if name in lr_sched_entries},
+        lr_sched={name: value for name, value in part["lr_sched"].items() if name in schedule_entries},
         loss_weighting="snr" if simple else model["loss_weighting"],
-        sigma_sample_density=density and {name: value for name, value in density.items() if name in density_entries},
+        sigma_sample_density=model["sigma_sample_density"],
         cond_dropout_rate=part["dataset"]["cond_dropout_rate"],
         ema_power=ema_sched["power"],
         ema_max_value=ema_sched["max_value"],
     )
 
     used = {f"{name}.{entry}" for name, default in DEFAULTS.items() for entry in default}
-    used |= USED_ENTRIES | {f"lr_sched.{name}" for name in lr_sched_entries}
-    used |= {f"model.sigma_sample_density.{name}" for name in density_entries}
+    used |= USED_ENTRIES | {f"lr_sched.{name}" for name in schedule_entries}
     if simple:
         used.remove("model.loss_weighting")
     if lr not in (None, recipe.lr):
         used.remove("optimizer.lr")
     notes = _not_used(config, used)
-    for i, attention in enumerate(model.get("self_attns") or []):
-        prefix = f"model.self_attns[{i}]."
-        entries = ["type", *ATTENTIONS.get(attention["type"], [])]
-        notes += _not_used(attention, {prefix + name for name in entries}, prefix)
-    if density is None:
+    if recipe.sigma_sample_density is None:
         notes.append("model.sigma_sample_density is missing: noise levels are drawn as for hdit's presets")
     return recipe, notes
 
@@ -250,22 +227,18 @@ def _not_used(entries: Mapping[str, Any], used: set[str], prefix: str = "") -> l
     return found
 
 
-def _kind(name: str, given: Any, kinds: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The entries of kinds for given["type"]."""
-    kind: Any = _mapping(name, given).get("type")
-    return kinds[checks.choice(f"{name}.type", kind, kinds)]
+def _schedule_type(given: Mapping[str, Any]) -> str:
+    kind: Any = given.get("type")
+    return checks.choice("lr_sched.type", kind, LR_SCHEDULES)
 
 
-def _numbers_of(name: str, given: Any, kinds: Mapping[str, dict[str, Any]], needed: bool = False) -> dict[str, Any]:
-    """given, checked: its type is one of kinds, its other entries are that kind's numbers; all of them if needed."""
-    bounds = _kind(name, given, kinds)
+def _checked_schedule(given: Any) -> dict[str, Any]:
+    found = {"type": _schedule_type(_mapping("lr_sched", given))}
+    bounds = LR_SCHEDULES[found["type"]]
     unknown = sorted(given.keys() - {"type", *bounds})
     if unknown:
-        raise ValueError(f"{name}: unknown entries {unknown} with the type {given['type']}")
-    found = {"type": given["type"]}
-    for entry in bounds if needed else given.keys() & bounds.keys():
-        found[entry] = checks.number(f"{name}.{entry}", given.get(entry), **bounds[entry])
-    return found
+        raise ValueError(f"lr_sched: expected entries of {found['type']!r}, got {unknown}")
+    return found | {name: checks.number(f"lr_sched.{name}", given.get(name), **bounds[name]) for name in bounds}
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import signal
@@ -31,6 +30,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from hdit._files import parse_json
 from hdit._runtime import at_least, one_line_errors, pick_device, progress
 from hdit.checkpoint import CheckpointError, Details, read_details, resume, save_checkpoint
 from hdit.config import HDiTConfig, presets
@@ -249,8 +249,8 @@ def read_config(name: str) -> HDiTConfig:
     """
     if name in presets:
         return presets[name]
+    content = _content(name)
     with _naming(name):
-        content = _content(name)
         return config_from_kdiffusion(content) if "model" in content else HDiTConfig.from_dict(content)
 
 
@@ -260,18 +260,18 @@ def read_recipe(name: str, lr: float | None = None) -> tuple[Recipe, list[str]]:
     """
     if name in presets:
         return Recipe(), []
+    content = _content(name)
     with _naming(name):
-        content = _content(name)
         return recipe_from_kdiffusion(content, lr) if "model" in content else (Recipe(), [])
 
 
 def _content(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"there is no file {name}, and the presets are {', '.join(presets)}")
-    content = json.loads(path.read_text())
+        raise ValueError(f"--config: there is no file {name}, and the presets are {', '.join(presets)}")
+    content = parse_json(f"--config {name}", path.read_bytes())
     if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError(f"--config {name}: it holds no JSON object")
     return content
 
 

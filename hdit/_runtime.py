@@ -7,25 +7,37 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from hdit import _interrupt
 from hdit._extras import require
+
+MENDABLE = (ValueError, ArithmeticError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
+
+
+def in_words(error: BaseException) -> str:
+    """An error's message in one line."""
+    if isinstance(error, MemoryError):
+        return f"the memory is full{f' ({error})' if str(error) else ''}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --batch-size"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turns what a user can mend into one line on stderr and exit status 2; bugs keep their traceback."""
+    _interrupt.end()
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        message = f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --batch-size"
-    except (ValueError, ArithmeticError, OSError, ModuleNotFoundError) as error:
-        message = " ".join(str(error).split())
+    except MENDABLE as error:
+        message = in_words(error)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -33,6 +45,40 @@ def one_line_errors(program: str) -> Iterator[None]:
         return
     print(f"{program}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, like all others of the programs."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog.removeprefix('python -m ')}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def needs(*modules: str) -> None:
+    """Raises ModuleNotFoundError, naming the package and its extra, if one of the extra "train" is missing."""
+    for module in modules:
+        require(module, "train")
+
+
+def writable(folder: Path, needed: int = 0) -> None:
+    """Raises OSError unless files can be written into folder, existing or to be made, and needed bytes are free there.
+
+    It is tried with a file without a name in the nearest folder that exists, so nothing is left behind.
+    """
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+        total, _, free = shutil.disk_usage(nearest)
+    except OSError as error:
+        raise OSError(f"{folder} can't be written to ({error.strerror or error}): pass another folder") from error
+    if needed > free and total:  # some network file systems tell nothing
+        raise OSError(f"{folder} needs {_bytes(needed)} of free space, and there are {_bytes(free)}: make room")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.3g} GB" if count >= 1e9 else f"{count / 1e6:,.3g} MB"
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
@@ -55,15 +101,29 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name (ValueError if it isn't there); without one a GPU if torch can use it, else the CPU."""
+    """The device of that name: cpu, cuda, cuda:<number> or mps; without one a GPU if torch can use it, else the CPU.
+
+    Raises ValueError if there is no such device here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"there is no device {name!r}: pass cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device: there is no device {name!r}; pass cpu, cuda, cuda:<number> or mps")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError(f"--device {name}: torch finds no Apple GPU; pass --device cpu")
+        return torch.device("mps")
+    if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: {unusable_gpu() or 'torch finds no GPU'}; pass --device cpu")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"--device {name}: there are GPUs 0 to {count - 1} here")
     return device
 
 

@@ -44,6 +44,7 @@ class Details:
     config: HDiTConfig.to_dict(). step: optimizer steps done. options: those of the run. class_names: of the data, empty
     without classes. excluded, data: the unreadable images, and the data set's fingerprint (see hdit.data.Images).
     recipe: Recipe.to_dict(); empty for the default one.
+    loss: of the last step, by which a checkpoint and the log of losses beside it are known to be of one run.
     """
 
     config: dict[str, Any]
@@ -53,6 +54,7 @@ class Details:
     excluded: list[str] = field(default_factory=list)
     data: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
+    loss: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Mapping):

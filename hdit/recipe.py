@@ -78,7 +78,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """What to_dict gave, perhaps by way of JSON. Raises ValueError or TypeError, naming the entry."""
-        unknown = sorted(values.keys() - {known.name for known in fields(cls)})
+        unknown = sorted(_mapping("recipe", values).keys() - {known.name for known in fields(cls)})
         if unknown:
             raise ValueError(f"unknown entries {unknown} in a recipe")
         return cls(**values)
@@ -131,13 +131,12 @@ class Recipe:
             return density_from_kdiffusion({"model": model})([count], device=device)
 
     def check(self, config: HDiTConfig) -> None:
-        """Raises ValueError or TypeError, naming the entry, unless the density makes noise levels for such a model."""
-        checks.values(
-            "model.sigma_sample_density",
-            self.noise_levels(config, 64),
-            checks.positive,
-            "one of positive, finite noise levels",
-        )
+        """Raises ValueError, naming the entry, unless the density makes noise levels for such a model."""
+        try:
+            sigma = self.noise_levels(config, 64)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        checks.values("model.sigma_sample_density", sigma, checks.positive, "one of positive, finite noise levels")
 
 
 def batch_loss(

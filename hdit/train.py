@@ -7,36 +7,37 @@ generator's state needs saving.
 
 The recipe is k-diffusion's for HDiT (Crowson et al. 2024, arXiv 2401.11605): AdamW, gradients clipped to norm 1, noise
 levels from the interpolated cosine schedule, stratified over the batch, soft-min-SNR weighting, an average of the
-weights with a warm-up, one label in ten dropped for classifier-free guidance, bfloat16 autocast on a GPU.
+weights with a warm-up, one label in ten dropped for classifier-free guidance, bfloat16 autocast on a GPU. A k-diffusion
+configuration brings its own; entries that are not used are printed (see hdit.recipe).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from hdit._runtime import Parser, at_least, autocast, needs, one_line_errors, pick_device, progress, writable
+from hdit._files import parse_json
+from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, progress, writable
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
 from hdit.config import HDiTConfig, presets
 from hdit.data import MODES, BatchOrder, DataError, Digits, Images, open_images, seed_of
 from hdit.denoiser import Denoiser
-from hdit.densities import enable_stratified, rand_cosine_interpolated
-from hdit.ema import ema_decay, ema_update
+from hdit.ema import ema_update
 from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
+from hdit.recipe import Recipe, batch_loss, recipe_from_kdiffusion
 from hdit.run import LossLog, Saver, Signals, leave_group, only_run, say
 from hdit.run import NonFiniteLoss as NonFiniteLoss
 from hdit.run import RunError as RunError
@@ -44,8 +45,6 @@ from hdit.sample import generate, image_grid
 from hdit_kernels import checks
 
 CHECKPOINT = "checkpoint.safetensors"
-CLASS_DROPOUT = 0.1
-MAX_GRADIENT_NORM = 1.0
 RANGES = {
     "steps": (1, 10**12),
     "batch_size": (1, 10**6),
@@ -62,15 +61,15 @@ class Options:
     """What a run is made with, beside the model's configuration. Kept in its checkpoint.
 
     data: what hdit.data.open_images takes. steps: of the optimizer, in all. lr: learning rate (a third of it for the
-    mapping network), at most 1. seed: any integer. save_every, sample_every: steps between checkpoints, and between
-    grids of samples (0: no grids). workers: processes that read images.
+    mapping network), at most 1, None for the recipe's. seed: any integer. save_every, sample_every: steps between
+    checkpoints, and between grids of samples (0: no grids). workers: processes that read images.
     Raises TypeError or ValueError, naming the option.
     """
 
     data: str
     steps: int = 100_000
     batch_size: int = 64
-    lr: float = 5e-4
+    lr: float | None = None
     seed: int = 0
     save_every: int = 1000
     sample_every: int = 1000
@@ -89,29 +88,45 @@ class Options:
 
 
 def train(
-    config: HDiTConfig, images: Images, options: Options, output: Path, device: torch.device, resuming: bool = False
+    config: HDiTConfig,
+    images: Images,
+    options: Options,
+    output: Path,
+    device: torch.device,
+    resuming: bool = False,
+    recipe: Recipe | None = None,
 ) -> HDiT:
     """Trains a model from its beginning, or from the checkpoint in output if resuming, until options.steps.
 
-    Returns the averaged model; a run that has done its steps already is left as it is. Options that differ from the
-    checkpoint's are named on stderr. Raises ValueError or OSError, before anything is written, on what can't be
-    trained; CheckpointError if output has a checkpoint and shouldn't, or the other way round; DataError if resuming
-    with other images; RunError if another run is in output. Once it trains: NonFiniteLoss, keeping the last
-    checkpoint; Stopped after a signal and RunError after an error from outside, with the finished steps saved.
+    recipe: Recipe() if not given. Returns the averaged model; a run that has done its steps already is left as it is.
+    Options that differ from the checkpoint's are named on stderr. Raises ValueError or OSError, before anything is
+    written, on what can't be trained; CheckpointError if output has a checkpoint and shouldn't, or the other way round,
+    or one of another configuration or recipe; DataError if resuming with other images; RunError if another run is in
+    output. Once it trains: NonFiniteLoss, keeping the last checkpoint; Stopped after a signal and RunError after an
+    error from outside, with the finished steps saved.
     """
     details = read_details(output / CHECKPOINT) if resuming else None
-    look_ahead(config, options, output, 0 if details is None else details.step)
+    recipe = recipe or Recipe()
+    look_ahead(config, recipe, options, output, 0 if details is None else details.step)
     output.mkdir(parents=True, exist_ok=True)
     # What is made without naming a device is made on the CPU, whatever torch.set_default_device says.
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with only_run(output), on_cpu:
-        return _train(config, images, options, output, device, resuming)
+        return _train(config, recipe, images, options, output, device, resuming)
 
 
 def _train(
-    config: HDiTConfig, images: Images, options: Options, output: Path, device: torch.device, resuming: bool
+    config: HDiTConfig,
+    recipe: Recipe,
+    images: Images,
+    options: Options,
+    output: Path,
+    device: torch.device,
+    resuming: bool,
 ) -> HDiT:
     """`train`, with the folder to itself."""
+    lr = recipe.lr if options.lr is None else options.lr
+    options = replace(options, lr=lr)
     path = output / CHECKPOINT
     if path.exists() and not resuming:
         raise CheckpointError(f"{path} exists: pass --resume to go on with it, or another --output")
@@ -119,15 +134,24 @@ def _train(
     torch.manual_seed(seed_of(options.seed, "model"))
     model = HDiT(config).to(device).train()
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.param_groups(options.lr), betas=(0.9, 0.95), weight_decay=1e-3, fused=device.type == "cuda"
-    )
-    denoiser = Denoiser(model, config.sigma_data, weighting="soft-min-snr")
+    optimizer = recipe.optimizer(model.param_groups(lr), fused=device.type == "cuda")
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    denoiser = Denoiser(model, config.sigma_data, recipe.loss_weighting)
     details = Details(
-        config.to_dict(), 0, asdict(options), list(images.class_names), list(images.excluded), images.fingerprint
+        config.to_dict(),
+        0,
+        asdict(options),
+        list(images.class_names),
+        list(images.excluded),
+        images.fingerprint,
+        recipe.to_dict(),
     )
     if resuming:
         found = resume(path, model, ema_model, optimizer)
+        different = kept_recipe(path, found).difference(recipe)
+        if different is not None:
+            what = f"{path} is of another recipe ({different} here)"
+            raise CheckpointError(f"{what}: leave the configuration as it was, or start another run")
         if found.data != details.data:
             raise DataError(f"{options.data} holds other images than those {path} was trained on: restore them")
         tell_changes(found.options, options)
@@ -159,9 +183,9 @@ def _train(
         for step, (pixels, labels) in enumerate(bar, details.step + 1):
             torch.manual_seed(seed_of(options.seed, "step", step))
             optimizer.zero_grad()
-            loss = batch_loss(denoiser, config, pixels.to(device, non_blocking=True), labels.to(device))
+            loss = batch_loss(denoiser, config, pixels.to(device, non_blocking=True), labels.to(device), recipe)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
             values = torch.stack([loss.detach(), norm]).tolist()  # the step's one wait for a GPU
             if not all(map(math.isfinite, values)):
                 what = f"step {step}: the loss is {values[0]:g} and the norm of its gradient {values[1]:g}"
@@ -170,8 +194,10 @@ def _train(
                 keep(step - 1)  # only now: these weights have shown a finite loss and gradient
             mean = log.write(step, *values)  # before the weights take the step, so that none is without its line
             saver.begin()
+            for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+                group["lr"] = learning_rate * recipe.lr_factor(step - 1)
             optimizer.step()
-            ema_update(model, ema_model, ema_decay(step - 1))
+            ema_update(model, ema_model, recipe.ema_decay(step - 1))
 
             saver.finish(step, values[0])
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
@@ -179,13 +205,22 @@ def _train(
     return ema_model
 
 
-def look_ahead(config: HDiTConfig, options: Options, output: Path, done: int) -> None:
+def kept_recipe(path: Path, details: Details) -> Recipe:
+    """The recipe in the details of the checkpoint at path. Raises CheckpointError if it is none."""
+    try:
+        return Recipe.from_dict(details.recipe)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: its recipe can't be used: {error}") from error
+
+
+def look_ahead(config: HDiTConfig, recipe: Recipe, options: Options, output: Path, done: int) -> None:
     """Looks for what a run that has done so many steps needs at its end: packages, a model that can be trained and
     sampled, a folder to write into with room for checkpoints. Writes nothing. Raises ModuleNotFoundError, ValueError
     or OSError.
     """
     if done >= options.steps:
         return
+    recipe.check(config)
     needs("safetensors.torch", "numpy", "PIL.Image", "tqdm")
     if config.out_channels != config.in_channels:
         raise ValueError(f"config: out_channels {config.out_channels} must equal in_channels {config.in_channels}")
@@ -227,23 +262,6 @@ def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
         yield batch
 
 
-def batch_loss(denoiser: Denoiser, config: HDiTConfig, pixels: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of a batch: pixels uint8 [B, C, H, W], labels int64 [B]. Random by torch's global generator."""
-    x = pixels.float() / 127.5 - 1
-    cond: dict[str, Tensor] = {}
-    if config.null_class is not None:
-        dropped = torch.rand(labels.shape, device=labels.device) < CLASS_DROPOUT
-        cond["class_cond"] = labels.masked_fill(dropped, config.null_class)
-    side = max(config.image_size)
-    with enable_stratified():
-        sigma = rand_cosine_interpolated(
-            x.shape[:1], image_d=side, noise_d_low=min(32, side), noise_d_high=side, sigma_data=config.sigma_data,
-            min_value=min(config.sigma_min, 1e-3), max_value=max(config.sigma_max, 1e3), device=x.device,
-        )  # fmt: skip
-    with autocast(x.device):
-        return denoiser.loss(x, torch.randn_like(x), sigma, **cond).mean()
-
-
 def save_samples(model: HDiT, path: Path, count: int = 36) -> None:
     """Writes a grid of samples, of each class in turn."""
     classes = [i % max(model.config.num_classes - 1, 1) for i in range(count)] if model.config.num_classes else None
@@ -279,15 +297,38 @@ def read_config(name: str) -> HDiTConfig:
     """
     if name in presets:
         return presets[name]
+    content = _content(name)
+    with _naming(name):
+        return config_from_kdiffusion(content) if "model" in content else HDiTConfig.from_dict(content)
+
+
+def read_recipe(name: str, lr: float | None = None) -> tuple[Recipe, list[str]]:
+    """The recipe of what read_config takes, and a line on each entry that is not used: a k-diffusion configuration's
+    own, else the default one. lr: of the run, if it is not to be the recipe's.
+    """
+    if name in presets:
+        return Recipe(), []
+    content = _content(name)
+    with _naming(name):
+        return recipe_from_kdiffusion(content, lr) if "model" in content else (Recipe(), [])
+
+
+def _content(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"--config: there is no file {name}, and the presets are {', '.join(presets)}")
+    content = parse_json(f"--config {name}", path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {name}: it holds no JSON object")
+    return content
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors about a configuration name it."""
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-        return config_from_kdiffusion(content) if "model" in content else HDiTConfig.from_dict(content)
-    except (ValueError, TypeError, RecursionError) as error:
+        yield
+    except (ValueError, TypeError) as error:
         raise ValueError(f"--config {name}: {error}") from error
 
 
@@ -330,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add("steps", at_least(1), "steps in all")
     add("batch_size", at_least(1), "images a step")
-    add("lr", float, "learning rate")
+    parser.add_argument("--lr", type=float, help=f"learning rate (default: the config's, or {Recipe.lr})")
     add("seed", int, "seed of everything random")
     add("save_every", at_least(1), "steps between checkpoints")
     add("sample_every", at_least(0), "steps between grids of samples, 0 for none")
@@ -353,22 +394,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise CheckpointError(f"{output / CHECKPOINT} was not written by hdit.train: pass another --output")
         if details is not None:
             options = chosen_options(chosen, options_of(output / CHECKPOINT, details))
-            config = read_config(args["config"]) if "config" in args else HDiTConfig.from_dict(details.config)
+            config, recipe = HDiTConfig.from_dict(details.config), kept_recipe(output / CHECKPOINT, details)
         elif "data" in args and "config" in args:
-            options, config = chosen_options(chosen), read_config(args["config"])
+            options = chosen_options(chosen)
         else:
             raise ValueError("--data and --config are needed (or --resume): see --help")
+        if "config" in args:
+            config = read_config(args["config"])
+            recipe, notes = read_recipe(args["config"], options.lr)
+            for note in notes:
+                say(f"{args['config']}: {note}")
         if "image_size" in args:
             try:
                 config = replace(config, image_size=(args["image_size"], args["image_size"]))
             except ValueError as error:
                 raise ValueError(f"--image-size {args['image_size']}: {error}") from error
-        look_ahead(config, options, output, 0 if details is None else details.step)  # images take a while to look at
+        # before the images, too, which take a while to look at
+        look_ahead(config, recipe, options, output, 0 if details is None else details.step)
         excluded = details.excluded if details is not None else None
         images = open_images(options.data, config.image_size, config.in_channels, excluded)
         config = fit_classes(config, images, args.get("class_cond"))
         print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
-        train(config, images, options, output, device, resuming)
+        train(config, images, options, output, device, resuming, recipe)
         print(output / CHECKPOINT)
 
 

@@ -40,7 +40,7 @@ def test_every_kind_of_attention_survives_json() -> None:
         levels=tuple(Level(1, 32, attention=kind, dropout=0.1) for kind in kinds),
         mapping=Mapping(1, 32, dropout=0.2),
         image_size=(64, 96),
-        in_channels=1,
+        in_channels=2,
         out_channels=2,
         patch_size=(2, 4),
         num_classes=3,
@@ -69,20 +69,20 @@ LEVELS = (Level(1, 64), Level(1, 64, attention=GlobalAttention()))
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Level(1, 100), "width 100 must be a multiple of head_dim 64"),
-        (lambda: Level(-1, 64), "depth must be an integer >= 0, got -1"),
-        (lambda: Level(1, 64.0), "width must be an integer >= 1, got 64.0"),
-        (lambda: Level(1, 64, dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
-        (lambda: Level(1, 64, attention="global"), "attention must be one of .*GlobalAttention.*, got 'global'"),
-        (lambda: NeighborhoodAttention(12), "head_dim must be a multiple of 8 .*, got 12"),
-        (lambda: NeighborhoodAttention(64, 0), "kernel_size must be an integer >= 1, got 0"),
-        (lambda: ShiftedWindowAttention(64, True), "window_size must be an integer >= 1, got True"),
-        (lambda: Mapping(1, 33), "mapping width must be even, got 33"),
-        (lambda: HDiTConfig(()), "levels must hold at least one Level"),
-        (lambda: HDiTConfig(LEVELS, image_size=(256,)), r"image_size must be \(height, width\), got \(256,\)"),
-        (lambda: HDiTConfig(LEVELS, num_classes=-1), "num_classes must be an integer >= 0, got -1"),
-        (lambda: HDiTConfig(LEVELS, sigma_min=2.0, sigma_max=1.0), "sigma_min 2.0 and sigma_max 1.0"),
-        (lambda: HDiTConfig(LEVELS, sigma_data=0.0), "sigma_data must be positive, got 0.0"),
+        (lambda: Level(1, 100), "width: expected a multiple of head_dim 64, got 100"),
+        (lambda: Level(-1, 64), "depth: expected an integer of at least 0, got -1"),
+        (lambda: Level(1, 64.0), "width: expected an integer of at least 1, got 64.0"),
+        (lambda: Level(1, 64, dropout=1.0), "dropout: expected a number of at least 0 and below 1, got 1.0"),
+        (lambda: Level(1, 64, attention="global"), "attention: expected one of .*GlobalAttention.*, got 'global'"),
+        (lambda: NeighborhoodAttention(12), "head_dim: expected a multiple of 8, got 12"),
+        (lambda: NeighborhoodAttention(64, 0), "kernel_size: expected an integer of at least 1, got 0"),
+        (lambda: ShiftedWindowAttention(64, True), "window_size: expected an integer of at least 1, got True"),
+        (lambda: Mapping(1, 33), "width: expected an even number, got 33"),
+        (lambda: HDiTConfig(()), "levels: expected 1 to 32 of them, got 0"),
+        (lambda: HDiTConfig(LEVELS, image_size=(256,)), r"image_size: expected .*\(rows, columns\), got \(256,\)"),
+        (lambda: HDiTConfig(LEVELS, num_classes=-1), "num_classes: expected an integer of at least 0, got -1"),
+        (lambda: HDiTConfig(LEVELS, sigma_min=2.0, sigma_max=1.0), "sigma_min: expected less than sigma_max 1, got 2"),
+        (lambda: HDiTConfig(LEVELS, sigma_data=0.0), "sigma_data: expected a number of at least 1e-09 .*, got 0.0"),
         (
             lambda: HDiTConfig(LEVELS, image_size=(260, 256)),
             "260x256 pixels must be a multiple of 8x8 .*4x4, then 1 merge",
@@ -95,28 +95,28 @@ LEVELS = (Level(1, 64), Level(1, 64, attention=GlobalAttention()))
     ],
 )
 def test_bad_values(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"widths": [1]}, r"config has unknown entries \['widths'\]"),
-        ({"levels": [{"depth": 1, "width": 64, "heads": 2}]}, r"levels\[0\] has unknown entries \['heads'\]"),
-        ({"levels": [{"depth": 1}]}, r"levels\[0\]: .*missing.*'width'"),
-        ({"levels": [{"depth": 1, "width": 60}]}, r"levels\[0\]: width 60 must be a multiple of head_dim 64"),
+        ({"widths": [1]}, "config: expected entries among levels, .*, got 'widths'"),
+        ({"levels": [{"depth": 1, "width": 64, "heads": 2}]}, r"levels\[0\]: expected entries among .*, got 'heads'"),
+        ({"levels": [{"depth": 1}]}, r"levels\[0\]: expected an entry width, which is missing"),
+        ({"levels": [{"depth": 1, "width": 60}]}, r"levels\[0\]: width: expected a multiple of head_dim 64, got 60"),
         (
             {"levels": [{"depth": 1, "width": 64, "attention": {"type": "local"}}]},
-            r"levels\[0\].attention .* .*'local'",
+            r"levels\[0\].attention.type: expected one of global, .*, got 'local'",
         ),
         (
             {"levels": [{"depth": 1, "width": 64, "attention": {"type": "global", "kernel_size": 7}}]},
-            r"levels\[0\].attention has unknown entries \['kernel_size'\]",
+            r"levels\[0\].attention: expected entries among head_dim, got 'kernel_size'",
         ),
-        ({"levels": 3}, "levels must be a list, got 3"),
-        ({"mapping": [1, 2]}, r"mapping must be a dict, got \[1, 2\]"),
-        ({"patch_size": 4}, "config: "),
+        ({"levels": 3}, "levels: expected a list, got 3"),
+        ({"mapping": [1, 2]}, r"mapping: expected a dict, got \[1, 2\]"),
+        ({"patch_size": 4}, r"config: patch_size: expected \(height, width\), got 4"),
     ],
 )
 def test_from_dict_is_strict(change: dict[str, Any], message: str) -> None:
@@ -125,5 +125,5 @@ def test_from_dict_is_strict(change: dict[str, Any], message: str) -> None:
 
 
 def test_from_dict_needs_levels() -> None:
-    with pytest.raises(ValueError, match="missing.*'levels'"):
+    with pytest.raises(ValueError, match="levels, which is missing"):
         HDiTConfig.from_dict({})

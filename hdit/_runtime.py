@@ -43,7 +43,7 @@ def in_words(error: BaseException) -> str:
 def tell(line: str) -> None:
     """Prints a line on stderr, if that is still there: after SIGHUP the terminal may be gone."""
     with suppress(OSError):
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
 
 
 @contextmanager
@@ -101,6 +101,15 @@ def writable(folder: Path, needed: int = 0) -> None:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e9:,.3g} GB" if count >= 1e9 else f"{count / 1e6:,.3g} MB"
+
+
+def printable(text: str) -> str:
+    r"""text in one line for a terminal: what it would act on or can't show is written as repr() does, \x1b for escape.
+
+    That is control characters and escape sequences, line breaks, changes of the writing direction, unusual spaces, and
+    the lone surrogates that stand for the bytes of a file name that is not UTF-8.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:

@@ -8,32 +8,24 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from hdit._extras import require
-from hdit._runtime import progress
+from hdit._runtime import printable, progress
+from hdit.classes import LABELS, find_labels, folder_classes, read_labels
+from hdit.files import DataError, FolderFiles, ZipFiles
+from hdit.images import MODES, SUFFIXES, is_image, open_image, to_tensor
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-MODES = {1: "L", 3: "RGB"}  # Pillow's name for an image of so many channels
-NAMED = 20  # unreadable images named one by one before the rest is only counted
+NAMED = 20  # files that are left out and named one by one before the rest is only counted
 
-
-class DataError(ValueError):
-    """The data can't be trained on; the message is one line that says what to do.
-
-    (A DataLoader's worker process hands an error on as the text of its traceback, whose last line is the message.)
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: "))
+T = TypeVar("T")
 
 
 def seed_of(*words: int | str) -> int:
@@ -45,7 +37,8 @@ class Images(Dataset[tuple[Tensor, int]]):
     """What the data sets below have in common.
 
     class_names: one for each class, in the order of their indices; empty if the images have no classes.
-    excluded: names of the images that can't be read and are left out. fingerprint: a digest of which images these are.
+    excluded: names of the images that can't be read and are left out. fingerprint: a digest of which images these are,
+    of their classes, and of a part of their contents.
     """
 
     class_names: Sequence[str] = ()
@@ -63,9 +56,12 @@ class ImageFolder(Images):
     excluded: images known to be unreadable (from an earlier run). If not given, every image is decoded once here, in
     threads; those that can't be are left out, named and counted on stderr. So the data is the same in every epoch.
 
-    Classes are the folders that the images lie in, below whatever folders all images share; there are none if an image
-    lies outside them or if there is just one. Hidden files and those without an image's suffix are passed over.
-    Raises DataError if there is no image, none that can be read, or channels is another number.
+    Classes are the labels in a dataset.json at the data set's root (see hdit.classes). Without one they are the folders
+    that the images lie in, below whatever folders all images share; there are none if an image lies outside them or if
+    there is just one. Hidden files and those without an image's suffix are passed over. Links to folders are followed,
+    each folder is entered once. What else is left out is named on stderr.
+    Raises DataError if there is no image, none that can be read, the dataset.json is damaged, or channels is another
+    number.
     """
 
     def __init__(
@@ -73,19 +69,28 @@ class ImageFolder(Images):
     ) -> None:
         if channels not in MODES:
             raise DataError(f"images are read with 1 or 3 channels, but the model takes {channels}: change its config")
-        require("PIL.Image", "train")
-        self.files = _ZipFiles(Path(path)) if Path(path).is_file() else _FolderFiles(Path(path))
+        for package in ("numpy", "PIL.Image"):  # rather than once for each image
+            require(package, "train")
+        self.files = ZipFiles(Path(path)) if Path(path).is_file() else FolderFiles(Path(path))
         self.size, self.channels = size, channels
-        names = sorted(name for name in self.files.names() if _is_image(name))
+        files = self.files.names()
+        _report(f"left out of {path}", self.files.passed_over)
+        names = sorted(name for name in files if is_image(name))
         if not names:
             raise DataError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))}): pass another folder or .zip")
+        labels = self._labels(files, names)
+        if labels is not None:
+            names = [name for name in names if name in labels[1]]
         self.excluded = self._unreadable(names) if excluded is None else list(excluded)
         left_out = set(self.excluded)
         self.names = [name for name in names if name not in left_out]
         if not self.names:
             raise DataError(f"none of the {len(names)} images in {path} can be read: pass another folder or .zip")
-        self.class_names, self.labels = _classes(self.names)
-        self.fingerprint = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+        if labels is None:
+            self.class_names, self.labels = folder_classes(self.names)
+        else:
+            self.class_names, self.labels = labels[0], [labels[1][name] for name in self.names]
+        self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -98,8 +103,31 @@ class ImageFolder(Images):
             raise DataError(f"{name} can no longer be read ({error}): restore or remove it and start again") from error
 
     def _read(self, name: str) -> Tensor:
-        with self.files.open(name) as file, require("PIL.Image", "train").open(file) as image:
+        with self.files.open(name) as file, open_image(file) as image:
             return to_tensor(image, self.size, self.channels)
+
+    def _labels(self, files: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, int]] | None:
+        """Class names, and the class index of each of the images that a dataset.json labels; None without one."""
+        source = find_labels(files, names)
+        others = [name for name in files if f"/{name}".endswith(f"/{LABELS}") and name != source]
+        _report("not used", [(name, "not at the root of the data, above all images") for name in others])
+        if source is None:
+            return None
+        try:
+            with self.files.open(source) as file:
+                content = file.read()
+        except Exception as error:
+            raise DataError(f"{source} can't be read ({error}): restore or remove it") from error
+        labels = read_labels(source, content)
+        if labels is None:
+            return [], dict.fromkeys(names, 0)
+        known = set(names)
+        _report(f"labelled in {source}, but not there", [(name, "no image") for name in labels[1] if name not in known])
+        unlabelled = [(name, "no label") for name in names if name not in labels[1]]
+        _report(f"left out, since {source} doesn't label them", unlabelled)
+        if len(unlabelled) == len(names):
+            raise DataError(f"{source} labels none of the {len(names)} images: mend it, or remove it")
+        return labels
 
     def _unreadable(self, names: Sequence[str]) -> list[str]:
         def problem(name: str) -> str | None:
@@ -109,17 +137,20 @@ class ImageFolder(Images):
                 return " ".join(str(error).split()) or type(error).__name__
             return None
 
-        with ThreadPool() as threads:  # Pillow decodes outside the interpreter's lock
-            found = threads.imap(problem, names, chunksize=16)
-            problems = list(progress(found, desc="checking images", total=len(names), leave=False))
+        problems = _in_threads(problem, names, "checking images")
         bad = [(name, problem) for name, problem in zip(names, problems, strict=True) if problem is not None]
-        if bad:
-            print(f"skipped {len(bad)} of {len(names)} images, which can't be read:", file=sys.stderr)
-            for name, reason in bad[:NAMED]:
-                print(f"  {name}: {reason}", file=sys.stderr)
-            if len(bad) > NAMED:
-                print(f"  and {len(bad) - NAMED} more", file=sys.stderr)
+        _report(f"skipped {len(bad)} of {len(names)} images, which can't be read", bad)
         return [name for name, _ in bad]
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(ascii(list(self.class_names)).encode())
+        try:
+            signatures = _in_threads(self.files.signature, self.names, "comparing images")
+        except OSError as error:
+            raise DataError(f"an image can no longer be read ({error}): restore it") from error
+        for entry in zip(self.names, self.labels, signatures, strict=True):
+            digest.update(ascii(entry).encode())  # ASCII, whatever is in a name
+        return digest.hexdigest()
 
 
 class Digits(Images):
@@ -168,83 +199,29 @@ class BatchOrder(Sampler[list[int]]):
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
                 if position // self.count != epoch:
                     epoch = position // self.count
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-                    order = torch.randperm(self.count, generator=generator).tolist()
+                    generator = torch.Generator("cpu").manual_seed(seed_of(self.seed, "epoch", epoch))
+                    order = torch.randperm(self.count, generator=generator, device="cpu").tolist()
                 batch.append(order[position % self.count])
             yield batch
 
 
-def to_tensor(image: Any, size: tuple[int, int], channels: int) -> Tensor:
-    """A Pillow image, upright, on white where transparent, cropped (centre) and resized: uint8 [channels, H, W].
-
-    size: (height, width). channels: 1 or 3.
-    """
-    numpy, pillow, ops = require("numpy", "train"), require("PIL.Image", "train"), require("PIL.ImageOps", "train")
-    image = ops.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's convert would clip
-        image = pillow.fromarray((numpy.asarray(image).clip(0, 65535) / 257).round().astype("uint8"))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
-    image = ops.fit(image.convert(MODES[channels]), (size[1], size[0]), pillow.Resampling.BICUBIC)
-    pixels = torch.from_numpy(numpy.array(image))
-    return (pixels[:, :, None] if channels == 1 else pixels).permute(2, 0, 1).contiguous()
+def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """A batch of a data set's items: uint8 [B, C, H, W] and int64 [B], on the CPU whatever torch's default device."""
+    pixels, labels = zip(*items, strict=True)
+    return torch.stack(pixels), torch.tensor(labels, device="cpu")
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
+def _in_threads(function: Callable[[str], T], names: Sequence[str], desc: str) -> list[T]:
+    """function of each name, in order. Pillow decodes, and files are read, outside the interpreter's lock."""
+    with ThreadPool() as threads:
+        found = threads.imap(function, names, chunksize=16)
+        return list(progress(found, desc=desc, total=len(names), leave=False))
 
 
-def _classes(names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Class names, and the class index of every image (all 0 without classes)."""
-    folders = [PurePosixPath(name).parent.parts for name in names]
-    shared = len(os.path.commonprefix(folders))
-    found = [parts[shared] if len(parts) > shared else None for parts in folders]
-    if None in found:  # also when all images lie in one folder
-        return [], [0] * len(names)
-    class_names = sorted({name for name in found if name is not None})
-    index = {name: i for i, name in enumerate(class_names)}
-    return class_names, [index[name] for name in found if name is not None]
-
-
-class _FolderFiles:
-    """The files below a folder, by their paths relative to it."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_dir():
-            raise DataError(f"there is no folder or .zip file {path}: check --data")
-        self.path = path
-
-    def names(self) -> list[str]:
-        found = (Path(folder, file) for folder, _, files in os.walk(self.path, followlinks=True) for file in files)
-        return [path.relative_to(self.path).as_posix() for path in found]
-
-    def open(self, name: str) -> IO[bytes]:
-        return open(self.path / name, "rb")
-
-
-class _ZipFiles:
-    """The files in a .zip file. Each process opens it for itself: a file's position is shared across a fork."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._process = 0
-        self._zip: zipfile.ZipFile | None = None
-        if not zipfile.is_zipfile(path):
-            raise DataError(f"{path} is neither a folder nor a .zip file: check --data")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_process": 0, "_zip": None}
-
-    def names(self) -> list[str]:
-        return [name for name in self._opened().namelist() if not name.endswith("/")]
-
-    def open(self, name: str) -> IO[bytes]:
-        return self._opened().open(name)
-
-    def _opened(self) -> zipfile.ZipFile:
-        if self._zip is None or self._process != os.getpid():
-            self._process, self._zip = os.getpid(), zipfile.ZipFile(self.path)
-        return self._zip
+def _report(headline: str, left_out: Sequence[tuple[str, str]]) -> None:
+    """Says on stderr what is left out, and why; nothing if there is nothing."""
+    if left_out:
+        lines = [f"{headline}:", *(f"  {name}: {reason}" for name, reason in left_out[:NAMED])]
+        if len(left_out) > NAMED:
+            lines.append(f"  and {len(left_out) - NAMED} more")
+        print(*map(printable, lines), sep="\n", file=sys.stderr)

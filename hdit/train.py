@@ -32,7 +32,7 @@ from hdit._files import parse_json
 from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, progress, writable
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
 from hdit.config import HDiTConfig, presets
-from hdit.data import MODES, BatchOrder, DataError, Digits, Images, open_images, seed_of
+from hdit.data import MODES, BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
 from hdit.denoiser import Denoiser
 from hdit.ema import ema_update
 from hdit.kdiffusion import config_from_kdiffusion
@@ -163,7 +163,10 @@ def _train(
     order = BatchOrder(len(images), options.batch_size, options.seed, details.step, options.steps)
     workers = 0 if isinstance(images, Digits) else options.workers  # the digits are in memory
     pinned = device.type == "cuda"
-    loader = DataLoader(images, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=leave_group)
+    loader = DataLoader(
+        images, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=leave_group,
+        collate_fn=collate,
+    )  # fmt: skip
     with (
         LossLog(output / "loss.csv", details.step, details.loss) as log,
         Signals() as signals,

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
-from hdit.data import BatchOrder, DataError, Digits, ImageFolder, open_images, seed_of, to_tensor
-from tests.tiny import write_images
+from hdit._runtime import one_line_errors
+from hdit.checkpoint import read_details
+from hdit.data import BatchOrder, DataError, Digits, ImageFolder, collate, open_images, seed_of
+from hdit.train import main
+from tests.tiny import CONFIG, write_images
 
 
 @pytest.fixture
@@ -128,41 +133,150 @@ def test_channels_are_one_or_three(folder: Path) -> None:
         ImageFolder(folder, (8, 8), 4)
 
 
-# Decoding
+# What is left out, and how it is said
 
 
-def test_crop_is_the_centre() -> None:
-    pixels = np.zeros((10, 30), np.uint8)
-    pixels[:, 10:20] = 200
-    assert (to_tensor(Image.fromarray(pixels), (10, 10), 1) == 200).all()
-    assert (to_tensor(Image.fromarray(pixels.T.copy()), (10, 10), 1) == 200).all()
+def test_file_names_reach_the_terminal_escaped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("\x1b]0;owned\x07.png", "\u202egnp.exe.png", "two\nlines.png", "\x9b31m.png"):
+        (folder / "cats" / name).write_bytes(b"hello")
+    os.symlink("nothing", folder / "\x1b[31m")
+    images = ImageFolder(folder, (8, 8), 3)
+    assert len(images) == 8 and len(images.excluded) == 4
+    said = capsys.readouterr().err
+    for shown in (
+        r"\x1b]0;owned\x07.png",
+        r"\u202egnp.exe.png",
+        r"two\nlines.png",
+        r"\x9b31m.png",
+        r"  \x1b[31m: a link",
+    ):
+        assert shown in said
+    assert all(line.isprintable() for line in said.replace("\r", "\n").split("\n"))
 
 
-def test_size_is_height_and_width() -> None:
-    image = Image.new("L", (40, 20))  # Pillow's order: width, height
-    assert to_tensor(image, (20, 40), 3).shape == (3, 20, 40)
+def test_errors_reach_the_terminal_escaped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "cats/\x1b[2J\u202e\n.png"
+    (folder / "cats/0.png").rename(folder / name)
+    images = ImageFolder(folder, (8, 8), 3)
+    (folder / name).write_bytes(b"hello")
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"^cats/\\x1b\[2J\\u202e\\n.png can no longer be read") as error:
+            list(DataLoader(images, num_workers=workers))
+        assert str(error.value).isprintable()
+    capsys.readouterr()
+    with pytest.raises(SystemExit), one_line_errors("hdit.train"):
+        raise ValueError("no file \x1b[31mred\udce9\u2028.png")
+    assert capsys.readouterr().err == "hdit.train: error: no file \\x1b[31mred\\udce9 .png\n"
 
 
-def test_transparent_is_white() -> None:
-    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert (to_tensor(image, (4, 4), 3) == 255).all()
-    assert to_tensor(Image.new("RGBA", (4, 4), (255, 0, 0, 255)), (4, 4), 3)[:, 0, 0].tolist() == [255, 0, 0]
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems only have file names in UTF-8")
+def test_a_run_with_file_names_that_are_not_utf8(
+    tmp_path: Path, generator: torch.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among the images, the classes and the unreadable; trained on, saved and resumed."""
+    write_images(tmp_path / "images", generator)
+    for image, name in (("0.png", b"caf\xe9.png"), ("1.png", b"b\xe4d.png")):
+        os.rename(tmp_path / "images/cats" / image, os.fsencode(tmp_path / "images/cats") + b"/" + name)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/cats/b\xe4d.png")).write_bytes(b"hello")
+    os.rename(tmp_path / "images/cats", os.fsencode(tmp_path / "images") + b"/k\xe4tzchen")
+    config = replace(CONFIG, in_channels=3, out_channels=3, num_classes=3).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = ["--output", str(tmp_path / "run"), "--batch-size", "2", "--sample-every", "0", "--device", "cpu"]
+    run += ["--workers", "0"]
+    main(["--data", str(tmp_path / "images"), "--config", str(tmp_path / "config.json"), "--steps", "1", *run])
+    assert r"k\udce4tzchen/b\udce4d.png: not a picture" in capsys.readouterr().err
+    details = read_details(tmp_path / "run/checkpoint.safetensors")
+    assert details is not None and details.excluded == ["k\udce4tzchen/b\udce4d.png"]
+    assert details.class_names == ["dogs", "k\udce4tzchen"]
+    main(["--resume", "--steps", "2", *run])
 
 
-def test_sixteen_bits_are_scaled() -> None:
-    pixels = np.full((4, 4), 257 * 100, np.uint16)
-    assert (to_tensor(Image.fromarray(pixels), (4, 4), 1) == 100).all()
+# Labels in dataset.json
 
 
-def test_orientation_is_applied(tmp_path: Path) -> None:
-    pixels = np.zeros((8, 8, 3), np.uint8)
-    pixels[:4] = 255  # white above
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned upside down
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    with Image.open(tmp_path / "turned.png") as image:
-        turned = to_tensor(image, (8, 8), 3)
-    assert (turned[:, :4] == 0).all() and (turned[:, 4:] == 255).all()
+@pytest.fixture
+def buckets(tmp_path: Path, generator: torch.Generator) -> Path:
+    """As EDM's dataset_tool.py writes it."""
+    write_images(tmp_path, generator)
+    os.rename(tmp_path / "cats", tmp_path / "00000")
+    os.rename(tmp_path / "dogs", tmp_path / "00001")
+    return tmp_path
+
+
+def label(buckets: Path, *labels: object) -> None:
+    (buckets / "dataset.json").write_text(json.dumps({"labels": labels or None}))
+
+
+NAMES = [f"0000{bucket}/{i}.png" for bucket in range(2) for i in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip of a folder"])
+def test_labels_are_those_of_dataset_json(buckets: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    label(buckets, *([name, i % 3] for i, name in enumerate(NAMES)))
+    inside = "ffhq/" if kind.endswith("folder") and kind != "folder" else ""
+    images = ImageFolder(buckets if kind == "folder" else zipped(buckets, inside), (8, 8), 3)
+    assert images.class_names == ["0", "1", "2"] and images.labels == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert images.names == [inside + name for name in NAMES] and images[4][1] == 1
+    assert "%|" in (said := capsys.readouterr().err) and "dataset.json" not in said
+
+
+def test_buckets_are_no_classes(buckets: Path) -> None:
+    label(buckets)
+    images = ImageFolder(buckets, (8, 8), 3)
+    assert images.class_names == [] and images.labels == [0] * 8
+
+
+def test_images_and_labels_that_do_not_fit_are_named(buckets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    label(buckets, *([name, i] for i, name in enumerate(NAMES[1:])), ["00000/gone.png", 7])
+    (buckets / "00000/dataset.json").write_text("{}")
+    images = ImageFolder(buckets, (8, 8), 3)
+    assert images.names == NAMES[1:] and images.labels == list(range(7))
+    assert images.class_names == [str(i) for i in range(8)]  # all of the file's, whichever images are there
+    said = capsys.readouterr().err
+    for words in ("00000/0.png: no label", "00000/gone.png: no image", "00000/dataset.json: not at the root"):
+        assert words in said
+
+    label(buckets, ["0.png", 1])
+    with pytest.raises(DataError, match="dataset.json labels none of the 8 images"):
+        ImageFolder(buckets, (8, 8), 3)
+    (buckets / "dataset.json").write_text('{"labels": [')
+    with pytest.raises(DataError, match="^dataset.json: damaged"):
+        ImageFolder(buckets, (8, 8), 3)
+
+
+# Which images these are
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_the_fingerprint_shows_what_changed(folder: Path, kind: str) -> None:
+    def fingerprint() -> str:
+        return ImageFolder(folder if kind == "folder" else zipped(folder), (8, 8), 3, excluded=[]).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    os.utime(folder / "cats/0.png", (1e9, 1e9))  # as after copying
+    assert fingerprint() == first
+    content = (folder / "cats/0.png").read_bytes()
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
+    (folder / "cats/0.png").write_bytes(changed)
+    assert fingerprint() != first
+    (folder / "cats/0.png").write_bytes(content)
+    (folder / "dogs/0.png").rename(folder / "dogs/9.png")
+    assert fingerprint() != first
+    (folder / "dogs/9.png").rename(folder / "dogs/0.png")
+    assert fingerprint() == first
+    names = [f"{name}/{i}.png" for name in ("cats", "dogs") for i in range(4)]
+    label(folder, *([name, 0] for name in names))
+    labelled = fingerprint()
+    label(folder, *([name, int(name == names[0])] for name in names))
+    assert len({first, labelled, fingerprint()}) == 3
+
+
+def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ModuleNotFoundError, match='numpy is needed here: pip install "hdit-kernels'):
+        ImageFolder(folder, (8, 8), 3)
 
 
 def test_digits() -> None:
@@ -204,6 +318,13 @@ def test_workers_do_not_change_the_order(folder: Path) -> None:
         assert torch.equal(a, c) and torch.equal(b, d)
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_data_sets_go_to_spawned_processes(folder: Path, kind: str) -> None:
+    images = ImageFolder(folder if kind == "folder" else zipped(folder), (8, 8), 3)
+    sent = pickle.loads(pickle.dumps(images))
+    assert all(torch.equal(sent[i][0], images[i][0]) and sent[i][1] == images[i][1] for i in range(len(images)))
+
+
 def test_image_lost_while_running_is_named_in_one_line(folder: Path) -> None:
     images = ImageFolder(folder, (8, 8), 3)
     (folder / "dogs" / "2.png").unlink()
@@ -217,3 +338,12 @@ def test_seeds_differ() -> None:
     seeds = {seed_of(seed, word, number) for seed in range(4) for word in ("step", "epoch") for number in range(100)}
     assert len(seeds) == 800 and all(0 <= seed < 2**63 for seed in seeds)
     assert seed_of(1, "step", 2) == seed_of(1, "step", 2)
+
+
+def test_another_default_device_changes_nothing(folder: Path) -> None:
+    images, order = ImageFolder(folder, (8, 8), 3), BatchOrder(8, 3, seed=1, first_step=0, last_step=3)
+    expected = [collate([images[i] for i in batch]) for batch in order]
+    with torch.device("meta"):
+        found = [collate([images[i] for i in batch]) for batch in order]
+    for (pixels, labels), (a, b) in zip(found, expected, strict=True):
+        assert torch.equal(pixels, a) and torch.equal(labels, b) and labels.dtype == torch.int64

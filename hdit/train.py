@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hdit._files import parse_json
-from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, progress, writable
+from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, printable, progress, writable
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
 from hdit.config import HDiTConfig, presets
 from hdit.data import MODES, BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
@@ -37,54 +37,14 @@ from hdit.denoiser import Denoiser
 from hdit.ema import ema_update
 from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
+from hdit.options import Options, changes, chosen_options, options_of
 from hdit.recipe import Recipe, batch_loss, recipe_from_kdiffusion
 from hdit.run import LossLog, Saver, Signals, leave_group, only_run, say
 from hdit.run import NonFiniteLoss as NonFiniteLoss
 from hdit.run import RunError as RunError
 from hdit.sample import generate, image_grid
-from hdit_kernels import checks
 
 CHECKPOINT = "checkpoint.safetensors"
-RANGES = {
-    "steps": (1, 10**12),
-    "batch_size": (1, 10**6),
-    "seed": (-(2**63), 2**63 - 1),
-    "save_every": (1, 10**12),
-    "sample_every": (0, 10**12),
-    "workers": (0, 1000),
-}  # of an integer option, the least and the most
-EXACTNESS = {"seed": "the losses", "batch_size": "the losses and the order of the images"}  # that a change changes
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run is made with, beside the model's configuration. Kept in its checkpoint.
-
-    data: what hdit.data.open_images takes. steps: of the optimizer, in all. lr: learning rate (a third of it for the
-    mapping network), at most 1, None for the recipe's. seed: any integer. save_every, sample_every: steps between
-    checkpoints, and between grids of samples (0: no grids). workers: processes that read images.
-    Raises TypeError or ValueError, naming the option.
-    """
-
-    data: str
-    steps: int = 100_000
-    batch_size: int = 64
-    lr: float | None = None
-    seed: int = 0
-    save_every: int = 1000
-    sample_every: int = 1000
-    workers: int = 4
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.data, str) or not self.data:
-            raise ValueError(f"data: expected a folder, a .zip file or the word digits, got {self.data!r}")
-        for name, (least, most) in RANGES.items():
-            value = checks.integer(name, getattr(self, name), least)
-            if value > most:
-                raise ValueError(f"{name}: expected an integer of at most {most:,}, got {value}")
-            object.__setattr__(self, name, value)  # NumPy's integers are no JSON
-        if self.lr is not None:
-            object.__setattr__(self, "lr", checks.number("lr", self.lr, above=0, at_most=1))
 
 
 def train(
@@ -154,7 +114,8 @@ def _train(
             raise CheckpointError(f"{what}: leave the configuration as it was, or start another run")
         if found.data != details.data:
             raise DataError(f"{options.data} holds other images than those {path} was trained on: restore them")
-        tell_changes(found.options, options)
+        for change in changes(found.options, options):
+            say(change)
         if found.step >= options.steps:
             say(f"{path} has done {found.step} of {options.steps} steps: nothing is left to do")
             return ema_model
@@ -225,31 +186,18 @@ def look_ahead(config: HDiTConfig, recipe: Recipe, options: Options, output: Pat
         return
     recipe.check(config)
     needs("safetensors.torch", "numpy", "PIL.Image", "tqdm")
-    if config.out_channels != config.in_channels:
-        raise ValueError(f"config: out_channels {config.out_channels} must equal in_channels {config.in_channels}")
     if config.mapping_cond_dim:
         raise ValueError(f"config: mapping_cond_dim {config.mapping_cond_dim} must be 0: images have no such vector")
     if options.sample_every and config.in_channels not in MODES:
         raise ValueError(f"--sample-every: images of {config.in_channels} channels can't be saved, 1 or 3 can: pass 0")
-    try:
-        with torch.device("meta"):
-            model = HDiT(config)
-    except RuntimeError as error:  # sizes beyond 64 bits
-        raise ValueError(f"config: the model is too large ({str(error).splitlines()[0]})") from error
+    with torch.device("meta"):
+        model = HDiT(config)
     size = 4 * sum(tensor.nbytes for tensor in model.state_dict().values())  # weights, average and Adam's two moments
     path = output / CHECKPOINT
     existing = path.stat().st_size if path.is_file() else 0
     writable(output, 2 * size - existing)  # the old one stays until the new one is written
     if options.sample_every:
         writable(output / "samples")
-
-
-def tell_changes(before: dict[str, Any], options: Options) -> None:
-    """Names on stderr the options of a resumed run that are not what they were."""
-    for name, value in asdict(options).items():
-        if before.get(name, value) != value:
-            what = f"; {EXACTNESS[name]} are not those of an unbroken run from here on" if name in EXACTNESS else ""
-            say(f"--{name.replace('_', '-')} is {value} now and was {before[name]}{what}")
 
 
 def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
@@ -274,23 +222,6 @@ def save_samples(model: HDiT, path: Path, count: int = 36) -> None:
         grid.save(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def options_of(path: Path, details: Details) -> Options:
-    """The options in the details of the checkpoint at path. Raises CheckpointError if they are none."""
-    try:
-        return Options(**details.options)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its options are damaged or of another version of hdit ({error})") from error
-
-
-def chosen_options(chosen: dict[str, Any], before: Options | None = None) -> Options:
-    """Options of the command line, the rest as before or by default. Raises ValueError, naming the argument."""
-    try:
-        return Options(**chosen) if before is None else replace(before, **chosen)
-    except (TypeError, ValueError) as error:
-        name, _, what = str(error).partition(":")
-        raise ValueError(f"--{name.replace('_', '-')}:{what}") from error
 
 
 def read_config(name: str) -> HDiTConfig:
@@ -419,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = fit_classes(config, images, args.get("class_cond"))
         print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
         train(config, images, options, output, device, resuming, recipe)
-        print(output / CHECKPOINT)
+        print(printable(str(output / CHECKPOINT)))
 
 
 if __name__ == "__main__":

@@ -458,22 +458,20 @@ def test_the_output_is_looked_at(digits: Images, tmp_path: Path, monkeypatch: py
 def test_room_for_two_checkpoints(digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(training, "writable", lambda folder, needed=0: asked.append(needed))
-    for resuming in (False, True):
-        train(CONFIG, digits, replace(OPTIONS, steps=1 + resuming), tmp_path, CPU, resuming)
+    train(CONFIG, digits, replace(OPTIONS, steps=1), tmp_path, CPU)
     size = (tmp_path / CHECKPOINT).stat().st_size
     tensors = sum(tensor.nbytes for tensor in load_file(tmp_path / CHECKPOINT).values())
-    assert 0.99 * tensors < asked[0] / 2 < size and asked[1] == asked[0] - size
+    assert 0.99 * tensors < asked[0] / 2 < size
+    train(CONFIG, digits, OPTIONS, tmp_path, CPU, resuming=True)
+    assert asked[1] == asked[0] - size
 
 
 def test_a_model_that_can_t_be_trained(digits: Images, tmp_path: Path) -> None:
-    large, side = 2**24, (2**24, 2**24)
-    huge = (CONFIG.levels[0], replace(CONFIG.levels[1], width=large, d_ff=large))
+    huge = (CONFIG.levels[0], replace(CONFIG.levels[1], width=2**18, d_ff=8))
     for change, words in (
-        ({"out_channels": 3}, "out_channels 3 must equal in_channels 1"),
         ({"mapping_cond_dim": 4}, "mapping_cond_dim 4 must be 0"),
         ({"in_channels": 5, "out_channels": 5}, "images of 5 channels can't be saved, 1 or 3 can: pass 0"),
         ({"levels": huge}, "GB of free space"),
-        ({"levels": huge[1:], "patch_size": side, "image_size": side}, "the model is too large"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
             train(replace(CONFIG, **change), digits, replace(OPTIONS, sample_every=1), tmp_path / "run", CPU)

@@ -22,6 +22,7 @@ from hdit._runtime import printable, progress
 from hdit.classes import LABELS, find_labels, folder_classes, read_labels
 from hdit.files import DataError, FolderFiles, ZipFiles
 from hdit.images import MODES, SUFFIXES, is_image, open_image, to_tensor
+from hdit_kernels import checks
 
 NAMED = 20  # files that are left out and named one by one before the rest is only counted
 
@@ -67,8 +68,7 @@ class ImageFolder(Images):
     def __init__(
         self, path: str | os.PathLike[str], size: tuple[int, int], channels: int, excluded: Sequence[str] | None = None
     ) -> None:
-        if channels not in MODES:
-            raise DataError(f"images are read with 1 or 3 channels, but the model takes {channels}: change its config")
+        _check_channels(channels)
         for package in ("numpy", "PIL.Image"):  # rather than once for each image
             require(package, "train")
         self.files = ZipFiles(Path(path)) if Path(path).is_file() else FolderFiles(Path(path))
@@ -145,7 +145,7 @@ class ImageFolder(Images):
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(ascii(list(self.class_names)).encode())
         try:
-            signatures = _in_threads(self.files.signature, self.names, "comparing images")
+            signatures = _in_threads(self.files.signature, self.names, "sampling images")
         except OSError as error:
             raise DataError(f"an image can no longer be read ({error}): restore it") from error
         for entry in zip(self.names, self.labels, signatures, strict=True):
@@ -154,12 +154,16 @@ class ImageFolder(Images):
 
 
 class Digits(Images):
-    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged; ten classes. size, channels: as in ImageFolder."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged; ten classes. size, channels: as in ImageFolder.
+
+    Raises DataError if channels is another number.
+    """
 
     class_names = tuple("0123456789")
     fingerprint = "scikit-learn digits"
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
+        _check_channels(channels)
         from_array = require("PIL.Image", "train").fromarray
         digits = require("sklearn.datasets", "demo").load_digits()
         pixels = (digits.images * (255 / 16)).round().astype("uint8")
@@ -186,8 +190,9 @@ class BatchOrder(Sampler[list[int]]):
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.steps = range(first_step, last_step)
+        self.count, self.batch_size = checks.integer("count", count), checks.integer("batch_size", batch_size)
+        self.seed = checks.integer("seed", seed, minimum=-(2**63))
+        self.steps = range(checks.integer("first_step", first_step, 0), checks.integer("last_step", last_step, 0))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -209,6 +214,11 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     """A batch of a data set's items: uint8 [B, C, H, W] and int64 [B], on the CPU whatever torch's default device."""
     pixels, labels = zip(*items, strict=True)
     return torch.stack(pixels), torch.tensor(labels, device="cpu")
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in MODES:
+        raise DataError(f"images are read with 1 or 3 channels, but the model takes {channels}: change its config")
 
 
 def _in_threads(function: Callable[[str], T], names: Sequence[str], desc: str) -> list[T]:

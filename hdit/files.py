@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,9 +50,17 @@ class FolderFiles:
         while to_enter:
             links: list[str] = []
             for folder in to_enter:
-                self._walk(folder, entered, found, links)
+                if self._leads_up(folder):
+                    self.passed_over.append((folder, "a link to a folder above"))
+                else:
+                    self._walk(folder, entered, found, links)
             to_enter = sorted(links)
         return found
+
+    def _leads_up(self, link: str) -> bool:
+        """Whether a link leads to a folder that it lies in, or that all data do: what else is in there isn't meant."""
+        target, places = (self.path / link).resolve(), {self.path.resolve(), (self.path / link).parent.resolve()}
+        return link != "" and any(place.is_relative_to(target) for place in places)
 
     def _walk(self, top: str, entered: set[tuple[int, int]], found: list[str], links: list[str]) -> None:
         """Adds the files below top to found, and the links to folders there to links."""
@@ -89,7 +97,7 @@ class FolderFiles:
 
     def open(self, name: str, buffering: int = -1) -> IO[bytes]:
         """Opens a regular file; an OSError for any other, which could hang or do something when it is opened."""
-        path = self.path / name
+        path = os.path.join(self.path, name)
         _check_regular(os.stat(path))
         # A pipe put there since is opened without waiting for a writer, and refused.
         file = open(path, "rb", buffering, opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0)))
@@ -100,15 +108,14 @@ class FolderFiles:
             raise
         return file
 
-    def signature(self, name: str) -> tuple[int, str]:
-        """The size, and a digest of some bytes, at little cost: another file of this name very likely has another."""
+    def signature(self, name: str) -> tuple[int, int]:
+        """The size, and a checksum of some bytes, at little cost: another file of this name very likely has another."""
         with self.open(name, buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256()
+            size, checksum = os.fstat(file.fileno()).st_size, 0
             for position in (0, (size - PIECE) // 2, size - PIECE):
                 file.seek(max(position, 0))
-                digest.update(file.read(PIECE))
-        return size, digest.hexdigest()
+                checksum = zlib.crc32(file.read(PIECE), checksum)
+        return size, checksum
 
 
 class ZipFiles:

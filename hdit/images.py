@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hdit._extras import require
+from hdit_kernels import checks
 
 FORMATS = {  # Pillow's names of the formats that are read, and no others: for some it would start other programs
     "JPEG": (".jpg", ".jpeg"),
@@ -57,6 +58,7 @@ def to_tensor(image: Any, size: tuple[int, int], channels: int) -> Tensor:
     image: as open_image returns it, not yet loaded, since Pillow then forgets how a PNG file stored transparency.
     """
     numpy, pillow, ops = require("numpy", "train"), require("PIL.Image", "train"), require("PIL.ImageOps", "train")
+    (height, width), mode = checks.pair("size", size), MODES[checks.choice("channels", channels, MODES.keys())]
     stored, tags = _stored_as(image), getattr(image, "tag_v2", {})
     _refuse_unclear(image, stored, tags)
     upright = ops.exif_transpose(image)
@@ -70,7 +72,7 @@ def to_tensor(image: Any, size: tuple[int, int], channels: int) -> Tensor:
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
         upright = pillow.alpha_composite(pillow.new("RGBA", upright.size, "white"), upright)
-    fitted = ops.fit(upright.convert(MODES[channels]), (size[1], size[0]), pillow.Resampling.BICUBIC)
+    fitted = ops.fit(upright.convert(mode), (width, height), pillow.Resampling.BICUBIC)
     pixels = torch.from_numpy(numpy.array(fitted))
     return (pixels[:, :, None] if channels == 1 else pixels).permute(2, 0, 1).contiguous()
 
@@ -113,8 +115,9 @@ def _refuse_unclear(image: Any, stored: str, tags: Any) -> None:
     photometric = tags.get(PHOTOMETRIC)
     if photometric == CMYK and tags.get(INK_SET, 1) != 1:
         raise UnclearPixels("inks other than cyan, magenta, yellow and black")
-    if photometric == YCBCR and image.info.get("compression") == "raw" and tags.get(YCBCR_SUBSAMPLING) != (1, 1):
-        raise UnclearPixels("uncompressed YCbCr with fewer samples of colour, which Pillow doesn't read")
+    if photometric == YCBCR and image.info.get("compression") == "raw":
+        if stored != "YCbCr" or tags.get(YCBCR_SUBSAMPLING) != (1, 1):  # Pillow 12 reads none of them
+            raise UnclearPixels("uncompressed YCbCr that Pillow doesn't read")
     if image.mode in ("P", "PA"):
         if COLOUR_MAP in tags and max(tags[COLOUR_MAP]) < 256:
             raise UnclearPixels("a palette of 8-bit values in place of 16-bit ones")

@@ -131,6 +131,8 @@ def _file(path: Path, content: bytes) -> Path:
 def test_channels_are_one_or_three(folder: Path) -> None:
     with pytest.raises(DataError, match="1 or 3 channels, but the model takes 4"):
         ImageFolder(folder, (8, 8), 4)
+    with pytest.raises(DataError, match="1 or 3 channels, but the model takes 5"):
+        open_images("digits", (8, 8), 5)
 
 
 # What is left out, and how it is said
@@ -297,6 +299,21 @@ def test_every_epoch_is_a_permutation(seed: int) -> None:
     assert [len(batch) for batch in batches] == [4] * 5
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10] != order[10:]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("count", 0, ValueError),
+        ("batch_size", 2.0, TypeError),
+        ("first_step", -1, ValueError),
+        ("seed", "a", TypeError),
+    ],
+)
+def test_wrong_arguments_of_the_order_are_named(name: str, value: object, kind: type[Exception]) -> None:
+    arguments = {"count": 5, "batch_size": 2, "seed": 0, "first_step": 0, "last_step": 3} | {name: value}
+    with pytest.raises(kind, match=f"^{name}: expected an integer of at least"):
+        BatchOrder(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])

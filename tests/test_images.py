@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -162,21 +163,34 @@ UNCLEAR = {
     "a scale of 255": [b"Pf 8 8 -255.0\n" + struct.pack("<f", 0.4) * 64],
     "palette of 8-bit values": [tiff(b"\7", (8,), 3, t320=tuple(v // 257 for v in RAMP))],
     "of a palette of": [png(b"\2" * SIDE, 8, 3, palette=bytes(6)), b"PyP 8 8 255\n" + b"\7" * 64],
-    "fewer samples of colour": [tiff(YCBCR, (8,) * 3, 6), tiff(YCBCR, (8,) * 3, 6, t530=(2, 2))],
+    "uncompressed YCbCr": [tiff(YCBCR, (8,) * 3, 6), tiff(YCBCR, (8,) * 3, 6, t530=(2, 2))],
     "inks other than": [tiff(bytes(4), (8,) * 4, 5, t332=2)],
     "with a transparent colour": [png(numbers(">", 0xA01, 0xB01, 0xC01) * SIDE, 16, 2, numbers(">", 10, 11, 12))],
 }
 
 
+SINCE_13 = {"TIFF, alpha multiplied in", "TIFF, YCbCr", "TIFF, YCbCr by Pillow"}  # which Pillow 12 reads wrongly
+
+
+def skip_if_refused(kind: str, content: bytes) -> None:
+    if kind in SINCE_13 and int(PIL.__version__.partition(".")[0]) < 13:
+        try:
+            pixel(content, 1)
+        except ValueError:
+            pytest.skip(f"Pillow {PIL.__version__} doesn't read it, and hdit says so")
+
+
 @pytest.mark.parametrize("kind", GREYS)
 def test_greys(kind: str) -> None:
     content, grey = GREYS[kind]
+    skip_if_refused(kind, content)
     assert pixel(content, 1) == [grey] and pixel(content, 3) == [grey] * 3
 
 
 @pytest.mark.parametrize("kind", COLOURS)
 def test_colours(kind: str) -> None:
     content, colour = COLOURS[kind]
+    skip_if_refused(kind, content)
     luma = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
     assert np.abs(np.subtract(pixel(content, 3), colour)).max() <= 2
     assert abs(pixel(content, 1)[0] - luma) <= 2
@@ -296,3 +310,10 @@ def test_the_image_given_is_not_changed() -> None:
     image = open_image(io.BytesIO(png(b"\xaa\xaa", 2, 0, numbers(">", 2))))
     to_tensor(image, (4, 4), 3)
     assert image.mode == "L" and image.size == (SIDE, SIDE) and image.info["transparency"] == 2
+
+
+def test_wrong_sizes_and_channels_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^channels: expected one of 1, 3, got 4 \(int\)"):
+        to_tensor(SOLID, (8, 8), 4)
+    with pytest.raises(ValueError, match="^size: expected an integer of at least 1"):
+        to_tensor(SOLID, (0, 8), 3)

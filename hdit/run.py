@@ -338,7 +338,7 @@ class Saver:
             try:
                 self.save()
             except Exception as failure:
-                lost = f"; the steps after it could not be saved ({in_words(failure)})"
+                lost = f"; the finished steps could not be saved ({in_words(failure)})"
         kept = "nothing is saved yet: start again"
         if self.details.step:
             kept = f"saved {self.path} (step {self.details.step}), go on with --resume"

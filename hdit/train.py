@@ -32,9 +32,10 @@ from hdit._files import parse_json
 from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, printable, progress, writable
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
 from hdit.config import HDiTConfig, presets
-from hdit.data import MODES, BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
+from hdit.data import BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
 from hdit.denoiser import Denoiser
 from hdit.ema import ema_update
+from hdit.images import MODES
 from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
 from hdit.options import Options, changes, chosen_options, options_of

@@ -28,16 +28,15 @@ class Stopped(Exception):
         self.number = number
 
 
-MENDABLE = (ValueError, ArithmeticError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
-
-
-def in_words(error: BaseException) -> str:
-    """An error's message in one line."""
-    if isinstance(error, MemoryError):
-        return f"the memory is full{f' ({error})' if str(error) else ''}"
+def in_words(error: BaseException) -> str | None:
+    """An error's message in one line, if it is one that a user can mend; None for a bug."""
+    text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --batch-size"
-    return " ".join(str(error).split()) or type(error).__name__
+        return f"the GPU's memory is full ({text.partition('. ')[0]}): lower --batch-size"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
+        return "the memory is full: lower --batch-size"
+    kinds = (ValueError, ArithmeticError, OSError, ImportError, Stopped)
+    return (text or type(error).__name__) if isinstance(error, kinds) else None
 
 
 def tell(line: str) -> None:
@@ -55,18 +54,18 @@ def one_line_errors(program: str) -> Iterator[None]:
     _interrupt.end()
     try:
         yield
-    except MENDABLE as error:
-        message = in_words(error)
     except Stopped as stop:
         tell(f"{program}: {stop}")
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         tell(f"{program}: interrupted")
         sys.exit(130)
-    else:
-        return
-    tell(f"{program}: error: {message}")
-    sys.exit(2)
+    except Exception as error:
+        message = in_words(error)
+        if message is None:
+            raise
+        tell(f"{program}: error: {message}")
+        sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from hdit._runtime import MENDABLE, Stopped, in_words, tell
+from hdit._runtime import Stopped, in_words, tell
 from hdit.checkpoint import Details, save_checkpoint
 from hdit.model import HDiT
 
@@ -338,7 +338,7 @@ class Saver:
             try:
                 self.save()
             except Exception as failure:
-                lost = f"; the finished steps could not be saved ({in_words(failure)})"
+                lost = f"; the finished steps could not be saved ({in_words(failure) or failure})"
         kept = "nothing is saved yet: start again"
         if self.details.step:
             kept = f"saved {self.path} (step {self.details.step}), go on with --resume"
@@ -356,7 +356,7 @@ def _mendable(error: Exception) -> str | None:
     died = re.match(r"DataLoader worker \(pid.*?\) (is |exited )[^.]*", str(error))
     if died and isinstance(error, RuntimeError):
         return f"a data worker died ({died[0]}): lower --workers, or --batch-size if memory is short"
-    return in_words(error) if isinstance(error, (*MENDABLE, Stopped)) else None
+    return in_words(error)
 
 
 def say(message: str) -> None:

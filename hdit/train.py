@@ -40,7 +40,7 @@ from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
 from hdit.options import Options, changes, chosen_options, options_of
 from hdit.recipe import Recipe, batch_loss, recipe_from_kdiffusion
-from hdit.run import LossLog, Saver, Signals, leave_group, only_run, say
+from hdit.run import LOCK, LossLog, Saver, Signals, leave_group, only_run, say
 from hdit.run import NonFiniteLoss as NonFiniteLoss
 from hdit.run import RunError as RunError
 from hdit.sample import generate, image_grid
@@ -193,6 +193,9 @@ def look_ahead(config: HDiTConfig, recipe: Recipe, options: Options, output: Pat
         raise ValueError(f"--sample-every: images of {config.in_channels} channels can't be saved, 1 or 3 can: pass 0")
     with torch.device("meta"):
         model = HDiT(config)
+    if (output / LOCK).exists():
+        with only_run(output):  # to learn of another run before the images are read
+            pass
     size = 4 * sum(tensor.nbytes for tensor in model.state_dict().values())  # weights, average and Adam's two moments
     path = output / CHECKPOINT
     existing = path.stat().st_size if path.is_file() else 0

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hdit import run
-from hdit._runtime import Stopped
+from hdit._runtime import Stopped, in_words, pick_device
 from hdit.run import LOCK, LossLog, RunError, Signals, only_run
 
 fcntl = pytest.importorskip("fcntl")
@@ -280,3 +281,34 @@ def test_a_worker_s_death_is_told_at_rest(monkeypatch: pytest.MonkeyPatch) -> No
         assert signal.getsignal(signal.SIGCHLD) is torch_tells
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+# What the programs share
+
+
+def test_errors_in_words() -> None:
+    for error, words in (
+        (ValueError("a\n b"), "a b"),
+        (OSError(28, "No space left", "file"), "[Errno 28] No space left: 'file'"),
+        (MemoryError(), "the memory is full: lower --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "the memory is full: lower"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+            "the GPU's memory is full (CUDA out of memory)",
+        ),
+        (Stopped(signal.SIGTERM, "; saved it"), "stopped by SIGTERM; saved it"),
+    ):
+        assert (in_words(error) or "").startswith(words)
+    assert in_words(RuntimeError("a bug")) is None
+
+
+def test_devices_are_picked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for name in ("cpu", "cuda", "cuda:1", "mps"):
+        assert pick_device(name) == torch.device(name)
+    assert pick_device() == torch.device("cuda")
+    for name, words in (("cuda:2", "GPUs 0 to 1"), ("meta", "no device 'meta'"), ("", "no device ''")):
+        with pytest.raises(ValueError, match=f"--device.*{words}"):
+            pick_device(name)

@@ -345,7 +345,7 @@ class Saver:
         what, number = _mendable(error), self._signals.caught
         if what is None:
             say(f"{kept}{lost}")  # before the traceback of a bug
-        elif number is not None and not lost:
+        elif number is not None and self._whole:
             raise Stopped(number, f"; {kept}") from error
         else:
             raise RunError(f"{what}; {kept}{lost}") from error

@@ -94,6 +94,7 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
     temporary = path.with_name(path.name + ".tmp")
     safetensors = require("safetensors.torch", "train")
     try:
+        temporary.unlink(missing_ok=True)  # of a killed run
         temporary.touch()
         mode = temporary.stat().st_mode
         safetensors.save_file(dict(tensors), temporary, dict(metadata))

@@ -7,6 +7,7 @@ way down and on the way up, with a 2x2 token merge below it and a token split ab
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping as MappingABC
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
@@ -315,9 +316,9 @@ def _entries(values: Any, kind: type, where: str) -> dict[str, Any]:
     if not isinstance(values, MappingABC):
         raise ValueError(f"{where}: expected a dict, got {checks.shown(values)}")
     known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{where}: expected entries among {', '.join(known)}, got {checks.shown(name)}")
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"{where}: expected some of {', '.join(known)}, got unknown entries {reprlib.repr(unknown)}")
     for name, needed in known.items():
         if needed and name not in values:
             raise ValueError(f"{where}: expected an entry {name}, which is missing")

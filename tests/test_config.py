@@ -102,8 +102,11 @@ def test_bad_values(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"widths": [1]}, "config: expected entries among levels, .*, got 'widths'"),
-        ({"levels": [{"depth": 1, "width": 64, "heads": 2}]}, r"levels\[0\]: expected entries among .*, got 'heads'"),
+        ({"widths": [1]}, r"config: expected some of levels, .*, got unknown entries \['widths'\]"),
+        (
+            {"levels": [{"depth": 1, "width": 64, "heads": 2}]},
+            r"levels\[0\]: expected some of .*, got unknown entries \['heads'\]",
+        ),
         ({"levels": [{"depth": 1}]}, r"levels\[0\]: expected an entry width, which is missing"),
         ({"levels": [{"depth": 1, "width": 60}]}, r"levels\[0\]: width: expected a multiple of head_dim 64, got 60"),
         (
@@ -112,7 +115,7 @@ def test_bad_values(make: Any, message: str) -> None:
         ),
         (
             {"levels": [{"depth": 1, "width": 64, "attention": {"type": "global", "kernel_size": 7}}]},
-            r"levels\[0\].attention: expected entries among head_dim, got 'kernel_size'",
+            r"levels\[0\].attention: expected some of head_dim, got unknown entries \['kernel_size'\]",
         ),
         ({"levels": 3}, "levels: expected a list, got 3"),
         ({"mapping": [1, 2]}, r"mapping: expected a dict, got \[1, 2\]"),

@@ -7,12 +7,13 @@ way down and on the way up, with a 2x2 token merge below it and a token split ab
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 from collections.abc import Mapping as MappingABC
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from torch import SymInt
+import torch
 
 from hdit_kernels import checks
 
@@ -256,7 +257,7 @@ class HDiTConfig:
         """
         # Messages are built only when needed: every forward pass comes by here.
         for name, side in (("height", height), ("width", width)):
-            if not isinstance(side, SymInt):  # a free size in torch.export
+            if not isinstance(side, torch.SymInt):  # a free size in torch.export
                 checks.integer(name, side)
         merges = len(self.levels) - 1
         step_y, step_x = self.patch_size[0] << merges, self.patch_size[1] << merges
@@ -309,6 +310,25 @@ class HDiTConfig:
         if "mapping" in config:
             config["mapping"] = _build(Mapping, _entries(config["mapping"], Mapping, "mapping"), "mapping")
         return _build(cls, config, "config")
+
+
+def require_memory(config: HDiTConfig, device: torch.device) -> None:
+    """ValueError if the memory of a device (or of this machine) can't hold what training a model of config keeps.
+
+    That is five float32 numbers a parameter: itself, its average and gradient, and AdamW's two moments.
+    """
+    need = 20 * config.parameters
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):  # not on Windows
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if need > total:
+        raise ValueError(
+            f"config: expected a model that {total / 2**30:.0f} GiB of memory can train, "
+            f"got {config.parameters:,} parameters, which take {need / 2**30:.0f} GiB"
+        )
 
 
 def _entries(values: Any, kind: type, where: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hdit import _weights, densities
 from hdit._extras import require
-from hdit._files import CheckpointError, parse_json, quoted, read_json, regular_file
+from hdit._files import CheckpointError, quoted, read_json, regular_file
 from hdit.config import (
     Attention,
     GlobalAttention,
@@ -95,7 +95,7 @@ def load_kdiffusion(path: str | PathLike[str], ema: bool = True, config: Config 
     if isinstance(path, (str, PathLike)) and Path(path).suffix == ".safetensors":
         require("safetensors", "train")
         file = _weights.Safetensors(regular_file("path", path))
-        path, tensors, found = file.path, file.tensors, _in_metadata(file)
+        path, tensors, found = file.path, file.tensors, file.json("config")
     else:
         path = regular_file("path", path)
         checkpoint = _weights.read_pth(path)
@@ -127,7 +127,7 @@ def _read(config: Config) -> tuple[MappingABC[str, Any], str]:
         raise TypeError(f"config: expected a mapping or the path of a file, got {checks.shown(config)}")
     path = regular_file("config", config)
     if path.suffix == ".safetensors":
-        content = _in_metadata(_weights.Safetensors(path))
+        content = _weights.Safetensors(path).json("config")
         if content is None:
             raise CheckpointError(f"{path} holds no configuration in its metadata")
     else:
@@ -135,11 +135,6 @@ def _read(config: Config) -> tuple[MappingABC[str, Any], str]:
     if not isinstance(content, MappingABC):
         raise ValueError(f"config {path}: expected a mapping, got {type(content).__name__}")
     return content, str(path)
-
-
-def _in_metadata(file: _weights.Safetensors) -> Any:
-    text = file.metadata.get("config")
-    return None if text is None else parse_json(f"{file.path}: config in its metadata", text)
 
 
 @contextmanager

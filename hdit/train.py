@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from hdit._runtime import at_least, autocast, one_line_errors, pick_device, progress
 from hdit.checkpoint import CheckpointError, Details, read_details, resume, save_checkpoint
-from hdit.config import HDiTConfig, presets
+from hdit.config import HDiTConfig, presets, require_memory
 from hdit.data import BatchOrder, DataError, Digits, Images, open_images, seed_of
 from hdit.denoiser import Denoiser
 from hdit.densities import enable_stratified, rand_cosine_interpolated
@@ -315,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         excluded = details.excluded if details is not None else None
         images = open_images(options.data, config.image_size, config.in_channels, excluded)
         config = fit_classes(config, images, args.get("class_cond"))
+        require_memory(config, device)
         print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
         try:
             train(config, images, options, output, device, resuming)

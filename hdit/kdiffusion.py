@@ -17,6 +17,7 @@ from hdit import _weights, densities
 from hdit._extras import require
 from hdit._files import CheckpointError, quoted, read_json, regular_file
 from hdit.config import (
+    MOST_LEVELS,
     Attention,
     GlobalAttention,
     HDiTConfig,
@@ -182,6 +183,8 @@ def _config(content: MappingABC[str, Any]) -> HDiTConfig:
 
     widths = _list("model.widths", model["widths"])
     count = len(widths)
+    if not 0 < count <= MOST_LEVELS:  # before any is made
+        raise ValueError(f"model.widths: expected 1 to {MOST_LEVELS} entries, got {count}")
     neighborhoods = [{"type": "neighborhood"}] * (count - 1)
     dropout = _default(model.get("dropout_rate"), 0.0)
     given = {

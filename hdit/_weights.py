@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from hdit._extras import require
-from hdit._files import CheckpointError, quoted
+from hdit._files import CheckpointError, parse_json, quoted
 from hdit.config import HDiTConfig
 from hdit.model import HDiT
 from hdit_kernels import checks
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-MAPPED = 2**28  # bytes of a file that count as this process's memory at a time
+MAPPED = 2**26  # bytes of a file that count as this process's memory at a time
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,17 @@ class Safetensors:
         self.tensors = cleaned(path, ((name, self._stored(name, part)) for name, part in slices))
         self._mapped: Any = None
         self._left = 0
+
+    def json(self, name: str) -> Any:
+        """What a text of the metadata says, None if there is none. Raises CheckpointError if it isn't JSON."""
+        try:
+            return (
+                parse_json(f"{self.path}: {name} in its metadata", self.metadata[name])
+                if name in self.metadata
+                else None
+            )
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
 
     def _open(self) -> Any:
         safetensors = require("safetensors", "train")

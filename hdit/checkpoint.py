@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hdit._extras import require
 from hdit._files import CheckpointError as CheckpointError
-from hdit._files import parse_json, quoted, regular_file
+from hdit._files import quoted, regular_file
 from hdit._weights import Safetensors, Stored, checksum, clean, fit, load, not_finite
 from hdit.config import HDiTConfig
 from hdit.kdiffusion import load_kdiffusion
@@ -45,6 +45,7 @@ class Details:
     without classes. excluded, data: the unreadable images, and the data set's fingerprint (see hdit.data.Images).
     recipe: Recipe.to_dict(); empty for the default one.
     loss: of the last step, by which a checkpoint and the log of losses beside it are known to be of one run.
+    Raises TypeError or ValueError, naming the entry.
     """
 
     config: dict[str, Any]
@@ -57,12 +58,14 @@ class Details:
     loss: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.config, Mapping):
-            raise TypeError(f"config: expected a mapping, got {checks.shown(self.config)}")
+        for name in ("config", "options", "recipe"):
+            entries = getattr(self, name)
+            if not isinstance(entries, Mapping) or not all(isinstance(entry, str) for entry in entries):
+                raise TypeError(f"{name}: expected a mapping, got {checks.shown(entries)}")
         HDiTConfig.from_dict(self.config)
         checks.integer("step", self.step, 0)
-        if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
-            raise TypeError(f"options: expected a mapping, got {checks.shown(self.options)}")
+        if self.loss is not None:
+            checks.number("loss", self.loss)
         for name in ("class_names", "excluded"):
             words = getattr(self, name)
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -98,6 +101,7 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
     temporary = path.with_name(path.name + ".tmp")
     safetensors = require("safetensors.torch", "train")
     try:
+        temporary.unlink(missing_ok=True)  # of a killed run
         temporary.touch()
         mode = temporary.stat().st_mode
         safetensors.save_file(dict(tensors), temporary, dict(metadata))
@@ -198,10 +202,9 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 
 def _details(file: Safetensors) -> Details | None:
-    text = file.metadata.get("hdit")
-    if text is None:
+    if "hdit" not in file.metadata:
         return None
-    entries = parse_json(f"{file.path}: its metadata", text)
+    entries = file.json("hdit")
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file.path}: expected a mapping in its metadata, got {checks.shown(entries)}")
     known = {entry.name: entry.default is MISSING and entry.default_factory is MISSING for entry in fields(Details)}
@@ -221,10 +224,9 @@ def _details(file: Safetensors) -> Details | None:
 
 def _checked(file: Safetensors) -> dict[str, Stored]:
     """The tensors of a file, each of which is compared with its checksum when it is read, where the file has some."""
-    text = file.metadata.get("crc32")
-    if text is None:  # written before there were any
+    if "crc32" not in file.metadata:  # written before there were any
         return file.tensors
-    checksums = parse_json(f"{file.path}: crc32 in its metadata", text)
+    checksums = file.json("crc32")
     if not isinstance(checksums, dict):
         raise CheckpointError(f"{file.path}: expected a mapping of checksums, got {checks.shown(checksums)}")
     for name in sorted(checksums.keys() ^ file.tensors.keys()):

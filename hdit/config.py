@@ -7,11 +7,13 @@ way down and on the way up, with a 2x2 token merge below it and a token split ab
 from __future__ import annotations
 
 import math
+import os
+import reprlib
 from collections.abc import Mapping as MappingABC
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from torch import SymInt
+import torch
 
 from hdit_kernels import checks
 
@@ -255,7 +257,7 @@ class HDiTConfig:
         """
         # Messages are built only when needed: every forward pass comes by here.
         for name, side in (("height", height), ("width", width)):
-            if not isinstance(side, SymInt):  # a free size in torch.export
+            if not isinstance(side, torch.SymInt):  # a free size in torch.export
                 checks.integer(name, side)
         merges = len(self.levels) - 1
         step_y, step_x = self.patch_size[0] << merges, self.patch_size[1] << merges
@@ -310,14 +312,33 @@ class HDiTConfig:
         return _build(cls, config, "config")
 
 
+def require_memory(config: HDiTConfig, device: torch.device) -> None:
+    """ValueError if the memory of a device (or of this machine) can't hold what training a model of config keeps.
+
+    That is five float32 numbers a parameter: itself, its average and gradient, and AdamW's two moments.
+    """
+    need = 20 * config.parameters
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):  # not on Windows
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if need > total:
+        raise ValueError(
+            f"config: expected a model that {total / 2**30:.0f} GiB of memory can train, "
+            f"got {config.parameters:,} parameters, which take {need / 2**30:.0f} GiB"
+        )
+
+
 def _entries(values: Any, kind: type, where: str) -> dict[str, Any]:
     """values as a dict with the entries of a dataclass, those that it needs among them."""
     if not isinstance(values, MappingABC):
         raise ValueError(f"{where}: expected a dict, got {checks.shown(values)}")
     known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{where}: expected entries among {', '.join(known)}, got {checks.shown(name)}")
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"{where}: expected some of {', '.join(known)}, got unknown entries {reprlib.repr(unknown)}")
     for name, needed in known.items():
         if needed and name not in values:
             raise ValueError(f"{where}: expected an entry {name}, which is missing")

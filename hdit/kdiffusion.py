@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hdit import _weights, densities
 from hdit._extras import require
-from hdit._files import CheckpointError, parse_json, quoted, read_json, regular_file
+from hdit._files import CheckpointError, quoted, read_json, regular_file
 from hdit.config import (
+    MOST_LEVELS,
     Attention,
     GlobalAttention,
     HDiTConfig,
@@ -95,7 +96,7 @@ def load_kdiffusion(path: str | PathLike[str], ema: bool = True, config: Config 
     if isinstance(path, (str, PathLike)) and Path(path).suffix == ".safetensors":
         require("safetensors", "train")
         file = _weights.Safetensors(regular_file("path", path))
-        path, tensors, found = file.path, file.tensors, _in_metadata(file)
+        path, tensors, found = file.path, file.tensors, file.json("config")
     else:
         path = regular_file("path", path)
         checkpoint = _weights.read_pth(path)
@@ -127,7 +128,7 @@ def _read(config: Config) -> tuple[MappingABC[str, Any], str]:
         raise TypeError(f"config: expected a mapping or the path of a file, got {checks.shown(config)}")
     path = regular_file("config", config)
     if path.suffix == ".safetensors":
-        content = _in_metadata(_weights.Safetensors(path))
+        content = _weights.Safetensors(path).json("config")
         if content is None:
             raise CheckpointError(f"{path} holds no configuration in its metadata")
     else:
@@ -135,11 +136,6 @@ def _read(config: Config) -> tuple[MappingABC[str, Any], str]:
     if not isinstance(content, MappingABC):
         raise ValueError(f"config {path}: expected a mapping, got {type(content).__name__}")
     return content, str(path)
-
-
-def _in_metadata(file: _weights.Safetensors) -> Any:
-    text = file.metadata.get("config")
-    return None if text is None else parse_json(f"{file.path}: config in its metadata", text)
 
 
 @contextmanager
@@ -187,6 +183,8 @@ def _config(content: MappingABC[str, Any]) -> HDiTConfig:
 
     widths = _list("model.widths", model["widths"])
     count = len(widths)
+    if not 0 < count <= MOST_LEVELS:  # before any is made
+        raise ValueError(f"model.widths: expected 1 to {MOST_LEVELS} entries, got {count}")
     neighborhoods = [{"type": "neighborhood"}] * (count - 1)
     dropout = _default(model.get("dropout_rate"), 0.0)
     given = {

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from hdit._files import parse_json
 from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, printable, progress, writable
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
-from hdit.config import HDiTConfig, presets
+from hdit.config import HDiTConfig, presets, require_memory
 from hdit.data import BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
 from hdit.denoiser import Denoiser
 from hdit.ema import ema_update
@@ -68,7 +68,7 @@ def train(
     """
     details = read_details(output / CHECKPOINT) if resuming else None
     recipe = recipe or Recipe()
-    look_ahead(config, recipe, options, output, 0 if details is None else details.step)
+    look_ahead(config, recipe, options, output, device, 0 if details is None else details.step)
     output.mkdir(parents=True, exist_ok=True)
     # What is made without naming a device is made on the CPU, whatever torch.set_default_device says.
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
@@ -178,7 +178,9 @@ def kept_recipe(path: Path, details: Details) -> Recipe:
         raise CheckpointError(f"{path}: its recipe can't be used: {error}") from error
 
 
-def look_ahead(config: HDiTConfig, recipe: Recipe, options: Options, output: Path, done: int) -> None:
+def look_ahead(
+    config: HDiTConfig, recipe: Recipe, options: Options, output: Path, device: torch.device, done: int
+) -> None:
     """Looks for what a run that has done so many steps needs at its end: packages, a model that can be trained and
     sampled, a folder to write into with room for checkpoints. Writes nothing. Raises ModuleNotFoundError, ValueError
     or OSError.
@@ -191,6 +193,7 @@ def look_ahead(config: HDiTConfig, recipe: Recipe, options: Options, output: Pat
         raise ValueError(f"config: mapping_cond_dim {config.mapping_cond_dim} must be 0: images have no such vector")
     if options.sample_every and config.in_channels not in MODES:
         raise ValueError(f"--sample-every: images of {config.in_channels} channels can't be saved, 1 or 3 can: pass 0")
+    require_memory(config, device)
     with torch.device("meta"):
         model = HDiT(config)
     if (output / LOCK).exists():
@@ -348,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except ValueError as error:
                 raise ValueError(f"--image-size {args['image_size']}: {error}") from error
         # before the images, too, which take a while to look at
-        look_ahead(config, recipe, options, output, 0 if details is None else details.step)
+        look_ahead(config, recipe, options, output, device, 0 if details is None else details.step)
         excluded = details.excluded if details is not None else None
         images = open_images(options.data, config.image_size, config.in_channels, excluded)
         config = fit_classes(config, images, args.get("class_cond"))

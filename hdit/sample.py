@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import inspect
-import math
-from collections.abc import Sequence
-from pathlib import Path
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hdit import sampling
-from hdit._extras import require
-from hdit._runtime import at_least, autocast, one_line_errors, pick_device, progress
+from hdit._pictures import (
+    FORMATS,
+    Grid,
+    ImageExport,
+    alone_in,
+    check_grid,
+    grid_beside,
+    image_grid,
+    picture_or_folder,
+    save,
+    to_image,
+)
+from hdit._runtime import Parser, at_least, autocast, needs, one_line_errors, pick_device, progress, writable
 from hdit.checkpoint import load_checkpoint, read_details
 from hdit.config import HDiTConfig
 from hdit.data import MODES, seed_of
 from hdit.denoiser import Denoiser
 from hdit.model import HDiT
+from hdit_kernels import checks
+
+__all__ = ["SAMPLERS", "class_indices", "generate", "generate_batches", "image_grid", "main", "to_image"]
 
 SAMPLERS = {name.removeprefix("sample_"): f for name, f in vars(sampling).items() if name.startswith("sample_")}
 
@@ -27,7 +41,7 @@ SAMPLERS = {name.removeprefix("sample_"): f for name, f in vars(sampling).items(
 def generate(
     model: HDiT,
     count: int,
-    classes: Sequence[int] | None = None,
+    classes: Sequence[int] | Tensor | None = None,
     *,
     guidance: float = 1.0,
     sampler: str = "dpmpp_3m_sde",
@@ -39,43 +53,101 @@ def generate(
 
     classes: class index of each image, exactly if the model has classes. guidance: scale of classifier-free guidance,
     1 for none. sampler: a name in SAMPLERS. An image depends on seed and its own number, not on batch_size.
-    Returns uint8 [count, C, H, W] on the CPU. Raises ValueError on arguments that don't fit the model, and if the
-    images come out as NaN.
+    Returns uint8 [count, C, H, W] on the CPU. Raises TypeError or ValueError, naming the argument, on what doesn't fit
+    the model, and ValueError if an image comes out as NaN.
     """
-    config, device = model.config, next(model.parameters()).device
-    if (classes is None) == bool(config.num_classes):
-        known = max(config.num_classes - 1, 0)
-        raise ValueError(f"classes must be given exactly if the model has some, it has {known}")
-    if classes is not None and len(classes) != count:
-        raise ValueError(f"classes must name one for each of {count} images, got {len(classes)}")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if classes is None and guidance != 1:
-        raise ValueError(f"guidance needs a model with classes, got guidance {guidance}: leave it out")
+    batches = generate_batches(
+        model, range(checks.integer("count", count)), classes, guidance=guidance, sampler=sampler, steps=steps,
+        seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    return torch.cat([images for _, images in batches])
 
+
+def generate_batches(
+    model: HDiT,
+    numbers: Sequence[int],
+    classes: Sequence[int] | Tensor | None = None,
+    *,
+    guidance: float = 1.0,
+    sampler: str = "dpmpp_3m_sde",
+    steps: int = 50,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Samples the images of these numbers as `generate` does, batch by batch, so that any number fits into memory.
+
+    classes: class index of each of numbers. Yields (numbers, uint8 images [N, C, H, W] on the CPU). Raises as
+    `generate`, before anything is sampled.
+    """
+    config = getattr(model, "config", None)  # torch.compile's wrapper has it too
+    if not isinstance(config, HDiTConfig):
+        raise TypeError(f"model: expected an HDiT, got {type(model).__name__}")
+    if isinstance(classes, Tensor):
+        classes = classes.tolist()
+    if (classes is None) == bool(config.num_classes):
+        wanted = f"one of {config.num_classes - 1} for each image" if classes is None else "None, the model has none"
+        raise ValueError(f"classes: expected {wanted}, got {checks.shown(classes)}")
+    if classes is not None:
+        if not isinstance(classes, Sequence) or len(classes) != len(numbers):
+            got = len(classes) if isinstance(classes, Sequence) else checks.shown(classes)
+            raise ValueError(f"classes: expected one for each of {len(numbers)} images, got {got}")
+        for index in classes:
+            if checks.integer("classes", index, 0) >= config.num_classes:
+                raise ValueError(f"classes: expected indices below {config.num_classes}, got {index}")
+    checks.choice("sampler", sampler, SAMPLERS)
+    if checks.number("guidance", guidance) != 1 and classes is None:
+        raise ValueError(f"guidance: expected 1 for a model without classes, got {guidance:g}: leave it out")
+    checks.integer("steps", steps)
+    checks.seed("seed", seed)
+    checks.integer("batch_size", batch_size)
+    return _batches(model, numbers, classes, guidance, sampler, steps, seed, batch_size)
+
+
+def _batches(
+    model: HDiT,
+    numbers: Sequence[int],
+    classes: Sequence[int] | None,
+    guidance: float,
+    sampler: str,
+    steps: int,
+    seed: int,
+    batch_size: int,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    config, device = model.config, next(model.parameters()).device
     denoise: Any = Denoiser(model, config.sigma_data)
     if guidance != 1 and config.null_class is not None:
         denoise = sampling.ClassifierFreeGuidance(denoise, guidance, config.null_class)
     sigmas = sampling.get_sigmas_karras(steps, config.sigma_min, config.sigma_max, device=device)
     function, shape = SAMPLERS[sampler], (config.in_channels, *config.image_size)
-    batches = range(0, count, batch_size)
-    images = []
-    with progress(total=len(batches) * steps, desc="sampling", leave=False) as bar:
-        for first in batches:
-            numbers = range(first, min(first + batch_size, count))
-            noise = _Noise(shape, [seed_of(seed, "sample", number) for number in numbers], device)
+    firsts = range(0, len(numbers), batch_size)
+    with progress(total=len(firsts) * steps, desc="sampling", leave=False) as bar:
+        for first in firsts:
+            batch = numbers[first : first + batch_size]
+            noise = _Noise(shape, [seed_of(seed, "sample", number) for number in batch], device)
             extra: dict[str, Any] = {"extra_args": {}, "callback": lambda _: bar.update()}
             if classes is not None:
-                extra["extra_args"]["class_cond"] = torch.tensor([classes[number] for number in numbers], device=device)
+                chosen = torch.tensor(list(classes[first : first + batch_size]), device=device)
+                extra["extra_args"]["class_cond"] = chosen
             if "noise_sampler" in inspect.signature(function).parameters:
                 extra["noise_sampler"] = noise
             with torch.no_grad(), autocast(device):
                 x = function(denoise, noise() * sigmas[0], sigmas, disable=True, **extra)
-            images.append(x.float().cpu())
-    x = torch.cat(images)
-    if not x.isfinite().all():
-        raise ValueError("the model makes NaN images: its training went wrong, take an earlier checkpoint")
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            x = x.float().cpu()
+            finite = x.isfinite().flatten(1).all(1)
+            if not finite.all():
+                raise ValueError(
+                    f"image {batch[int(finite.int().argmin())]} is NaN or infinite: {_advice(model, guidance)}"
+                )
+            yield batch, ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _advice(model: HDiT, guidance: float) -> str:
+    """What to do about images that aren't finite."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        return "so are weights of the model; take an earlier checkpoint"
+    if not 0 <= guidance <= 1:
+        return f"lower the guidance of {guidance:g}, or if it is no better at 1, take an earlier checkpoint"
+    return "the model's training went wrong; take an earlier checkpoint"
 
 
 class _Noise:
@@ -87,26 +159,6 @@ class _Noise:
 
     def __call__(self, *sigmas: Tensor) -> Tensor:
         return torch.stack([torch.randn(self.shape, generator=g, device=self.device) for g in self.generators])
-
-
-def to_image(pixels: Tensor) -> Any:
-    """uint8 [C, H, W] with 1 or 3 channels -> a Pillow image."""
-    if pixels.shape[0] not in MODES:
-        raise ValueError(f"only images of 1 or 3 channels can be saved, got {pixels.shape[0]}")
-    array = pixels.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
-    return require("PIL.Image", "train").fromarray(array)
-
-
-def image_grid(images: Tensor, columns: int | None = None, gap: int = 1) -> Any:
-    """uint8 [N, C, H, W] -> one Pillow image, row by row; as square as possible if columns isn't given."""
-    count, channels, height, width = images.shape
-    columns = columns or math.ceil(count**0.5)
-    rows = math.ceil(count / columns)
-    canvas = images.new_zeros(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
-    for i, image in enumerate(images):
-        y, x = i // columns * (height + gap), i % columns * (width + gap)
-        canvas[:, y : y + height, x : x + width] = image
-    return to_image(canvas)
 
 
 def class_indices(words: Sequence[str], config: HDiTConfig, names: Sequence[str]) -> list[int]:
@@ -129,11 +181,25 @@ def class_indices(words: Sequence[str], config: HDiTConfig, names: Sequence[str]
     return indices
 
 
+def weights_digest(model: HDiT) -> str:
+    """A digest of the configuration and the weights, by which an image is known to be of this model."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m hdit.sample", description="Draws images from a trained model.")
+    parser = Parser("python -m hdit.sample", description="Draws images from a trained model.")
     show = " (default: %(default)s)"
     parser.add_argument("checkpoint", help="a .safetensors file of hdit.train, or a checkpoint of k-diffusion")
-    parser.add_argument("--output", default="samples.png", help="a .png for a grid, or a folder" + show)
+    parser.add_argument(
+        "--output", default="samples.png",
+        help=f"a picture ({', '.join(FORMATS)}) for a grid; or a folder, in which the same command goes on after an "
+        "interruption, with a grid of the first images beside it" + show,
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="delete images of another run from the folder")
     parser.add_argument("--count", type=at_least(1), default=64, help="how many images" + show)
     parser.add_argument("--classes", nargs="+", help="names or indices of classes, repeated in turn (default: all)")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 for none" + show)
@@ -146,25 +212,76 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     with one_line_errors("hdit.sample"):
+        checks.number("--guidance", args.guidance)
+        checks.seed("--seed", args.seed)
+        needs("numpy", "PIL.Image", "tqdm")
+        output, is_folder = picture_or_folder(args.output)
+        if args.overwrite and not is_folder:
+            raise ValueError("--overwrite: it is for a folder of images; a picture is replaced without it")
+        grid = grid_beside(output) if is_folder else output
+        if grid.is_dir():
+            raise ValueError(f"--output {args.output}: the grid {grid} is a folder; pass another name")
+        for folder in (output if is_folder else output.parent, grid.parent):
+            writable(folder)
         device = pick_device(args.device)
         details = read_details(args.checkpoint)
-        model = load_checkpoint(args.checkpoint, ema=not args.no_ema).to(device)
-        chosen: Sequence[int] = range(model.config.num_classes - 1)
+        if args.no_ema and details is None and args.checkpoint.endswith(".safetensors"):
+            raise ValueError(f"--no-ema: {args.checkpoint} holds one set of weights; leave it out")
+        model = load_checkpoint(args.checkpoint, ema=not args.no_ema)
+        config = model.config
+        if config.in_channels not in MODES:
+            raise ValueError(
+                f"{args.checkpoint}: its images have {config.in_channels} channels, only 1 or 3 can be saved"
+            )
+        chosen: Sequence[int] = range(config.num_classes - 1)
         if args.classes:
-            chosen = class_indices(args.classes, model.config, details.class_names if details is not None else [])
+            chosen = class_indices(args.classes, config, details.class_names if details is not None else [])
         classes = [chosen[i % len(chosen)] for i in range(args.count)] if chosen else None
-        images = generate(
-            model, args.count, classes, guidance=args.guidance, sampler=args.sampler, steps=args.steps, seed=args.seed,
-            batch_size=args.batch_size,
-        )  # fmt: skip
-        output = Path(args.output)
-        grid = output if output.suffix == ".png" else output / "grid.png"
-        grid.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(images).save(grid)
-        if grid is not output:
-            for i, image in enumerate(images):
-                to_image(image).save(output / f"{i:05}.png")
+        options = {name: vars(args)[name] for name in ("guidance", "sampler", "steps", "seed")}
+        if is_folder:
+            settings = {
+                "model": weights_digest(model),
+                "size": list(config.image_size),
+                "device": device.type,
+            } | options
+            export = ImageExport(output, settings, classes, args.count)
+            draw_folder(model.to(device), export, args.overwrite, batch_size=args.batch_size, **options)
+            print(output)
+        else:
+            check_grid(output, args.count, *config.image_size)
+            picture = Grid(args.count, *config.image_size)
+            batches = generate_batches(
+                model.to(device), range(args.count), classes, batch_size=args.batch_size, **options
+            )
+            for _, images in batches:
+                picture.add(images)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            save(picture.picture(), output)
         print(grid)
+
+
+def draw_folder(model: HDiT, export: ImageExport, overwrite: bool, **options: Any) -> None:
+    """Draws the images that the folder doesn't hold yet, and the grid beside it."""
+    batches = generate_batches(model, range(export.count), export.classes, **options)  # looks at the options
+    export.path.mkdir(parents=True, exist_ok=True)
+    with alone_in(export.path):
+        done = export.finished(overwrite)
+        if done:
+            print(f"hdit.sample: {len(done)} of {export.count} images are there already", file=sys.stderr)
+            left = [number for number in range(export.count) if number not in done]
+            classes = None if export.classes is None else [export.classes[number] for number in left]
+            batches = generate_batches(model, left, classes, **options)
+        written = len(done)
+        try:
+            for numbers, images in batches:
+                for number, image in zip(numbers, images, strict=True):
+                    export.write(number, image)
+                    written += 1
+        except KeyboardInterrupt:
+            what = f"{written} of {export.count} images are in {export.path}, the same command goes on"
+            print(f"hdit.sample: interrupted; {what}", file=sys.stderr)
+            sys.exit(130)
+        export.write_grid()
 
 
 if __name__ == "__main__":

@@ -117,6 +117,19 @@ def positive(tensor: Tensor) -> Tensor:
     return (tensor > 0) & (tensor < math.inf)
 
 
+def returned(name: str, value: object, like: Tensor) -> Tensor:
+    """value, which the function called `name` gave back: a floating-point tensor of the shape and device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected it to return a torch.Tensor, got {type(value).__name__}")
+    if value.shape != like.shape:
+        raise ValueError(f"{name}: expected it to return shape {list(like.shape)}, got {list(value.shape)}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected it to return a floating-point tensor, got {_name(value.dtype)}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected it to return a tensor on {like.device}, got one on {value.device}")
+    return value
+
+
 # Numbers and words
 
 
@@ -157,6 +170,54 @@ def number(
     if not (finite and inside and at_least <= value <= at_most and (value < below or below == math.inf)):
         raise ValueError(f"{name}: expected {_bounds(above, at_least, at_most, below)}, got {value!r}")
     return value
+
+
+def rising(
+    low_name: str, low: object, high_name: str, high: object, *, zero: bool = False, infinite: bool = False
+) -> tuple[float, float]:
+    """Two positive numbers, the first at most the second. zero, infinite: whether they may be that."""
+    first = number(low_name, low, at_least=0) if zero else number(low_name, low, above=0)
+    second = number(high_name, high, above=0, infinite=infinite)
+    if first > second:
+        raise ValueError(f"{low_name}: expected a number of at most {high_name}, {second:g}, got {first:g}")
+    return first, second
+
+
+def seed(name: str, value: object) -> int:
+    """value as an integer that torch takes as a seed, of 64 bits."""
+    found = integer(name, value, -(2**63))
+    if found >= 2**64:
+        raise ValueError(f"{name}: expected an integer below 2**64, got {found}")
+    return found
+
+
+def sizes(name: str, value: object) -> None:
+    """value is a sequence of sizes, integers of at least 0 (or symbolic ones)."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected a sequence of integers of at least 0, got {shown(value)}")
+    for size in value:
+        if not isinstance(size, torch.SymInt):
+            integer(name, size, 0)
+
+
+def flag(name: str, value: object, *, optional: bool = False) -> None:
+    """value is True or False, or None if that is an option."""
+    if not (isinstance(value, bool) or (optional and value is None)):
+        raise TypeError(f"{name}: expected True{', False or None' if optional else ' or False'}, got {shown(value)}")
+
+
+def function(name: str, value: object) -> None:
+    """value can be called: a function or a module, not a class."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name}: expected a function or module, got {shown(value)}")
+
+
+def floating_dtype(name: str, value: object) -> None:
+    """value is a dtype of `floating` tensors."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {shown(value)}")
+    if value not in FLOATS:
+        raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {_name(value)}")
 
 
 def choice(name: str, value: T, options: Collection[T]) -> T:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +78,118 @@ def test_half_precision_images_stay_half_precision() -> None:
     assert Denoiser(Constant(), 0.5)(x, torch.tensor([0.1, 1.0])).dtype == torch.bfloat16
 
 
-def test_unknown_weighting() -> None:
-    with pytest.raises(ValueError, match=r"weighting must be one of .*'soft-min-snr'.*, got 'min-snr'"):
-        Denoiser(Constant(), 0.5, "min-snr")
+class Level(nn.Module):
+    """A network that looks at the level it is given."""
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        assert sigma.shape == x.shape[:1] and sigma.dtype in (torch.float32, torch.float64)
+        return x * (sigma.log() / 4)[:, None, None, None].to(x.dtype)
+
+
+@pytest.mark.parametrize("weighting", ENTRY["weightings"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("level", [2e-3, 0.5, 300.0, 8e3])
+def test_half_precision_sigma(dtype: torch.dtype, level: float, weighting: str, seed: int) -> None:
+    """300² and (2e-3)⁴ are beyond float16: computed in float32, denoised and loss are as with sigma in float64."""
+    denoiser = Denoiser(Level(), 0.5, weighting)
+    sigma = torch.tensor([level, level * 1.2], dtype=dtype)
+    clean, noise = torch.randn(2, 3, 8, 8, dtype=dtype), torch.randn(2, 3, 8, 8, dtype=dtype)
+    noised = (clean.double() + noise.double() * sigma.double()[:, None, None, None]).to(dtype)
+
+    exact = denoiser(noised.double(), sigma.double())
+    denoised = denoiser(noised, sigma)
+    assert denoised.dtype == dtype
+    assert ((denoised.double() - exact).norm() / exact.norm()).item() < (4e-3 if dtype == torch.float16 else 3e-2)
+
+    exact_loss = denoiser.loss(clean.double(), noise.double(), sigma.double())
+    loss = denoiser.loss(clean, noise, sigma)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=4e-3 if dtype == torch.float16 else 3e-2, atol=0)
+    assert [scaling.dtype for scaling in denoiser.scalings(sigma)] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("level", [0.5, 2, np.float32(0.5), torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)])
+def test_one_level_for_all(level: Tensor | float, seed: int) -> None:
+    denoiser = Denoiser(Level(), 0.5)
+    x, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    sigma = torch.full([2], float(level), dtype=getattr(level, "dtype", None) if torch.is_tensor(level) else None)
+    assert torch.equal(denoiser(x, level), denoiser(x, sigma))
+    assert torch.equal(denoiser.loss(x, noise, level), denoiser.loss(x, noise, sigma))
+
+
+def test_compiles_whole(seed: int) -> None:
+    denoiser = Denoiser(Level(), 0.5)
+    x, sigma = torch.randn(2, 3, 4, 4), torch.tensor([0.5, 2.0])
+    for call, arguments in ((denoiser, (x, 0.5)), (denoiser.loss, (x, x, sigma))):
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="eager")
+        torch.testing.assert_close(compiled(*arguments), call(*arguments))
+
+
+def test_exports_with_a_free_batch(seed: int) -> None:
+    denoiser, batch = Denoiser(Level(), 0.5), torch.export.Dim("batch")
+    example = (torch.randn(2, 3, 4, 4), torch.tensor([0.5, 2.0]))
+    exported = torch.export.export(denoiser, example, dynamic_shapes=({0: batch}, {0: batch})).module()
+    x, sigma = torch.randn(5, 3, 4, 4), torch.rand(5) + 0.1
+    torch.testing.assert_close(exported(x, sigma), denoiser(x, sigma))
+
+
+def test_functorch(seed: int) -> None:
+    denoiser = Denoiser(nn.Conv2d(3, 3, 1), 0.5)
+    denoiser.model.forward = lambda x, sigma, conv=denoiser.model.forward: conv(x)
+    parameters, x, sigma = dict(denoiser.named_parameters()), torch.randn(2, 3, 4, 4), torch.tensor([0.5, 2.0])
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.func.functional_call(denoiser, parameters, (x, sigma)).square().sum()
+
+    whole = torch.func.grad(loss)(parameters, x, sigma)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x[:, None], sigma[:, None])
+    for name, gradient in whole.items():
+        torch.testing.assert_close(each[name].sum(0), gradient)
+
+
+X, LEVELS = torch.zeros(2, 3, 4, 4), torch.tensor([0.5, 2.0])
+NO_TENSORS = (None, 3, "x", [1.0], X.numpy())
+NOT_IMAGES = (X[0], X[None], X.flatten(), X.long(), X.bool(), X.to(torch.complex64), X.to_sparse())
+NOT_LEVELS = (LEVELS[None], LEVELS[:1], LEVELS[:, None, None, None], LEVELS.long(), LEVELS.to("meta"), LEVELS.numpy())
+NO_LEVELS = (-LEVELS, LEVELS * 0, LEVELS * math.nan, LEVELS * math.inf, -1.0, 0, math.nan, math.inf, "a", None, True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *[("x", value) for value in (*NO_TENSORS, *NOT_IMAGES)],
+        *[("noise", value) for value in (*NO_TENSORS, *NOT_IMAGES, X[:1], X[:, :1], X.to("meta"))],
+        *[("sigma", value) for value in (*NOT_LEVELS, *NO_LEVELS)],
+    ],
+)
+def test_errors_name_the_tensor(argument: str, value: Any) -> None:
+    denoiser, arguments = Denoiser(Constant(), 0.5), {"x": X, "noise": X, "sigma": LEVELS}
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected"):
+        denoiser.loss(**arguments | {argument: value})
+    if argument != "noise":
+        with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected"):
+            denoiser(**{"x": X, "sigma": LEVELS} | {argument: value})
+
+
+@pytest.mark.parametrize("output", [None, 0.0, X[:, :1], X[:1], X.flatten(), X.long(), X.to("meta")])
+def test_the_model_must_return_what_it_is_given(output: Any) -> None:
+    """A model of 3 channels in and 1 out would be broadcast."""
+    denoiser = Denoiser(lambda x, sigma: output, 0.5)  # type: ignore[arg-type]
+    for call in (lambda: denoiser(X, LEVELS), lambda: denoiser.loss(X, X, LEVELS)):
+        with pytest.raises((TypeError, ValueError), match="^model: expected it to return"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *[((model,), "model: expected a function or module") for model in (None, 3, "m", Constant)],
+        *[((Constant(), value), "sigma_data: expected a number above 0") for value in (0, -1, math.nan, math.inf, "a")],
+        ((Constant(), 0.5, "min-snr"), "weighting: expected one of karras, soft-min-snr, snr, got 'min-snr'"),
+        ((Constant(), 0.5, None), "weighting: expected one of"),
+        ((Constant(), 0.5, []), "weighting: expected one of"),
+    ],
+)
+def test_errors_name_the_setting(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Denoiser(*arguments)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -34,5 +38,30 @@ def test_update(seed: int) -> None:
 
 
 def test_models_must_match() -> None:
-    with pytest.raises(ValueError, match=r"differ in \['0.bias', '0.weight', '1.weight', 'table', 'weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"averaged_model: .* differs in \['0.bias', '0.weight', '1.weight', 'table', "
+    ):
         ema_update(net(), nn.Linear(3, 4, bias=False), 0.9)
+
+
+@pytest.mark.parametrize("other", [nn.Linear(1, 4), nn.Linear(3, 4).double(), nn.Linear(3, 4, device="meta")])
+def test_models_must_match_in_every_tensor(other: nn.Linear) -> None:
+    """[4, 1] would be taken for every column of [4, 3]."""
+    with pytest.raises(ValueError, match="averaged_model: expected weight to be as in model"):
+        ema_update(other, nn.Linear(3, 4), 0.9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *[(partial(ema_decay, step), "step: expected an integer of at least 0") for step in (-1, 1.5, math.nan, "a")],
+        *[(partial(ema_decay, 3, power), "power: expected a number") for power in (-1.0, math.nan, "a", None)],
+        *[(partial(ema_decay, 3, 0.5, most), "max_value: expected a number") for most in (-1.0, 2.0, math.nan, None)],
+        *[(partial(ema_update, net(), net(), decay), "decay: expected") for decay in (-0.1, 1.1, math.nan, "a", None)],
+        (partial(ema_update, None, net(), 0.9), "model: expected a torch.nn.Module, got None"),
+        (partial(ema_update, net(), 3, 0.9), "averaged_model: expected a torch.nn.Module, got 3"),
+    ],
+)
+def test_errors_name_the_argument(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

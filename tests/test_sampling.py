@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -174,22 +178,116 @@ def test_churn_adds_noise_only_between_its_bounds(sampler: str, seed: int) -> No
     assert {sigma < sigma_hat for sigma, sigma_hat in levels} == {True, False}
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda x: sampling.sample_euler(gauss, x, torch.tensor(1.0)), "sigmas must be 1-D"),
-        (lambda x: sampling.sample_euler(gauss, x, torch.tensor([1.0])), "at least 2 values"),
-        (lambda x: sampling.sample_euler(gauss, x, torch.tensor([1.0, 2.0, 0.0])), "sigmas must fall"),
-        (lambda x: sampling.sample_lms(gauss, x, torch.tensor([1.0, 0.0]), order=0), "order must be at least 1, got 0"),
-        (
-            lambda x: sampling.sample_dpmpp_2m_sde(gauss, x, torch.tensor([1.0, 0.0]), solver_type="euler"),
-            "solver_type must be 'midpoint' or 'heun', got 'euler'",
-        ),
+X, SIGMAS, NAN, INF = torch.zeros(2, 3, 4, 4), torch.tensor([5.0, 1.0, 0.0]), math.nan, math.inf
+SETTINGS = {
+    "order": (0, -1, 1.5, "a", None),
+    "solver_type": ("rk4", None, 3, []),
+    "noise_sampler": (3, lambda a, b: None, lambda a, b: torch.zeros(1, 1, 1, 1)),
+    "s_tmax": (-1.0, NAN, "a", None, 1j),
+} | {name: (-1.0, NAN, INF, "a", None, [1.0], True) for name in ("eta", "s_noise", "s_churn", "s_tmin")}
+COMMON: dict[str, tuple[Any, ...]] = {
+    "model": (None, 3, dict, lambda x, s: None, lambda x, s: x[:, :1], lambda x, s: 0.0, lambda x, s: x.long()),
+    "x": (None, 3, [1.0], X.numpy(), X.long(), X.to(torch.complex64), X.to_sparse(), torch.tensor(1.0)),
+    "sigmas": (
+        None, 5.0, "karras", [5.0, 0.0], torch.tensor(1.0), torch.tensor([1.0]), torch.tensor([]), SIGMAS[None],
+        SIGMAS.flip(0), torch.tensor([2.0, 2.0, 0.0]), torch.tensor([2.0, -1.0]), torch.tensor([NAN, 1.0]),
+        torch.tensor([INF, 1.0]), SIGMAS.long(), SIGMAS.to(torch.complex64), SIGMAS.to("meta"),
+    ),
+    "extra_args": (3, "x", [1]), "callback": (3, "x"), "disable": (1, "yes", 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_errors_name_the_argument(name: str) -> None:
+    sample = getattr(sampling, name)
+    known = inspect.signature(sample).parameters
+    for argument, values in (COMMON | {name: values for name, values in SETTINGS.items() if name in known}).items():
+        for value in values:
+            arguments = {"model": gauss, "x": X, "sigmas": SIGMAS, "disable": True} | {argument: value}
+            with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected"):
+                sample(**arguments)
+    assert known.keys() <= COMMON.keys() | SETTINGS.keys()
+
+
+SCHEDULES = {name: vars(sampling)[name] for name in sorted(vars(sampling)) if name.startswith("get_sigmas_")}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_errors_name_the_schedule_s_argument(name: str) -> None:
+    known = inspect.signature(SCHEDULES[name]).parameters
+    right = {"n": 5, "sigma_min": 0.01, "sigma_max": 80.0}
+    numbers = (-1.0, NAN, INF, "a", None, [1.0], True)
+    wrong: dict[str, tuple[Any, ...]] = {
+        "n": (0, -1, 2.5, 2.0, NAN, "a", None, True), "device": ("tpu9", 3.5, [], None),
+        "sigma_min": (*numbers, 0.0, 100.0), "sigma_max": (*numbers, 0.0), "rho": (*numbers, 0.0, 1e-300),
+        "beta_d": (*numbers, 1e6), "beta_min": numbers, "eps_s": (*numbers, 0.0, 2.0),
+    }  # fmt: skip
+    for argument in known:
+        for value in wrong[argument]:
+            with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected"):
+                SCHEDULES[name](**{key: value for key, value in right.items() if key in known} | {argument: value})
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_one_step_ends_at_the_denoised_image(name: str, seed: int) -> None:
+    sigmas = SCHEDULES[name](1) if name == "get_sigmas_vp" else SCHEDULES[name](1, 0.01, 80.0)
+    assert len(sigmas) == 2 and sigmas[1] == 0
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64) * sigmas[0]
+    expected = gauss(x, sigmas[:1])
+    for sampler in SAMPLERS:
+        torch.testing.assert_close(getattr(sampling, sampler)(gauss, x, sigmas, disable=True), expected)
+
+
+def test_the_cpu_under_another_default_device() -> None:
+    with torch.device("meta"):  # what torch.set_default_device does; stands for cuda
+        for name, schedule in SCHEDULES.items():
+            assert schedule(*((5,) if name == "get_sigmas_vp" else (5, 0.01, 80.0))).device.type == "cpu"
+        for name in SAMPLERS:
+            assert getattr(sampling, name)(lambda x, sigma: x / 2, X, SIGMAS, disable=True).device.type == "cpu"
+        assert sampling.default_noise_sampler(X, seed=3)(SIGMAS[0], SIGMAS[1]).device.type == "cpu"
+
+
+LABELS = torch.tensor([0, 1])
+
+
+def guided(x: Any = X, sigma: Any = SIGMAS[:2], class_cond: Any = LABELS, **cond: Any) -> Tensor:
+    return sampling.ClassifierFreeGuidance(class_model([]), 2.0, 3)(x, sigma, class_cond=class_cond, **cond)
+
+
+GUIDANCE = sampling.ClassifierFreeGuidance
+CALLS: list[tuple[Callable[[], object], str]] = [
+    *[(partial(GUIDANCE, value, 2.0, 3), "denoiser: expected") for value in (None, 3, dict)],
+    *[(partial(GUIDANCE, gauss, value, 3), "guidance_scale: expected") for value in (NAN, INF, "a", None, [1.0, 2.0])],
+    *[(partial(GUIDANCE, gauss, 2.0, value), "null_class: expected") for value in (-1, 1.5, NAN, "a", None)],
+    *[(partial(guided, x=value), "x: expected") for value in (None, 3, X.long(), torch.tensor(1.0))],
+    *[(partial(guided, sigma=value), "sigma: expected") for value in (SIGMAS, SIGMAS[None])],
+    *[
+        (partial(guided, class_cond=value), "class_cond: expected")
+        for value in (None, 3, [0, 1], torch.tensor([0]), torch.tensor([[0, 1]]), torch.tensor([0.0, 1.0]))
     ],
-)
-def test_bad_arguments(call: Callable[[Tensor], Tensor], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(torch.zeros(1, 3, 2, 2))
+    *[(partial(guided, shift=value), "shift: expected") for value in (3, [0.0], torch.zeros(3), torch.tensor(0.0))],
+    (
+        partial(GUIDANCE(lambda x, sigma, class_cond: x[:2], 2.0, 3), X, 1.0, class_cond=torch.tensor([0, 1])),
+        "denoiser: ",
+    ),
+    *[(partial(sampling.default_noise_sampler, value), "x: expected") for value in (None, 3, [1.0], X.long())],
+    *[(partial(sampling.default_noise_sampler, X, value), "seed: expected") for value in (1.5, "a", True, 2**64, NAN)],
+]
+
+
+@pytest.mark.parametrize(("call", "message"), CALLS)
+def test_errors_of_guidance_and_noise(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        call()
+
+
+@pytest.mark.parametrize("sigma", [2.0, torch.tensor(2.0)])
+def test_guidance_takes_one_level_for_all(sigma: Tensor | float) -> None:
+    denoiser = Denoiser(golden_files.model("A", torch.float32).eval(), 0.5)
+    config = denoiser.model.config
+    guided = sampling.ClassifierFreeGuidance(denoiser, 2.0, config.null_class)
+    x, classes = torch.ones(2, config.in_channels, *config.image_size), torch.tensor([0, 1])
+    assert torch.equal(guided(x, sigma, class_cond=classes), guided(x, torch.full([2], 2.0), class_cond=classes))
 
 
 def test_progress_bar_needs_tqdm_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

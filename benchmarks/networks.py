@@ -35,8 +35,8 @@ from benchmarks.runs import Row, Run
 from benchmarks.timing import Effort, Stats
 from hdit import Denoiser, HDiT, HDiTConfig
 from hdit._runtime import autocast
-from hdit.ema import ema_decay, ema_update
-from hdit.train import MAX_GRADIENT_NORM, batch_loss
+from hdit.ema import ema_update
+from hdit.recipe import Recipe, batch_loss
 from hdit_kernels import registration
 
 WEIGHT_STD = 0.02
@@ -307,19 +307,20 @@ def _training(model: nn.Module, config: HDiTConfig, batch: int, device: torch.de
     average = copy.deepcopy(model).eval().requires_grad_(False)
     groups = list(getattr(model, "param_groups", model.parameters)())
     fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.95), weight_decay=1e-3, fused=fused)
-    denoiser = Denoiser(model, config.sigma_data, weighting="soft-min-snr")
+    recipe = Recipe()
+    optimizer = recipe.optimizer(groups, fused)
+    denoiser = Denoiser(model, config.sigma_data, recipe.loss_weighting)
     with device:
         pixels = torch.randint(0, 256, (batch, config.in_channels, *config.image_size), dtype=torch.uint8)
         labels = torch.zeros(batch, dtype=torch.int64)
 
     def step() -> None:
         optimizer.zero_grad()
-        loss = batch_loss(denoiser, config, pixels, labels)
+        loss = batch_loss(denoiser, config, pixels, labels, recipe)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
         optimizer.step()
-        ema_update(model, average, ema_decay(1000))
+        ema_update(model, average, recipe.ema_decay(1000))
 
     return step
 

@@ -1,5 +1,6 @@
 """The Hourglass Diffusion Transformer: model, denoiser, noise levels and samplers. To import it needs torch only."""
 
+from hdit import _interrupt as _interrupt  # first: Ctrl-C while torch loads
 from hdit import densities, sampling
 from hdit.config import (
     GlobalAttention,

@@ -5,49 +5,74 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from hdit import _interrupt
 from hdit._extras import require
 
-MENDABLE = (ValueError, ArithmeticError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
+
+class Stopped(Exception):
+    """A signal ended the work, number: which one; and what became of the work."""
+
+    def __init__(self, number: int, outcome: str = "") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}{outcome}")
+        self.number = number
 
 
-def in_words(error: BaseException) -> str:
-    """An error's message in one line."""
+def in_words(error: BaseException) -> str | None:
+    """An error's message in one line, if it is one that a user can mend; None for a bug."""
+    text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --batch-size"
-    return " ".join(str(error).split()) or type(error).__name__
+        return f"the GPU's memory is full ({text.partition('. ')[0]}): lower --batch-size"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
+        return "the memory is full: lower --batch-size"
+    kinds = (ValueError, ArithmeticError, OSError, ImportError, Stopped)
+    return (text or type(error).__name__) if isinstance(error, kinds) else None
+
+
+def tell(line: str) -> None:
+    """Prints a line on stderr, if that is still there: after SIGHUP the terminal may be gone."""
+    with suppress(OSError):
+        print(printable(line), file=sys.stderr)
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turns what a user can mend into one line on stderr and exit status 2; bugs keep their traceback."""
+    """Turns what a user can mend into one line on stderr and exit status 2; bugs keep their traceback.
+
+    Signals end the program in one line, too, with the status that a shell gives them.
+    """
+    _interrupt.end()
     try:
         yield
-    except MENDABLE as error:
-        message = in_words(error)
+    except Stopped as stop:
+        tell(f"{program}: {stop}")
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        tell(f"{program}: interrupted")
         sys.exit(130)
-    else:
-        return
-    print(f"{program}: error: {printable(message)}", file=sys.stderr)
-    sys.exit(2)
+    except Exception as error:
+        message = in_words(error)
+        if message is None:
+            raise
+        tell(f"{program}: error: {message}")
+        sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all others of the programs."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog.removeprefix('python -m ')}: error: {message} (see --help)", file=sys.stderr)
+        tell(f"{self.prog.removeprefix('python -m ')}: error: {message} (see --help)")
         sys.exit(2)
 
 

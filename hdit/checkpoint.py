@@ -3,7 +3,8 @@
     model.<name>                    the weights (and buffers) being trained
     ema.<name>                      their moving average, which is what one samples with
     optimizer.<quantity>.<name>     the optimizer's state of each parameter
-    metadata                        format "pt"; hdit: JSON of a Details, the configuration among it
+    metadata                        format "pt"; hdit: JSON of a Details, the configuration among it;
+                                    crc32: JSON of each tensor's checksum, by its name
 
 No random number generator is stored: data order and noise are functions of the seed and the step (see hdit.train).
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,19 @@ import torch
 from torch import Tensor
 
 from hdit._extras import require
+from hdit._files import CheckpointError as CheckpointError
+from hdit._files import quoted, regular_file
+from hdit._weights import Safetensors, Stored, checksum, clean, fit, load, not_finite
 from hdit.config import HDiTConfig
 from hdit.kdiffusion import load_kdiffusion
 from hdit.model import HDiT
+from hdit_kernels import checks
+
+MODEL, EMA, OPTIMIZER = "model.", "ema.", "optimizer."
 
 
-class CheckpointError(ValueError):
-    """A checkpoint can't be used; the message is one line that says what to do."""
+class NonFiniteWeights(ArithmeticError):
+    """A weight, its average or the optimizer's state is NaN or infinite: there is nothing to be saved."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,9 @@ class Details:
 
     config: HDiTConfig.to_dict(). step: optimizer steps done. options: those of the run. class_names: of the data, empty
     without classes. excluded, data: the unreadable images, and the data set's fingerprint (see hdit.data.Images).
+    recipe: Recipe.to_dict(); empty for the default one.
+    loss: of the last step, by which a checkpoint and the log of losses beside it are known to be of one run.
+    Raises TypeError or ValueError, naming the entry.
     """
 
     config: dict[str, Any]
@@ -44,32 +54,62 @@ class Details:
     class_names: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
     data: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("config", "options", "recipe"):
+            entries = getattr(self, name)
+            if not isinstance(entries, Mapping) or not all(isinstance(entry, str) for entry in entries):
+                raise TypeError(f"{name}: expected a mapping, got {checks.shown(entries)}")
+        HDiTConfig.from_dict(self.config)
+        checks.integer("step", self.step, 0)
+        if self.loss is not None:
+            checks.number("loss", self.loss)
+        for name in ("class_names", "excluded"):
+            words = getattr(self, name)
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise TypeError(f"{name}: expected a list of texts, got {checks.shown(words)}")
+        if not isinstance(self.data, str):
+            raise TypeError(f"data: expected a text, got {checks.shown(self.data)}")
 
 
 def save_checkpoint(
     path: str | os.PathLike[str], model: HDiT, ema_model: HDiT, optimizer: torch.optim.Optimizer, details: Details
 ) -> None:
-    """Writes a checkpoint atomically: whatever happens, path is the old file or the whole new one, on disk."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in ema_model.state_dict().items()}
+    """Writes a checkpoint atomically: whatever happens, path is the old file or the whole new one, on disk.
+
+    Raises NonFiniteWeights if there is NaN or infinity in it, and OSError, naming the file, if it can't be written.
+    """
+    tensors = {f"{MODEL}{clean(name)}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"{EMA}{clean(name)}": tensor for name, tensor in ema_model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        for quantity, tensor in optimizer.state[parameter].items():
-            tensors[f"optimizer.{quantity}.{name}"] = tensor
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_safetensors(path, tensors, {"format": "pt", "hdit": json.dumps(asdict(details))})
+        for quantity, tensor in optimizer.state.get(parameter, {}).items():
+            tensors[f"{OPTIMIZER}{quantity}.{clean(name)}"] = tensor
+    name_of_bad = not_finite(tensors)
+    if name_of_bad is not None:
+        raise NonFiniteWeights(f"{path} is not written at step {details.step}: {name_of_bad} holds NaN or infinity")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checksums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
+    metadata = {"format": "pt", "hdit": json.dumps(asdict(details)), "crc32": json.dumps(checksums)}
+    write_safetensors(path, tensors, metadata)
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file under a temporary name, and gives it its own once it is on disk."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    safetensors = require("safetensors.torch", "train")
     try:
+        temporary.unlink(missing_ok=True)  # of a killed run
         temporary.touch()
         mode = temporary.stat().st_mode
-        require("safetensors.torch", "train").save_file(dict(tensors), temporary, dict(metadata))
+        safetensors.save_file(dict(tensors), temporary, dict(metadata))
         temporary.chmod(mode)  # an ordinary file's: safetensors would let nobody else read it
         _sync(temporary)
         os.replace(temporary, path)
+    except (OSError, require("safetensors", "train").SafetensorError) as error:  # the second on a full disk
+        raise OSError(f"{path} can't be written ({error}); what was there before is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)  # the new name itself
@@ -78,46 +118,38 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
 def read_details(path: str | os.PathLike[str]) -> Details | None:
     """What a checkpoint says about itself, without reading its tensors; None if it isn't one of hdit.train.
 
-    Raises CheckpointError if there is no file, or it is a damaged .safetensors file.
+    Raises CheckpointError, naming the file, if there is none, or it is damaged, or says what can't be.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}: check the path")
-    if path.suffix != ".safetensors":
-        return None
-    with _opened(path) as file:
-        text = (file.metadata() or {}).get("hdit")
-    if text is None:
-        return None
-    try:
-        return Details(**json.loads(text))
-    except TypeError as error:
-        raise CheckpointError(f"{path} is of another version of hdit ({error}): use that version") from error
+    path = _existing(path)
+    return _details(Safetensors(path)) if path.suffix == ".safetensors" else None
 
 
 def load_checkpoint(path: str | os.PathLike[str], ema: bool = True) -> HDiT:
     """The model in a checkpoint of hdit.train or of k-diffusion, in float32 on the CPU, in evaluation mode.
 
-    ema: whether to take the averaged weights. Raises CheckpointError or ValueError (hdit.load_kdiffusion's) if the file
-    is neither.
+    ema: whether to take the averaged weights. Raises CheckpointError or another ValueError, naming the file, if it is
+    neither, or damaged, or holds other tensors than a model of its configuration.
     """
-    path = Path(path)
-    details = read_details(path)
+    path = _existing(path)
+    if path.suffix != ".safetensors":
+        return load_kdiffusion(path, ema)
+    file = Safetensors(path)
+    details = _details(file)
     if details is None:
         return load_kdiffusion(path, ema)
-    model = HDiT(HDiTConfig.from_dict(details.config))
-    model.load_state_dict(_read(path, "ema." if ema else "model."))
-    return model.eval()
+    return load(path, HDiTConfig.from_dict(details.config), _part(_checked(file), EMA if ema else MODEL))
 
 
 def resume(path: str | os.PathLike[str], model: HDiT, ema_model: HDiT, optimizer: torch.optim.Optimizer) -> Details:
-    """Puts the state in a checkpoint back into a model, its average and its optimizer.
+    """Puts the state in a checkpoint back into a model, its average and its AdamW optimizer.
 
-    Raises CheckpointError, changing nothing, if the checkpoint isn't one of hdit.train or is of another configuration.
+    Raises CheckpointError, changing nothing, if the checkpoint isn't one of hdit.train, is of another configuration or
+    damaged, or lacks a part of the state.
     """
-    path = Path(path)
-    details = read_details(path)
-    if details is None:
+    path = _existing(path)
+    file = Safetensors(path) if path.suffix == ".safetensors" else None
+    details = None if file is None else _details(file)
+    if file is None or details is None:
         raise CheckpointError(f"{path} holds weights, but no training to resume: pass a checkpoint of hdit.train")
     different = _difference(details.config, model.config.to_dict())
     if different is not None:
@@ -125,17 +157,97 @@ def resume(path: str | os.PathLike[str], model: HDiT, ema_model: HDiT, optimizer
             f"{path} is of another configuration ({different} here): "
             "leave the configuration as it was, or start another run"
         )
-    model.load_state_dict(_read(path, "model."))
-    ema_model.load_state_dict(_read(path, "ema."))
+    tensors = _checked(file)
+    targets = {f"{MODEL}{clean(name)}": tensor for name, tensor in model.state_dict().items()}
+    targets |= {f"{EMA}{clean(name)}": tensor for name, tensor in ema_model.state_dict().items()}
+    names = {id(parameter): clean(name) for name, parameter in model.named_parameters()}
+    trained = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    expected = targets | (_adamw_state(trained) if details.step else {})
+    fit(path, expected, tensors)
+    for name, stored in tensors.items():
+        if stored.dtype != expected[name].dtype:
+            raise CheckpointError(f"{path}: {name}: expected {expected[name].dtype}, got {stored.dtype}")
+        values = stored.read()  # also sees to the checksum
+        if not_finite({name: values}):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity: take an earlier checkpoint")
+        if name.startswith(f"{OPTIMIZER}step.") and values != details.step:
+            raise CheckpointError(f"{path}: {name}: expected step {details.step}, as in its metadata, got {values:g}")
 
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name].read())
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in _read(path, "optimizer.").items():
+    order = list(trained)
+    for key, stored in _part(tensors, OPTIMIZER).items():
         quantity, _, name = key.partition(".")
-        state.setdefault(order.index(name), {})[quantity] = tensor
+        state.setdefault(order.index(name), {})[quantity] = stored.read()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return details
+
+
+def _adamw_state(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the shapes and dtypes of AdamW's state, by their names in a checkpoint."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        found |= {f"{OPTIMIZER}{quantity}.{name}": parameter for quantity in ("exp_avg", "exp_avg_sq")}
+        found[f"{OPTIMIZER}step.{name}"] = torch.empty((), dtype=torch.float32, device="meta")
+    return found
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    try:
+        return regular_file("path", path)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}: check the path") from None
+
+
+def _details(file: Safetensors) -> Details | None:
+    if "hdit" not in file.metadata:
+        return None
+    entries = file.json("hdit")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{file.path}: expected a mapping in its metadata, got {checks.shown(entries)}")
+    known = {entry.name: entry.default is MISSING and entry.default_factory is MISSING for entry in fields(Details)}
+    for name in entries:
+        if name not in known:
+            raise CheckpointError(
+                f"{file.path} is of another version of hdit (it has {quoted(name)}): use that version"
+            )
+    for name, needed in known.items():
+        if needed and name not in entries:
+            raise CheckpointError(f"{file.path}: expected {name!r} in its metadata, which is missing")
+    try:
+        return Details(**entries)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file.path}: its metadata: {error}") from error
+
+
+def _checked(file: Safetensors) -> dict[str, Stored]:
+    """The tensors of a file, each of which is compared with its checksum when it is read, where the file has some."""
+    if "crc32" not in file.metadata:  # written before there were any
+        return file.tensors
+    checksums = file.json("crc32")
+    if not isinstance(checksums, dict):
+        raise CheckpointError(f"{file.path}: expected a mapping of checksums, got {checks.shown(checksums)}")
+    for name in sorted(checksums.keys() ^ file.tensors.keys()):
+        what = "lost" if name in checksums else "got"
+        raise CheckpointError(f"{file.path} is damaged: it has {what} {quoted(name)}: take an earlier checkpoint")
+
+    def checked(name: str, stored: Stored) -> Stored:
+        def read() -> Tensor:
+            values = stored.read()
+            if checksum(name, values) != checksums[name]:
+                raise CheckpointError(f"{file.path} is damaged in {quoted(name)}: take an earlier checkpoint")
+            return values
+
+        return Stored(stored.shape, stored.dtype, read)
+
+    return {name: checked(name, stored) for name, stored in file.tensors.items()}
+
+
+def _part(tensors: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
+    """The tensors whose names begin with prefix, by the rest of their names."""
+    return {name[len(prefix) :]: stored for name, stored in tensors.items() if name.startswith(prefix)}
 
 
 def _difference(theirs: Any, ours: Any, name: str = "") -> str | None:
@@ -147,20 +259,6 @@ def _difference(theirs: Any, ours: Any, name: str = "") -> str | None:
     else:
         return None if theirs == ours else f"{name.lstrip('.')} {json.dumps(theirs)}, but {json.dumps(ours)}"
     return next(filter(None, (_difference(a, b, where) for where, a, b in pairs)), None)
-
-
-def _opened(path: Path) -> Any:
-    safetensors = require("safetensors", "train")
-    try:
-        return safetensors.safe_open(path, "pt")
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}): pass another file") from error
-
-
-def _read(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with prefix, by the rest of their names."""
-    with _opened(path) as file:
-        return {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
 
 
 def _sync(path: Path) -> None:

@@ -6,34 +6,56 @@ way down and on the way up, with a 2x2 token merge below it and a token split ab
 
 from __future__ import annotations
 
+import math
+import os
+import reprlib
 from collections.abc import Mapping as MappingABC
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+import torch
 
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
+from hdit_kernels import checks
 
-
-def _check_count(name: str, value: object, minimum: int = 1) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    _check(ok, f"{name} must be an integer >= {minimum}, got {value!r}")
-
-
-def _check_head_dim(head_dim: int) -> None:
-    _check_count("head_dim", head_dim)
-    _check(head_dim % 8 == 0, f"head_dim must be a multiple of 8 (head_dim/8 rotary angles an axis), got {head_dim}")
+# What no model of today comes near. Beyond them, a file of a few bytes could ask for hours or for all memory.
+MOST = 2**24  # of any one size
+MOST_LEVELS = 32
+MOST_LAYERS = 1024
+MOST_PARAMETERS = 2**40
+LEAST_SIGMA, MOST_SIGMA = 1e-9, 1e9  # float32 holds their fourth powers
 
 
-def _check_dropout(dropout: float) -> None:
-    _check(0.0 <= dropout < 1.0, f"dropout must be in [0, 1), got {dropout!r}")
+def _set(part: object, **values: object) -> None:
+    """Sets fields of a frozen dataclass."""
+    for name, value in values.items():
+        object.__setattr__(part, name, value)
 
 
-def _check_pair(name: str, value: tuple[int, int]) -> None:
-    _check(len(value) == 2, f"{name} must be (height, width), got {value!r}")
+def _count(name: str, value: object, minimum: int = 1) -> int:
+    count = checks.integer(name, value, minimum)
+    if count > MOST:
+        got = count if count.bit_length() <= 64 else f"one of {count.bit_length()} bits"
+        raise ValueError(f"{name}: expected an integer of at most {MOST}, got {got}")
+    return count
+
+
+def _head_dim(value: object) -> int:
+    head_dim = _count("head_dim", value)
+    if head_dim % 8:  # head_dim/8 rotary angles an axis
+        raise ValueError(f"head_dim: expected a multiple of 8, got {head_dim}")
+    return head_dim
+
+
+def _dropout(value: object) -> float:
+    return checks.number("dropout", value, at_least=0, below=1)
+
+
+def _two(name: str, value: object) -> tuple[int, int]:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected (height, width), got {checks.shown(value)}")
     for side in value:
-        _check_count(name, side)
+        _count(name, side)
+    return checks.pair(name, value)
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,7 @@ class GlobalAttention:
     head_dim: int = 64
 
     def __post_init__(self) -> None:
-        _check_head_dim(self.head_dim)
+        _set(self, head_dim=_head_dim(self.head_dim))
 
 
 @dataclass(frozen=True)
@@ -54,8 +76,7 @@ class NeighborhoodAttention:
     kernel_size: int = 7
 
     def __post_init__(self) -> None:
-        _check_head_dim(self.head_dim)
-        _check_count("kernel_size", self.kernel_size)
+        _set(self, head_dim=_head_dim(self.head_dim), kernel_size=_count("kernel_size", self.kernel_size))
 
 
 @dataclass(frozen=True)
@@ -69,8 +90,7 @@ class ShiftedWindowAttention:
     window_size: int = 8
 
     def __post_init__(self) -> None:
-        _check_head_dim(self.head_dim)
-        _check_count("window_size", self.window_size)
+        _set(self, head_dim=_head_dim(self.head_dim), window_size=_count("window_size", self.window_size))
 
 
 @dataclass(frozen=True)
@@ -104,17 +124,16 @@ class Level:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_count("depth", self.depth, minimum=0)
-        _check_count("width", self.width)
-        if self.d_ff is None:
-            object.__setattr__(self, "d_ff", 3 * self.width)
-        _check_count("d_ff", self.d_ff)
-        _check_dropout(self.dropout)
+        width = _count("width", self.width)
+        d_ff = 3 * width if self.d_ff is None else _count("d_ff", self.d_ff)
+        _set(self, depth=_count("depth", self.depth, 0), width=width, d_ff=d_ff, dropout=_dropout(self.dropout))
         kinds = tuple(_ATTENTION_TYPES.values())
-        names = [kind.__name__ for kind in kinds]
-        _check(isinstance(self.attention, kinds), f"attention must be one of {names}, got {self.attention!r}")
+        if not isinstance(self.attention, kinds):
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"attention: expected one of {names}, got {checks.shown(self.attention)}")
         head_dim = getattr(self.attention, "head_dim", 1)
-        _check(self.width % head_dim == 0, f"width {self.width} must be a multiple of head_dim {head_dim}")
+        if width % head_dim:
+            raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
 
 
 @dataclass(frozen=True)
@@ -130,13 +149,11 @@ class Mapping:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_count("mapping depth", self.depth, minimum=0)
-        _check_count("mapping width", self.width)
-        _check(self.width % 2 == 0, f"mapping width must be even, got {self.width}")
-        if self.d_ff is None:
-            object.__setattr__(self, "d_ff", 3 * self.width)
-        _check_count("mapping d_ff", self.d_ff)
-        _check_dropout(self.dropout)
+        width = _count("width", self.width)
+        if width % 2:
+            raise ValueError(f"width: expected an even number, got {width}")
+        d_ff = 3 * width if self.d_ff is None else _count("d_ff", self.d_ff)
+        _set(self, depth=_count("depth", self.depth, 0), width=width, d_ff=d_ff, dropout=_dropout(self.dropout))
 
 
 @dataclass(frozen=True)
@@ -163,21 +180,70 @@ class HDiTConfig:
     sigma_max: float = 160.0
 
     def __post_init__(self) -> None:
-        for name in ("levels", "image_size", "patch_size"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.out_channels is None:
-            object.__setattr__(self, "out_channels", self.in_channels)
-        _check(len(self.levels) > 0, "levels must hold at least one Level")
-        _check_pair("image_size", self.image_size)
-        _check_pair("patch_size", self.patch_size)
-        _check_count("in_channels", self.in_channels)
-        _check_count("out_channels", self.out_channels)
-        _check_count("num_classes", self.num_classes, minimum=0)
-        _check_count("mapping_cond_dim", self.mapping_cond_dim, minimum=0)
-        _check(self.sigma_data > 0, f"sigma_data must be positive, got {self.sigma_data!r}")
-        sigmas = f"sigma_min {self.sigma_min!r} and sigma_max {self.sigma_max!r}"
-        _check(0 < self.sigma_min < self.sigma_max, f"0 < sigma_min < sigma_max must hold, got {sigmas}")
-        self.grids(*self.image_size)
+        levels = self.levels
+        if not isinstance(levels, (tuple, list)):
+            raise TypeError(f"levels: expected a tuple of Level, got {checks.shown(levels)}")
+        if not 0 < len(levels) <= MOST_LEVELS:
+            raise ValueError(f"levels: expected 1 to {MOST_LEVELS} of them, got {len(levels)}")
+        for level in levels:
+            if not isinstance(level, Level):
+                raise TypeError(f"levels: expected a tuple of Level, got {checks.shown(level)} in it")
+        if not isinstance(self.mapping, Mapping):
+            raise TypeError(f"mapping: expected a Mapping, got {checks.shown(self.mapping)}")
+        in_channels = _count("in_channels", self.in_channels)
+        out_channels = in_channels if self.out_channels is None else _count("out_channels", self.out_channels)
+        if out_channels != in_channels:  # a denoiser mixes what comes out with what went in
+            raise ValueError(f"out_channels: expected in_channels {in_channels}, got {out_channels}")
+        _set(
+            self,
+            levels=tuple(levels),
+            image_size=_two("image_size", self.image_size),
+            in_channels=in_channels,
+            out_channels=out_channels,
+            patch_size=_two("patch_size", self.patch_size),
+            num_classes=_count("num_classes", self.num_classes, 0),
+            mapping_cond_dim=_count("mapping_cond_dim", self.mapping_cond_dim, 0),
+        )
+        for name in ("sigma_data", "sigma_min", "sigma_max"):
+            sigma = checks.number(name, getattr(self, name), at_least=LEAST_SIGMA, at_most=MOST_SIGMA)
+            _set(self, **{name: sigma})
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min: expected less than sigma_max {self.sigma_max:g}, got {self.sigma_min:g}")
+        try:
+            self.grids(*self.image_size)
+        except ValueError as error:
+            raise ValueError(f"image_size, patch_size and levels must fit: {error}") from error
+        if self.layers > MOST_LAYERS:
+            raise ValueError(f"levels: expected depths of at most {MOST_LAYERS} layers in all, got {self.layers}")
+        if self.parameters > MOST_PARAMETERS:
+            raise ValueError(f"levels: expected at most {MOST_PARAMETERS:,} parameters in all, got {self.parameters:,}")
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers and mapping blocks."""
+        *outer, middle = (level.depth for level in self.levels)
+        return 2 * sum(outer) + middle + self.mapping.depth
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers a model of it learns, without building one."""
+        cond, first = self.mapping.width, self.levels[0].width
+
+        def layer(level: Level) -> int:
+            feed_forward = cond * level.width + 3 * level.width * level.d_ff
+            if isinstance(level.attention, NoAttention):
+                return feed_forward
+            heads = level.width // level.attention.head_dim
+            return feed_forward + cond * level.width + 4 * level.width**2 + heads
+
+        *outer, middle = self.levels
+        layers = sum(2 * level.depth * layer(level) for level in outer) + middle.depth * layer(middle)
+        pairs = zip(self.levels[:-1], self.levels[1:], strict=True)
+        between = sum(8 * fine.width * coarse.width + 1 for fine, coarse in pairs)  # merge and split
+        ends = 2 * self.in_channels * math.prod(self.patch_size) * first + first  # patches in and out, the last norm
+        conditions = cond * (2 * cond + self.num_classes + self.mapping_cond_dim)
+        mapping = self.mapping.depth * (3 * cond * self.mapping.d_ff + cond) + 2 * cond
+        return layers + between + ends + conditions + mapping
 
     @property
     def null_class(self) -> int | None:
@@ -190,6 +256,9 @@ class HDiTConfig:
         Raises ValueError if the image doesn't divide into patches and merges, or a window doesn't fit its level's grid.
         """
         # Messages are built only when needed: every forward pass comes by here.
+        for name, side in (("height", height), ("width", width)):
+            if not isinstance(side, torch.SymInt):  # a free size in torch.export
+                checks.integer(name, side)
         merges = len(self.levels) - 1
         step_y, step_x = self.patch_size[0] << merges, self.patch_size[1] << merges
         if height % step_y or width % step_x:
@@ -229,38 +298,70 @@ class HDiTConfig:
 
     @classmethod
     def from_dict(cls, config: MappingABC[str, Any]) -> HDiTConfig:
-        """The inverse of to_dict. Raises ValueError on an unknown, missing or badly typed entry."""
-        config = dict(config)
+        """The inverse of to_dict. Raises ValueError on an unknown, missing or wrong entry."""
+        config = _entries(config, cls, "config")
         if "levels" in config:
-            _check(isinstance(config["levels"], (list, tuple)), f"levels must be a list, got {config['levels']!r}")
-            levels = [_level_from_dict(level, f"levels[{i}]") for i, level in enumerate(config["levels"])]
-            config["levels"] = tuple(levels)
+            levels = config["levels"]
+            if not isinstance(levels, (list, tuple)):
+                raise ValueError(f"levels: expected a list, got {checks.shown(levels)}")
+            if len(levels) > MOST_LEVELS:
+                raise ValueError(f"levels: expected 1 to {MOST_LEVELS} of them, got {len(levels)}")
+            config["levels"] = tuple(_level_from_dict(level, f"levels[{i}]") for i, level in enumerate(levels))
         if "mapping" in config:
-            config["mapping"] = _build(Mapping, config["mapping"], "mapping")
+            config["mapping"] = _build(Mapping, _entries(config["mapping"], Mapping, "mapping"), "mapping")
         return _build(cls, config, "config")
 
 
-def _build(kind: type, values: Any, where: str) -> Any:
-    """kind(**values), with an error that says where an unknown or missing entry is."""
-    _check(isinstance(values, MappingABC), f"{where} must be a dict, got {values!r}")
-    known = {f.name for f in fields(kind)}
-    unknown = sorted(set(values) - known)
-    _check(not unknown, f"{where} has unknown entries {unknown}, expected some of {sorted(known)}")
+def require_memory(config: HDiTConfig, device: torch.device) -> None:
+    """ValueError if the memory of a device (or of this machine) can't hold what training a model of config keeps.
+
+    That is five float32 numbers a parameter: itself, its average and gradient, and AdamW's two moments.
+    """
+    need = 20 * config.parameters
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):  # not on Windows
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if need > total:
+        raise ValueError(
+            f"config: expected a model that {total / 2**30:.0f} GiB of memory can train, "
+            f"got {config.parameters:,} parameters, which take {need / 2**30:.0f} GiB"
+        )
+
+
+def _entries(values: Any, kind: type, where: str) -> dict[str, Any]:
+    """values as a dict with the entries of a dataclass, those that it needs among them."""
+    if not isinstance(values, MappingABC):
+        raise ValueError(f"{where}: expected a dict, got {checks.shown(values)}")
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"{where}: expected some of {', '.join(known)}, got unknown entries {reprlib.repr(unknown)}")
+    for name, needed in known.items():
+        if needed and name not in values:
+            raise ValueError(f"{where}: expected an entry {name}, which is missing")
+    return dict(values)
+
+
+def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+    """kind(**values), with an error that says where it is."""
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _level_from_dict(values: Any, where: str) -> Level:
-    _check(isinstance(values, MappingABC), f"{where} must be a dict, got {values!r}")
-    values = dict(values)
+def _level_from_dict(level: Any, where: str) -> Level:
+    values = _entries(level, Level, where)
     if "attention" in values:
-        attention = values["attention"]
-        known = isinstance(attention, MappingABC) and attention.get("type") in _ATTENTION_TYPES
-        _check(known, f"{where}.attention must be a dict with type one of {list(_ATTENTION_TYPES)}, got {attention!r}")
-        attention = dict(attention)
-        values["attention"] = _build(_ATTENTION_TYPES[attention.pop("type")], attention, f"{where}.attention")
+        attention, inside = values["attention"], f"{where}.attention"
+        if not isinstance(attention, MappingABC) or "type" not in attention:
+            raise ValueError(f"{inside}: expected a dict with a type, got {checks.shown(attention)}")
+        kind = _ATTENTION_TYPES[checks.choice(f"{inside}.type", attention["type"], _ATTENTION_TYPES)]
+        rest = {name: value for name, value in attention.items() if name != "type"}
+        values["attention"] = _build(kind, _entries(rest, kind, inside), inside)
     return _build(Level, values, where)
 
 

@@ -1,235 +1,234 @@
 """Trains an HDiT on one device: python -m hdit.train --data FOLDER --config PRESET --output RUN
 
-The run's folder gets checkpoint.safetensors (see hdit.checkpoint), loss.csv and samples/<step>.png. Ctrl-C or SIGTERM
-saves a checkpoint and stops; --resume continues with exactly the losses that an unbroken run has: batches, noise,
-noise levels and dropout are functions of the seed and the step alone, so no generator's state needs saving.
+The run's folder gets checkpoint.safetensors (see hdit.checkpoint), loss.csv and samples/<step>.png. Ctrl-C, SIGTERM,
+SIGHUP and errors from outside (see hdit.run) save a checkpoint and stop; --resume continues with exactly the losses
+that an unbroken run has: batches, noise, noise levels and dropout are functions of the seed and the step alone, so no
+generator's state needs saving.
 
 The recipe is k-diffusion's for HDiT (Crowson et al. 2024, arXiv 2401.11605): AdamW, gradients clipped to norm 1, noise
 levels from the interpolated cosine schedule, stratified over the batch, soft-min-SNR weighting, an average of the
-weights with a warm-up, one label in ten dropped for classifier-free guidance, bfloat16 autocast on a GPU.
+weights with a warm-up, one label in ten dropped for classifier-free guidance, bfloat16 autocast on a GPU. A k-diffusion
+configuration brings its own; entries that are not used are printed (see hdit.recipe).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from hdit._runtime import at_least, autocast, one_line_errors, pick_device, progress
-from hdit.checkpoint import CheckpointError, Details, read_details, resume, save_checkpoint
-from hdit.config import HDiTConfig, presets
+from hdit._files import parse_json
+from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, printable, progress, writable
+from hdit.checkpoint import CheckpointError, Details, read_details, resume
+from hdit.config import HDiTConfig, presets, require_memory
 from hdit.data import BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
 from hdit.denoiser import Denoiser
-from hdit.densities import enable_stratified, rand_cosine_interpolated
-from hdit.ema import ema_decay, ema_update
+from hdit.ema import ema_update
+from hdit.images import MODES
 from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
+from hdit.options import Options, changes, chosen_options, options_of
+from hdit.recipe import Recipe, batch_loss, recipe_from_kdiffusion
+from hdit.run import LOCK, LossLog, Saver, Signals, leave_group, only_run, say
+from hdit.run import NonFiniteLoss as NonFiniteLoss
+from hdit.run import RunError as RunError
 from hdit.sample import generate, image_grid
 
 CHECKPOINT = "checkpoint.safetensors"
-CLASS_DROPOUT = 0.1
-MAX_GRADIENT_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run is made with, beside the model's configuration. Kept in its checkpoint.
-
-    data: what hdit.data.open_images takes. steps: of the optimizer, in all. lr: learning rate (a third of it for the
-    mapping network). save_every, sample_every: steps between checkpoints, and between grids of samples (0: no grids).
-    workers: processes that read images.
-    """
-
-    data: str
-    steps: int = 100_000
-    batch_size: int = 64
-    lr: float = 5e-4
-    seed: int = 0
-    save_every: int = 1000
-    sample_every: int = 1000
-    workers: int = 4
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss or a gradient became NaN or infinite."""
-
-
-class Stopped(Exception):
-    """A signal ended the run; number: which one."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
 
 
 def train(
-    config: HDiTConfig, images: Images, options: Options, output: Path, device: torch.device, resuming: bool = False
+    config: HDiTConfig,
+    images: Images,
+    options: Options,
+    output: Path,
+    device: torch.device,
+    resuming: bool = False,
+    recipe: Recipe | None = None,
 ) -> HDiT:
     """Trains a model from its beginning, or from the checkpoint in output if resuming, until options.steps.
 
-    Returns the averaged model. Raises CheckpointError if output has a checkpoint and shouldn't, or the other way round;
-    DataError if resuming with other images; NonFiniteLoss, keeping the last checkpoint; Stopped after a signal, with
-    the checkpoint saved.
+    recipe: Recipe() if not given. Returns the averaged model; a run that has done its steps already is left as it is.
+    Options that differ from the checkpoint's are named on stderr. Raises ValueError or OSError, before anything is
+    written, on what can't be trained; CheckpointError if output has a checkpoint and shouldn't, or the other way round,
+    or one of another configuration or recipe; DataError if resuming with other images; RunError if another run is in
+    output. Once it trains: NonFiniteLoss, keeping the last checkpoint; Stopped after a signal and RunError after an
+    error from outside, with the finished steps saved.
     """
+    details = read_details(output / CHECKPOINT) if resuming else None
+    recipe = recipe or Recipe()
+    look_ahead(config, recipe, options, output, device, 0 if details is None else details.step)
+    output.mkdir(parents=True, exist_ok=True)
+    # What is made without naming a device is made on the CPU, whatever torch.set_default_device says.
+    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with only_run(output), on_cpu:
+        return _train(config, recipe, images, options, output, device, resuming)
+
+
+def _train(
+    config: HDiTConfig,
+    recipe: Recipe,
+    images: Images,
+    options: Options,
+    output: Path,
+    device: torch.device,
+    resuming: bool,
+) -> HDiT:
+    """`train`, with the folder to itself."""
+    lr = recipe.lr if options.lr is None else options.lr
+    options = replace(options, lr=lr)
     path = output / CHECKPOINT
     if path.exists() and not resuming:
         raise CheckpointError(f"{path} exists: pass --resume to go on with it, or another --output")
-    output.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(seed_of(options.seed, "model"))
     model = HDiT(config).to(device).train()
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.param_groups(options.lr), betas=(0.9, 0.95), weight_decay=1e-3, fused=device.type == "cuda"
-    )
-    denoiser = Denoiser(model, config.sigma_data, weighting="soft-min-snr")
+    optimizer = recipe.optimizer(model.param_groups(lr), fused=device.type == "cuda")
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    denoiser = Denoiser(model, config.sigma_data, recipe.loss_weighting)
     details = Details(
-        config.to_dict(), 0, asdict(options), list(images.class_names), list(images.excluded), images.fingerprint
+        config.to_dict(),
+        0,
+        asdict(options),
+        list(images.class_names),
+        list(images.excluded),
+        images.fingerprint,
+        recipe.to_dict(),
     )
     if resuming:
         found = resume(path, model, ema_model, optimizer)
+        different = kept_recipe(path, found).difference(recipe)
+        if different is not None:
+            what = f"{path} is of another recipe ({different} here)"
+            raise CheckpointError(f"{what}: leave the configuration as it was, or start another run")
         if found.data != details.data:
             raise DataError(f"{options.data} holds other images than those {path} was trained on: restore them")
+        for change in changes(found.options, options):
+            say(change)
         if found.step >= options.steps:
-            raise CheckpointError(f"{path} has done {found.step} of {options.steps} steps: pass a larger --steps")
-        details = replace(details, step=found.step)
+            say(f"{path} has done {found.step} of {options.steps} steps: nothing is left to do")
+            return ema_model
+        details = replace(details, step=found.step, loss=found.loss)
 
     order = BatchOrder(len(images), options.batch_size, options.seed, details.step, options.steps)
     workers = 0 if isinstance(images, Digits) else options.workers  # the digits are in memory
     pinned = device.type == "cuda"
     loader = DataLoader(
-        images, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=_leave_group,
+        images, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=leave_group,
         collate_fn=collate,
     )  # fmt: skip
     with (
-        LossLog(output / "loss.csv", details.step) as log,
-        progress(loader, desc="training", initial=details.step, total=options.steps) as bar,
-        stop_signals() as caught,
+        LossLog(output / "loss.csv", details.step, details.loss) as log,
+        Signals() as signals,
+        Saver(path, model, ema_model, optimizer, details, log, signals) as saver,
+        progress(batches(loader, signals), desc="training", initial=details.step, total=options.steps) as bar,
     ):
+
+        def keep(step: int) -> None:
+            """Saves and samples what has done this step, where it is time to."""
+            last = step == options.steps
+            if last or step % options.save_every == 0:
+                saver.save()
+            if options.sample_every and (last or step % options.sample_every == 0):
+                with signals.at_rest():
+                    save_samples(ema_model, output / "samples" / f"{step:08}.png")
+
         for step, (pixels, labels) in enumerate(bar, details.step + 1):
             torch.manual_seed(seed_of(options.seed, "step", step))
             optimizer.zero_grad()
-            loss = batch_loss(denoiser, config, pixels.to(device, non_blocking=True), labels.to(device))
+            loss = batch_loss(denoiser, config, pixels.to(device, non_blocking=True), labels.to(device), recipe)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
             values = torch.stack([loss.detach(), norm]).tolist()  # the step's one wait for a GPU
             if not all(map(math.isfinite, values)):
-                kept = f"{path} holds step {details.step}: --resume from it" if details.step else "start again"
                 what = f"step {step}: the loss is {values[0]:g} and the norm of its gradient {values[1]:g}"
-                raise NonFiniteLoss(f"{what}; {kept} with a lower --lr than {options.lr:g}")
+                raise saver.diverged(what)
+            if step > details.step + 1:
+                keep(step - 1)  # only now: these weights have shown a finite loss and gradient
+            mean = log.write(step, *values)  # before the weights take the step, so that none is without its line
+            saver.begin()
+            for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+                group["lr"] = learning_rate * recipe.lr_factor(step - 1)
             optimizer.step()
-            ema_update(model, ema_model, ema_decay(step - 1))
+            ema_update(model, ema_model, recipe.ema_decay(step - 1))
 
-            bar.set_postfix(loss=f"{log.write(step, *values):.4f}", refresh=False)
-            last = step == options.steps or bool(caught)
-            if last or step % options.save_every == 0:
-                details = replace(details, step=step)
-                save_checkpoint(path, model, ema_model, optimizer, details)
-            if caught:
-                raise Stopped(caught[0])
-            if options.sample_every and (last or step % options.sample_every == 0):
-                save_samples(ema_model, output / "samples" / f"{step:08}.png")
+            saver.finish(step, values[0])
+            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        keep(options.steps)
     return ema_model
 
 
-def batch_loss(denoiser: Denoiser, config: HDiTConfig, pixels: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of a batch: pixels uint8 [B, C, H, W], labels int64 [B]. Random by torch's global generator."""
-    x = pixels.float() / 127.5 - 1
-    cond: dict[str, Tensor] = {}
-    if config.null_class is not None:
-        dropped = torch.rand(labels.shape, device=labels.device) < CLASS_DROPOUT
-        cond["class_cond"] = labels.masked_fill(dropped, config.null_class)
-    side = max(config.image_size)
-    with enable_stratified():
-        sigma = rand_cosine_interpolated(
-            x.shape[:1], image_d=side, noise_d_low=min(32, side), noise_d_high=side, sigma_data=config.sigma_data,
-            min_value=min(config.sigma_min, 1e-3), max_value=max(config.sigma_max, 1e3), device=x.device,
-        )  # fmt: skip
-    with autocast(x.device):
-        return denoiser.loss(x, torch.randn_like(x), sigma, **cond).mean()
+def kept_recipe(path: Path, details: Details) -> Recipe:
+    """The recipe in the details of the checkpoint at path. Raises CheckpointError if it is none."""
+    try:
+        return Recipe.from_dict(details.recipe)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: its recipe can't be used: {error}") from error
+
+
+def look_ahead(
+    config: HDiTConfig, recipe: Recipe, options: Options, output: Path, device: torch.device, done: int
+) -> None:
+    """Looks for what a run that has done so many steps needs at its end: packages, a model that can be trained and
+    sampled, a folder to write into with room for checkpoints. Writes nothing. Raises ModuleNotFoundError, ValueError
+    or OSError.
+    """
+    if done >= options.steps:
+        return
+    recipe.check(config)
+    needs("safetensors.torch", "numpy", "PIL.Image", "tqdm")
+    if config.mapping_cond_dim:
+        raise ValueError(f"config: mapping_cond_dim {config.mapping_cond_dim} must be 0: images have no such vector")
+    if options.sample_every and config.in_channels not in MODES:
+        raise ValueError(f"--sample-every: images of {config.in_channels} channels can't be saved, 1 or 3 can: pass 0")
+    require_memory(config, device)
+    with torch.device("meta"):
+        model = HDiT(config)
+    if (output / LOCK).exists():
+        with only_run(output):  # to learn of another run before the images are read
+            pass
+    size = 4 * sum(tensor.nbytes for tensor in model.state_dict().values())  # weights, average and Adam's two moments
+    path = output / CHECKPOINT
+    existing = path.stat().st_size if path.is_file() else 0
+    writable(output, 2 * size - existing)  # the old one stays until the new one is written
+    if options.sample_every:
+        writable(output / "samples")
+
+
+def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
+    """The loader's batches. The run may be stopped while it waits for one."""
+    iterator = iter(loader)
+    signals.watch_workers()
+    while True:
+        with signals.at_rest():
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch
 
 
 def save_samples(model: HDiT, path: Path, count: int = 36) -> None:
     """Writes a grid of samples, of each class in turn."""
-    classes = [i % (model.config.num_classes - 1) for i in range(count)] if model.config.num_classes else None
-    path.parent.mkdir(exist_ok=True)
-    image_grid(generate(model, count, classes)).save(path)
-
-
-class LossLog:
-    """loss.csv: step, loss, gradient_norm; a line a step, on disk at once. Lines after step `last` are taken back."""
-
-    def __init__(self, path: Path, last: int) -> None:
-        path.touch()
-        self._file = open(path, "r+", buffering=1)
-        whole = [line for line in self._file.readlines()[1:] if line.endswith("\n")]
-        kept = [line for line in whole if int(line.partition(",")[0]) <= last]
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.writelines(["step,loss,gradient_norm\n", *kept])
-        self._mean: float | None = None
-
-    def write(self, step: int, loss: float, norm: float) -> float:
-        """Adds a line; returns the loss smoothed over about fifty steps."""
-        self._file.write(f"{step},{loss!r},{norm!r}\n")
-        self._mean = loss if self._mean is None else self._mean + 0.02 * (loss - self._mean)
-        return self._mean
-
-    def __enter__(self) -> LossLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM inside enters; the second has its usual effect."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
-        yield caught
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def catch(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, catch)
+    classes = [i % max(model.config.num_classes - 1, 1) for i in range(count)] if model.config.num_classes else None
+    grid = image_grid(generate(model, count, classes))
     try:
-        yield caught
-    finally:
-        restore()
-
-
-def _leave_group(worker: int) -> None:
-    """Signals to the process group (Ctrl-C, a scheduler's SIGTERM) reach the main process only, which ends the workers
-    once it has saved.
-    """
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def read_config(name: str) -> HDiTConfig:
@@ -239,14 +238,37 @@ def read_config(name: str) -> HDiTConfig:
     """
     if name in presets:
         return presets[name]
+    content = _content(name)
+    with _naming(name):
+        return config_from_kdiffusion(content) if "model" in content else HDiTConfig.from_dict(content)
+
+
+def read_recipe(name: str, lr: float | None = None) -> tuple[Recipe, list[str]]:
+    """The recipe of what read_config takes, and a line on each entry that is not used: a k-diffusion configuration's
+    own, else the default one. lr: of the run, if it is not to be the recipe's.
+    """
+    if name in presets:
+        return Recipe(), []
+    content = _content(name)
+    with _naming(name):
+        return recipe_from_kdiffusion(content, lr) if "model" in content else (Recipe(), [])
+
+
+def _content(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"--config: there is no file {name}, and the presets are {', '.join(presets)}")
+    content = parse_json(f"--config {name}", path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {name}: it holds no JSON object")
+    return content
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors about a configuration name it."""
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-        return config_from_kdiffusion(content) if "model" in content else HDiTConfig.from_dict(content)
+        yield
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {name}: {error}") from error
 
@@ -273,7 +295,7 @@ def fit_classes(config: HDiTConfig, images: Images, class_cond: bool | None) -> 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     default = {field.name: field.default for field in fields(Options)}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m hdit.train", description="Trains an HDiT on one device.", argument_default=argparse.SUPPRESS
     )
 
@@ -290,39 +312,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add("steps", at_least(1), "steps in all")
     add("batch_size", at_least(1), "images a step")
-    add("lr", float, "learning rate")
+    parser.add_argument("--lr", type=float, help=f"learning rate (default: the config's, or {Recipe.lr})")
     add("seed", int, "seed of everything random")
     add("save_every", at_least(1), "steps between checkpoints")
     add("sample_every", at_least(0), "steps between grids of samples, 0 for none")
     add("workers", at_least(0), "processes that read images")
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:<number> or mps (default: a GPU if there is one)")
     args = vars(parser.parse_args(arguments))
 
     with one_line_errors("hdit.train"):
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but hdit.train runs on one device: start it once, "
+                "without torchrun or its like"
+            )
+        if not args["output"]:
+            raise ValueError("--output: expected a folder, got ''")
         output, resuming, device = Path(args["output"]), "resume" in args, pick_device(args.get("device"))
         chosen = {name: value for name, value in args.items() if name in default}
         details = read_details(output / CHECKPOINT) if resuming else None
         if resuming and details is None:
             raise CheckpointError(f"{output / CHECKPOINT} was not written by hdit.train: pass another --output")
         if details is not None:
-            options = Options(**(details.options | chosen))
-            config = read_config(args["config"]) if "config" in args else HDiTConfig.from_dict(details.config)
+            options = chosen_options(chosen, options_of(output / CHECKPOINT, details))
+            config, recipe = HDiTConfig.from_dict(details.config), kept_recipe(output / CHECKPOINT, details)
         elif "data" in args and "config" in args:
-            options, config = Options(**chosen), read_config(args["config"])
+            options = chosen_options(chosen)
         else:
             raise ValueError("--data and --config are needed (or --resume): see --help")
+        if "config" in args:
+            config = read_config(args["config"])
+            recipe, notes = read_recipe(args["config"], options.lr)
+            for note in notes:
+                say(f"{args['config']}: {note}")
         if "image_size" in args:
-            config = replace(config, image_size=(args["image_size"], args["image_size"]))
+            try:
+                config = replace(config, image_size=(args["image_size"], args["image_size"]))
+            except ValueError as error:
+                raise ValueError(f"--image-size {args['image_size']}: {error}") from error
+        # before the images, too, which take a while to look at
+        look_ahead(config, recipe, options, output, device, 0 if details is None else details.step)
         excluded = details.excluded if details is not None else None
         images = open_images(options.data, config.image_size, config.in_channels, excluded)
         config = fit_classes(config, images, args.get("class_cond"))
         print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
-        try:
-            train(config, images, options, output, device, resuming)
-        except Stopped as stop:
-            print(f"hdit.train: {stop}; saved {output / CHECKPOINT}, go on with --resume", file=sys.stderr)
-            sys.exit(128 + stop.number)
-        print(output / CHECKPOINT)
+        train(config, images, options, output, device, resuming, recipe)
+        print(printable(str(output / CHECKPOINT)))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def test_reference_is_built_as_configured(checkout: Path) -> None:
         NeighborhoodAttention(8, 3), ShiftedWindowAttention(16, 4), NoAttention(), GlobalAttention(8)
     ]  # fmt: skip
     levels = tuple(Level(i + 1, 16 * (i + 1), 40 + i, kind, i / 10) for i, kind in enumerate(kinds))
-    config = replace(CONFIG, levels=levels, image_size=(256, 256), out_channels=5, mapping_cond_dim=6)
+    config = replace(CONFIG, levels=levels, image_size=(256, 256), mapping_cond_dim=6)
     for path in (checkout, checkout / "k_diffusion"):
         built = kdiffusion.build(config, path)
         assert built.config == config
@@ -249,7 +249,7 @@ def test_check_of_wrong_networks(tmp_path: Path) -> None:
         for name, build in {
             "wrong": lambda side: Wrong(CONFIG),
             "backward": lambda side: WrongBackward(CONFIG),
-            "narrow": lambda side: HDiT(replace(CONFIG, in_channels=3, out_channels=1)),
+            "narrow": lambda side: HDiT(replace(CONFIG, in_channels=3, out_channels=3)),
             "broken": broken,
         }.items()
     ]

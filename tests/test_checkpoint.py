@@ -3,16 +3,27 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hdit import HDiT, HDiTConfig
-from hdit.checkpoint import CheckpointError, Details, load_checkpoint, read_details, resume, save_checkpoint
+from hdit.checkpoint import (
+    CheckpointError,
+    Details,
+    NonFiniteWeights,
+    load_checkpoint,
+    read_details,
+    resume,
+    save_checkpoint,
+)
 from tests.tiny import CONFIG, random_model
 
 
@@ -164,3 +175,232 @@ def test_kdiffusion_checkpoints_load_too(tmp_path: Path, seed: int) -> None:
     save_file(model.state_dict(), tmp_path / "k.safetensors", {"config": json.dumps(config)})
     assert same(load_checkpoint(tmp_path / "k.safetensors"), model)
     assert read_details(tmp_path / "k.safetensors") is None
+
+
+# Damaged and made-up files
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, torch.Tensor], dict[str, str]]:
+    """A checkpoint of two steps: its bytes, tensors and metadata."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("saved") / "x.safetensors"
+    save_checkpoint(path, *trained(), details())
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    return path.read_bytes(), load_file(path), metadata
+
+
+def refused(path: Path, use: Callable[[], object]) -> str:
+    """The one line with which a file is refused: it names the file and can be printed."""
+    with pytest.raises(CheckpointError) as error:
+        use()
+    message = str(error.value)
+    assert str(path) in message and message.isprintable(), message
+    return message
+
+
+def all_refuse(path: Path) -> None:
+    refused(path, lambda: load_checkpoint(path))
+    refused(path, lambda: read_details(path))
+    refused(path, lambda: resume(path, *trained()))
+
+
+def test_damaged_files(tmp_path: Path, saved: Any, seed: int) -> None:
+    path, whole = tmp_path / "x.safetensors", saved[0]
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for content in (b"", b"hello world, no header", (2**62).to_bytes(8, "little") + b"{}", bytes(1000)):
+        path.write_bytes(content)
+        all_refuse(path)
+    for end in (1, 7, 8, 9, header // 2, header, header + 5, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        all_refuse(path)
+    path.write_bytes(whole + b"\0")
+    all_refuse(path)
+
+
+def test_flipped_bits(tmp_path: Path, saved: Any, seed: int) -> None:
+    path, whole = tmp_path / "x.safetensors", saved[0]
+    header = 8 + int.from_bytes(whole[:8], "little")
+    state, before = trained(), trained()
+    before[0].load_state_dict(state[0].state_dict())
+    for place in torch.cat([torch.randint(header, [12]), torch.randint(header, len(whole), [6])]).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(torch.randint(8, []))
+        path.write_bytes(damaged)
+        try:
+            found = read_details(path)
+        except CheckpointError:
+            found = None
+        if found is not None and place < header and found != details():
+            continue  # a name of a class or an option: nothing tells
+        refused(path, lambda: resume(path, *state))
+        assert (
+            same(state[0], before[0])
+            and not optimizer_tensors(state[0], state[2]).keys() - optimizer_tensors(before[0], before[2]).keys()
+        )
+
+
+PATCH = "model.patch_in.proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({PATCH: None}, f"damaged: it has lost '{PATCH}'"),
+        ({"model.more": torch.zeros(1)}, "damaged: it has got 'model.more'"),
+        ({PATCH: torch.ones(3)}, r"patch_in.proj.weight: expected shape \[16, 4\], got \[3\]"),
+        ({PATCH: torch.zeros(16, 4)}, f"damaged in '{PATCH}'"),
+        ({PATCH: torch.zeros(16, 4, dtype=torch.int64)}, f"'{PATCH}': expected floating-point numbers, got 'I64'"),
+    ],
+)
+def test_changed_tensors(tmp_path: Path, saved: Any, change: dict[str, Any], message: str, seed: int) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {name: tensor for name, tensor in (saved[1] | change).items() if tensor is not None}
+    save_file(tensors, path, saved[2])
+    assert re.search(message, refused(path, lambda: resume(path, *trained())))
+    assert re.search(message, refused(path, lambda: load_checkpoint(path, ema=False)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer.exp_avg.mapping.in_norm.scale": None}, "'optimizer.exp_avg.mapping.in_norm.scale' is missing"),
+        ({"optimizer.lr.x": torch.zeros(1)}, "'optimizer.lr.x' unknown"),
+        ({"optimizer.exp_avg.mapping.in_norm.scale": torch.ones(2)}, r"expected shape \[16\], got \[2\]"),
+        ({"optimizer.step.mapping.in_norm.scale": torch.tensor(5.0)}, "expected step 2, as in its metadata, got 5"),
+        ({PATCH: torch.full([16, 4], float("nan"))}, f"{PATCH} holds NaN or infinity"),
+        ({PATCH: torch.zeros(16, 4, dtype=torch.float16)}, f"{PATCH}: expected torch.float32, got torch.float16"),
+    ],
+)
+def test_state_must_be_whole_without_checksums_too(
+    tmp_path: Path, saved: Any, change: dict[str, Any], message: str, seed: int
+) -> None:
+    path = tmp_path / "x.safetensors"
+    metadata = {name: text for name, text in saved[2].items() if name != "crc32"}
+    save_file(saved[1], path, metadata)  # as earlier versions wrote it
+    resume(path, *trained())
+    save_file({name: tensor for name, tensor in (saved[1] | change).items() if tensor is not None}, path, metadata)
+    state = trained()
+    before = copy.deepcopy(state[0])
+    assert re.search(message, refused(path, lambda: resume(path, *state)))
+    assert same(state[0], before)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("step", "many", "step: expected an integer of at least 0, got 'many'"),
+        *(("step", value, "step: expected an integer of at least 0, got") for value in (-3, None, 1.5, True)),
+        ("options", [1], "options: expected a mapping"),
+        ("class_names", [1, 2], "class_names: expected a list of texts"),
+        ("excluded", "bad.png", "excluded: expected a list of texts"),
+        ("data", 3, "data: expected a text"),
+        ("loss", "low", "loss: expected a finite number"),
+        *(("config", value, "config: expected a mapping") for value in ("/dev/zero", 3, None, [1])),
+        ("config", CONFIG.to_dict() | {"mapping": {"depth": 10**7}}, "at most 1024 layers in all"),
+        ("config", CONFIG.to_dict() | {"mapping": {"width": 200_000}}, "another configuration"),
+        ("config", CONFIG.to_dict() | {"colour": 1}, r"unknown entries \['colour'\]"),
+        ("colour", "\x1b[31mred", "another version of hdit"),
+    ],
+)
+def test_edited_metadata(tmp_path: Path, saved: Any, entry: str, value: object, message: str, seed: int) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(saved[1], path, saved[2] | {"hdit": json.dumps(json.loads(saved[2]["hdit"]) | {entry: value})})
+    for use in (lambda: load_checkpoint(path), lambda: resume(path, *trained())):
+        assert re.search(message, refused(path, use))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", "3", '"/dev/zero"', "[" * 100_000, '{"step": NaN}', '{"step": 1, "step": 1}', '{"step": 1e999}'],
+)
+def test_metadata_that_is_no_mapping(tmp_path: Path, saved: Any, text: str, seed: int) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(saved[1], path, saved[2] | {"hdit": text})
+    all_refuse(path)
+    save_file(saved[1], path, {"config": text})
+    refused(path, lambda: load_checkpoint(path))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_only_files_are_opened(tmp_path: Path, suffix: str, seed: int) -> None:
+    (tmp_path / f"folder{suffix}").mkdir()
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+    for name, kind in (("folder", "a folder"), ("pipe", "a pipe"), ("zero", "a device")):
+        path = tmp_path / f"{name}{suffix}"
+        assert kind in refused(path, lambda path=path: load_checkpoint(path))  # type: ignore[misc]
+
+
+# Saving
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["model", "ema", "optimizer"])
+def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, seed: int, value: float, where: str) -> None:
+    path, (model, average, optimizer) = tmp_path / "x.safetensors", trained()
+    save_checkpoint(path, model, average, optimizer, details())
+    before = path.read_bytes()
+    bad = {"model": model.mapping.out_norm.scale, "ema": average.mapping.out_norm.scale}
+    target = bad[where] if where in bad else optimizer.state[model.mapping.out_norm.scale]["exp_avg_sq"]
+    with torch.no_grad():
+        target[3] = value
+    with pytest.raises(NonFiniteWeights, match=f"at step 3: {where}.*mapping.out_norm.scale holds NaN or infinity"):
+        save_checkpoint(path, model, average, optimizer, details(step=3))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_full_disk_is_an_os_error(tmp_path: Path, seed: int) -> None:
+    resource = pytest.importorskip("resource")
+    path, state = tmp_path / "x.safetensors", trained()
+    save_checkpoint(path, *state, details())
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 1000, len(before) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match=rf"{path} can't be written \(.*File too large.*\); .* is kept"):
+                save_checkpoint(path, *state, details(step=3))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_left_over_of_a_killed_run_is_overwritten(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "x.safetensors"
+    os.mkfifo(tmp_path / "x.safetensors.tmp")  # which would be written to for ever
+    save_checkpoint(path, *trained(), details())
+    assert read_details(path) == details() and os.listdir(tmp_path) == [path.name]
+
+
+class Compiled(torch.nn.Module):
+    """Names its parameters as torch.compile(model) does."""
+
+    def __init__(self, model: HDiT) -> None:
+        super().__init__()
+        self._orig_mod, self.config = model, model.config
+
+
+def test_wrapped_models(tmp_path: Path, seed: int) -> None:
+    """Names are the same whether the model, or a part of it, is compiled or not."""
+    path, (model, average, optimizer) = tmp_path / "x.safetensors", trained()
+    save_checkpoint(path, Compiled(model), average, optimizer, details())  # type: ignore[arg-type]
+    with safe_open(path, "pt") as file:
+        assert not any("_orig_mod" in name for name in file.keys())
+    other = trained()
+    resume(path, Compiled(other[0]), *other[1:])  # type: ignore[arg-type]
+    assert same(other[0], model) and optimizer_tensors(other[0], other[2]).keys()
+
+    tensors = {name.replace(".mapping.", "._orig_mod.mapping.module."): t for name, t in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        save_file(tensors, path, {"hdit": file.metadata()["hdit"]})
+    assert same(load_checkpoint(path, ema=False), model)
+
+
+def test_loaded_model_can_be_trained(tmp_path: Path, seed: int) -> None:
+    save_checkpoint(tmp_path / "x.safetensors", *trained(), details())
+    model = load_checkpoint(tmp_path / "x.safetensors")
+    assert all(p.requires_grad and p.is_leaf and p.dtype == torch.float32 for p in model.parameters())
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+    (tmp_path / "x.safetensors").write_bytes(b"")  # the weights are no view of the file
+    model(torch.zeros(1, 1, 8, 8), torch.ones(1), class_cond=torch.zeros(1, dtype=torch.long)).sum().backward()

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdit import HDiT, HDiTConfig, presets
+from hdit_kernels import na2d
 from tests import golden_files
 
 SMALL = golden_files.read_json("flops_small.json")["models"]
@@ -103,3 +104,21 @@ def test_training_costs_about_three_forward_passes(name: str) -> None:
         with FlopCounterMode(display=False) as counter:
             model(x, torch.ones(1), **cond).sum().backward()
     assert 2.9 < counter.get_total_flops() / (2 * SMALL[name]["macs"]) < 3.3
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("extra", [0, 1, 3])
+def test_additional_keys_count(extra: int, device: str) -> None:
+    """Two products of 2 · B·H·W·heads · (Kh·Kw + extra) · D; five of them backward."""
+    batch, height, width, heads, dim = shape = (2, 6, 5, 3, 8)
+    q, k, v = (torch.zeros(shape, device=device, requires_grad=True) for _ in range(3))
+    more: list[torch.Tensor | None] = [None, None]
+    if extra:
+        more = [torch.zeros(batch, extra, heads, dim, device=device, requires_grad=True) for _ in range(2)]
+    product = 2 * batch * height * width * heads * (3 * 5 + extra) * dim
+    with FlopCounterMode(display=False) as counter:
+        out = na2d(q, k, v, (3, 5), additional_keys=more[0], additional_values=more[1])
+        assert isinstance(out, torch.Tensor)
+        assert counter.get_total_flops() == 2 * product
+        out.sum().backward()
+    assert counter.get_total_flops() == 7 * product

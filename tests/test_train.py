@@ -3,8 +3,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hdit import HDiT, HDiTConfig
+from hdit import HDiT, HDiTConfig, run
 from hdit import train as training
-from hdit.checkpoint import CheckpointError, read_details
+from hdit._runtime import Stopped
+from hdit.checkpoint import CheckpointError, Details, read_details
 from hdit.data import DataError, Images, open_images
-from hdit.train import CHECKPOINT, NonFiniteLoss, Options, Stopped, fit_classes, main, read_config, train
+from hdit.train import CHECKPOINT, NonFiniteLoss, Options, RunError, fit_classes, main, read_config, train
 from tests.tiny import CONFIG, write_images
 
 CPU = torch.device("cpu")
@@ -53,6 +59,19 @@ def failing(monkeypatch: pytest.MonkeyPatch, at: int, act: Any) -> None:
         return act(loss) if len(calls) == at else loss
 
     monkeypatch.setattr(training, "batch_loss", batch_loss)
+
+
+def step_of(output: Path) -> int:
+    """How many steps the checkpoint in output has done; it must load whole and hold finite numbers."""
+    details = read_details(output / CHECKPOINT)
+    assert details is not None
+    assert all(tensor.isfinite().all() for tensor in load_file(output / CHECKPOINT).values())
+    assert not list(output.glob("*.tmp"))
+    return details.step
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_it_learns(digits: Images, tmp_path: Path) -> None:
@@ -97,12 +116,15 @@ def test_resume_after_a_crash_repeats_the_lost_steps(
     options = replace(OPTIONS, save_every=3)
     train(CONFIG, digits, options, tmp_path / "whole", CPU)
 
+    class PowerCut(BaseException):
+        pass
+
     def crash(loss: Tensor) -> Tensor:
-        raise RuntimeError("power cut")
+        raise PowerCut
 
     with monkeypatch.context() as patch:
         failing(patch, 6, crash)
-        with pytest.raises(RuntimeError, match="power cut"):
+        with pytest.raises(PowerCut):
             train(CONFIG, digits, options, tmp_path / "parts", CPU)
     assert len(losses(tmp_path / "parts")) == 5  # each on disk at once
     with open(tmp_path / "parts" / "loss.csv", "a") as file:
@@ -127,33 +149,165 @@ def test_nan_stops_before_the_weights_and_keeps_the_checkpoint(
             return dx * math.nan
 
     options = replace(OPTIONS, save_every=2)
-    failing(monkeypatch, 5, (lambda loss: loss * math.nan) if where == "loss" else BadGradient.apply)
-    with pytest.raises(NonFiniteLoss, match=r"^step 5: the loss is .*holds step 4: --resume from it with a lower --lr"):
-        train(CONFIG, digits, options, tmp_path, CPU)
-    details = read_details(tmp_path / CHECKPOINT)
-    assert details is not None and details.step == 4
-    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / CHECKPOINT).values())
+    with monkeypatch.context() as patch:
+        failing(patch, 5, (lambda loss: loss * math.nan) if where == "loss" else BadGradient.apply)
+        # Step 4 is not saved: its weights have not shown a finite loss.
+        match = r"^step 5: the loss is .*holds step 2: --resume from it with a lower --lr than 0.01"
+        with pytest.raises(NonFiniteLoss, match=match):
+            train(CONFIG, digits, options, tmp_path, CPU)
+    assert step_of(tmp_path) == 2 and len(losses(tmp_path)) == 4
+    lower = replace(options, lr=1e-3)
+    if where == "loss":  # the advice works
+        train(CONFIG, digits, lower, tmp_path, CPU, resuming=True)
+        assert step_of(tmp_path) == 6 and len(losses(tmp_path)) == 6
+    else:  # and is another one where it would not
+        failing(monkeypatch, 1, BadGradient.apply)
+        with pytest.raises(NonFiniteLoss, match="holds step 2, whose weights give this with any --lr: start another"):
+            train(CONFIG, digits, lower, tmp_path, CPU, resuming=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_weights_that_are_not_finite_after_the_last_loss(
+    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:  # as save_checkpoint does
+        calls.append(None)
+        raise FloatingPointError("model.x holds NaN or infinity")
+
+    calls: list[None] = []
+    train(CONFIG, digits, replace(OPTIONS, steps=2), tmp_path, CPU)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    monkeypatch.setattr(run, "save_checkpoint", refuse)
+    match = r"^model.x holds NaN or infinity; .*holds step 2: --resume from it with a lower --lr than 0.01"
+    with pytest.raises(NonFiniteLoss, match=match):
+        train(CONFIG, digits, replace(OPTIONS, steps=3), tmp_path, CPU, resuming=True)
+    assert len(calls) == 1 and (tmp_path / CHECKPOINT).read_bytes() == before
+    with pytest.raises(NonFiniteLoss, match="start again with a lower --lr"):
+        train(CONFIG, digits, replace(OPTIONS, steps=1), tmp_path / "new", CPU)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops(
     digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     def interrupted(loss: Tensor) -> Tensor:
         os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)  # schedulers send two
         return loss
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         failing(patch, 3, interrupted)
-        with pytest.raises(Stopped, match=number.name):
+        match = f"stopped by {number.name}; saved .* .step 3., go on with --resume"
+        with pytest.raises(Stopped, match=match) as stop:
             train(CONFIG, digits, OPTIONS, tmp_path / "parts", CPU)
+        assert stop.value.number == number
     assert signal.getsignal(number) is before
     details = read_details(tmp_path / "parts" / CHECKPOINT)
     assert details is not None and details.step == 3
     train(CONFIG, digits, OPTIONS, tmp_path / "parts", CPU, resuming=True)
     train(CONFIG, digits, OPTIONS, tmp_path / "whole", CPU)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_signals_while_sampling_and_saving(digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)  # it is given up at once
+
+    def save(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save_checkpoint(*arguments)
+
+    save_checkpoint = run.save_checkpoint
+    options = replace(OPTIONS, sample_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_samples", sample)
+        with pytest.raises(Stopped, match=r"stopped by SIGTERM; saved .*step 2"):
+            train(CONFIG, digits, options, tmp_path, CPU)
+    assert step_of(tmp_path) == 2
+    options = replace(OPTIONS, save_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_checkpoint", save)
+        with pytest.raises(Stopped, match=r"stopped by SIGINT; saved .*step 5"):
+            train(CONFIG, digits, options, tmp_path, CPU, resuming=True)
+    assert step_of(tmp_path) == 5 and len(losses(tmp_path)) == 5
+
+
+# What comes from outside: the finished steps are saved first
+
+
+def test_a_data_worker_s_death(tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(loss: Tensor) -> Tensor:
+        victim = multiprocessing.active_children()[0]
+        assert victim.pid is not None
+        os.kill(victim.pid, signal.SIGKILL)
+        return loss
+
+    write_images(tmp_path / "images", generator)
+    images = open_images(str(tmp_path / "images"), THREE.image_size, 3)
+    options = replace(OPTIONS, data=str(tmp_path / "images"), steps=3, workers=2)
+    with monkeypatch.context() as patch:
+        failing(patch, 2, kill)
+        match = r"^a data worker died \(DataLoader worker.*: lower --workers.*; saved .*step 2.*go on with --resume$"
+        with pytest.raises(RunError, match=match):
+            train(THREE, images, options, tmp_path / "run", CPU)
+    assert step_of(tmp_path / "run") == 2
+    train(THREE, images, replace(options, workers=0), tmp_path / "run", CPU, resuming=True)
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_an_image_that_is_gone(tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def remove(loss: Tensor) -> Tensor:
+        shutil.rmtree(tmp_path / "images")
+        return loss
+
+    write_images(tmp_path / "images", generator)
+    images = open_images(str(tmp_path / "images"), THREE.image_size, 3)
+    failing(monkeypatch, 2, remove)
+    options = replace(OPTIONS, data=str(tmp_path / "images"), workers=0)
+    with pytest.raises(RunError, match=r"png can no longer be read.*; saved .*step 2., go on with --resume$"):
+        train(THREE, images, options, tmp_path / "run", CPU)
+    assert step_of(tmp_path / "run") == 2
+
+
+def test_a_full_disk(digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **named: Any) -> Any:
+        raise OSError(28, "No space left on device", "some.file")
+
+    def full_at_the_third(log: run.LossLog, step: int, *values: float) -> float:
+        return full() if step == 3 else write(log, step, *values)
+
+    write = run.LossLog.write
+    with monkeypatch.context() as patch:  # the log
+        patch.setattr(run.LossLog, "write", full_at_the_third)
+        with pytest.raises(RunError, match=r"No space left on device: 'some.file'; saved .*step 2., go on"):
+            train(CONFIG, digits, OPTIONS, tmp_path / "run", CPU)
+    assert step_of(tmp_path / "run") == 2
+    options = replace(OPTIONS, save_every=2, sample_every=3)
+    with monkeypatch.context() as patch:  # the pictures
+        patch.setattr(training, "save_samples", full)
+        with pytest.raises(RunError, match=r"No space left on device: 'some.file'; saved .*step 3., go on"):
+            train(CONFIG, digits, options, tmp_path / "run", CPU, resuming=True)
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    with monkeypatch.context() as patch:  # the checkpoint
+        patch.setattr(run, "save_checkpoint", full)
+        with pytest.raises(RunError, match=r"No space left on device: 'some.file'; saved .*step 3., go on"):
+            train(CONFIG, digits, options, tmp_path / "run", CPU, resuming=True)
+        with pytest.raises(RunError, match="'some.file'; nothing is saved yet: start again"):
+            train(CONFIG, digits, options, tmp_path / "new", CPU)
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+
+
+def test_an_unknown_error_keeps_its_kind(
+    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bug(loss: Tensor) -> Tensor:
+        raise LookupError("a bug")
+
+    failing(monkeypatch, 3, bug)
+    with pytest.raises(LookupError, match="a bug"):
+        train(CONFIG, digits, OPTIONS, tmp_path, CPU)
+    assert step_of(tmp_path) == 2 and "(step 2), go on with --resume" in capsys.readouterr().err
 
 
 class ProcessGroups(torch.utils.data.Dataset):
@@ -165,7 +319,7 @@ class ProcessGroups(torch.utils.data.Dataset):
 
 
 def test_signals_to_the_group_do_not_reach_the_workers() -> None:
-    loader = torch.utils.data.DataLoader(ProcessGroups(), num_workers=2, worker_init_fn=training._leave_group)
+    loader = torch.utils.data.DataLoader(ProcessGroups(), num_workers=2, worker_init_fn=training.leave_group)
     groups = [int(group) for group in loader]
     assert len({*groups, os.getpgid(0)}) == 3
 
@@ -194,8 +348,134 @@ def test_a_run_is_not_overwritten_nor_made_up(digits: Images, tmp_path: Path) ->
     train(CONFIG, digits, options, tmp_path, CPU)
     with pytest.raises(CheckpointError, match="exists: pass --resume"):
         train(CONFIG, digits, options, tmp_path, CPU)
-    with pytest.raises(CheckpointError, match="has done 1 of 1 steps: pass a larger --steps"):
-        train(CONFIG, digits, options, tmp_path, CPU, resuming=True)
+
+
+def test_one_run_a_folder(digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def second_run(loss: Tensor) -> Tensor:
+        for resuming in (False, True):
+            with pytest.raises((RunError, CheckpointError), match="in use by another run|there is no checkpoint"):
+                train(CONFIG, digits, OPTIONS, tmp_path, CPU, resuming)
+        return loss
+
+    failing(monkeypatch, 2, second_run)
+    train(CONFIG, digits, replace(OPTIONS, steps=2), tmp_path, CPU)
+    assert step_of(tmp_path) == 2 and len(losses(tmp_path)) == 2
+
+
+def test_a_finished_run_is_left_as_it_is(digits: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = replace(OPTIONS, steps=1)
+    train(CONFIG, digits, options, tmp_path, CPU)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    train(CONFIG, digits, options, tmp_path, CPU, resuming=True)
+    assert (
+        capsys.readouterr().err == f"hdit.train: {tmp_path / CHECKPOINT} has done 1 of 1 steps: nothing is left to do\n"
+    )
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_run(digits: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    options = replace(OPTIONS, steps=1)
+    train(CONFIG, digits, options, ours, CPU)
+    train(CONFIG, digits, replace(options, seed=1), theirs, CPU)
+    shutil.copy(theirs / CHECKPOINT, ours)
+    before = contents(ours)
+    with pytest.raises(ValueError, match=r"loss.csv has another loss for step 1 than the checkpoint .* of two runs"):
+        train(CONFIG, digits, replace(options, steps=2, seed=1), ours, CPU, resuming=True)
+    assert contents(ours) == before
+    (ours / "loss.csv").unlink()  # as the message says
+    train(CONFIG, digits, replace(options, steps=2, seed=1), ours, CPU, resuming=True)
+    assert "there are no losses in" in capsys.readouterr().err
+    assert [step for step, *_ in losses(ours)] == [2]
+
+
+def test_another_default_device(digits: Images, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=1)
+    train(CONFIG, digits, options, tmp_path / "a", CPU)
+    torch.set_default_device("meta")  # stands for cuda
+    try:
+        train(CONFIG, digits, options, tmp_path / "b", CPU)
+    finally:
+        torch.set_default_device(None)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("data", ["", None, 3]),
+        ("steps", [0, -1, 1.5, "8", True, None, 10**20]),
+        ("batch_size", [0, -1, 8.0, "8", 10**9]),
+        ("lr", [0, -1.0, math.nan, math.inf, 1e30, 1.5, "1e-3", True]),
+        ("seed", [1.0, "0", None]),
+        ("save_every", [0, "1"]),
+        ("sample_every", [-1, 1.0]),
+        ("workers", [-1, 10**6, "2"]),
+    ],
+)
+def test_options_are_checked(option: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises((TypeError, ValueError), match=f"^{option}: expected .*, got"):
+            Options(**({"data": "digits"} | {option: value}))
+    assert replace(OPTIONS, seed=-3, lr=1.0, workers=0).seed == -3
+
+
+# What a run needs is looked for before it begins
+
+
+@pytest.mark.parametrize("package, module", [("safetensors", ".torch"), ("numpy", ""), ("PIL", ".Image"), ("tqdm", "")])
+def test_a_missing_package_is_named(
+    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, module: str
+) -> None:
+    for name in (package, package + module):
+        monkeypatch.setitem(sys.modules, name, None)
+    message = rf'{package} is needed here: pip install "hdit-kernels\[train\]"'
+    with pytest.raises(ModuleNotFoundError, match=message):
+        train(CONFIG, digits, OPTIONS, tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_output_is_looked_at(digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def usage(path: Path) -> Any:
+        return 10**9, 0, 10**5
+
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").touch()
+    before = contents(tmp_path)
+    sampling = replace(OPTIONS, sample_every=1)
+    with pytest.raises(OSError, match="file can't be written to .Not a directory.: pass another folder"):
+        train(CONFIG, digits, OPTIONS, tmp_path / "file", CPU)
+    with pytest.raises(OSError, match="run/samples can't be written to"):
+        train(CONFIG, digits, sampling, tmp_path / "run", CPU)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(OSError, match="new needs .* MB of free space, and there are 0.1 MB: make room"):
+        train(CONFIG, digits, OPTIONS, tmp_path / "new", CPU)
+    assert contents(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["file", "run"]
+
+
+def test_room_for_two_checkpoints(digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(training, "writable", lambda folder, needed=0: asked.append(needed))
+    train(CONFIG, digits, replace(OPTIONS, steps=1), tmp_path, CPU)
+    size = (tmp_path / CHECKPOINT).stat().st_size
+    tensors = sum(tensor.nbytes for tensor in load_file(tmp_path / CHECKPOINT).values())
+    assert 0.99 * tensors < asked[0] / 2 < size
+    train(CONFIG, digits, OPTIONS, tmp_path, CPU, resuming=True)
+    assert asked[1] == asked[0] - size
+
+
+def test_a_model_that_can_t_be_trained(digits: Images, tmp_path: Path) -> None:
+    huge = (CONFIG.levels[0], replace(CONFIG.levels[1], width=2**18, d_ff=8))
+    for change, words in (
+        ({"mapping_cond_dim": 4}, "mapping_cond_dim 4 must be 0"),
+        ({"in_channels": 5, "out_channels": 5}, "images of 5 channels can't be saved, 1 or 3 can: pass 0"),
+        ({"levels": huge}, "GiB of memory|GB of free space"),
+    ):
+        with pytest.raises((ValueError, OSError), match=words):
+            train(replace(CONFIG, **change), digits, replace(OPTIONS, sample_every=1), tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
 
 
 # Configurations and classes
@@ -293,7 +573,7 @@ def test_bad_input_is_one_line(config_file: Path, tmp_path: Path, capsys: pytest
     assert "image of 10x10 pixels must be a multiple of 4x4" in error(config_file, "--image-size", 10)
     assert "is larger than its grid of 2x2 tokens" in error(config_file, "--image-size", 4)
     assert "pass --class-cond" in error("imagenet-128")
-    for text, words in (("{", "Expecting"), ("[]", "no JSON object"), ('{"widths": 3}', "unknown entries ['widths']")):
+    for text, words in (("{", "Expecting"), ("[]", "no JSON object"), ('{"widths": 3}', "widths")):
         (tmp_path / "bad.json").write_text(text)
         assert f"--config {tmp_path / 'bad.json'}: " in (message := error(tmp_path / "bad.json")) and words in message
     assert "--data and --config are needed" in error_of(capsys, "--output", run)
@@ -301,11 +581,84 @@ def test_bad_input_is_one_line(config_file: Path, tmp_path: Path, capsys: pytest
     assert not run.exists()
 
 
-def test_exploding_training_is_one_line(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_one_line(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    options = ["--steps", 50, "--batch-size", 2, "--lr", 1e30, "--sample-every", 0]
-    message = error_of(capsys, "--data", "digits", "--config", config_file, "--output", run, *options)
-    assert "the loss is" in message and "start again with a lower --lr than 1e+30" in message
+    needed = ("--data", "digits", "--config", config_file, "--output", run)
+
+    def one_line(name: str, *words: str) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, needed), *words])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and line.startswith("hdit.train: error: ") and name in line, line
+
+    for words in (
+        "--lr -1", "--lr nan", "--lr inf", "--lr 1e30", "--lr x", "--steps 0", "--steps 1e3", "--steps 100000000000000",
+        "--batch-size 0", "--batch-size 1000000000", "--seed x", "--save-every 0", "--sample-every -1", "--workers -1",
+        "--workers 100000", "--image-size 0", "--image-size 10", "--data=", "--output=", "--nonsense 1",
+    ):  # fmt: skip
+        one_line(words.split()[0].rstrip("="), *words.split(), "--device", "cpu")
+    for device in ("mps", "meta", "xpu", "nonsense", "cuda:77", ""):
+        if device != "mps" or not torch.backends.mps.is_available():
+            one_line("--device", "--device", device)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is 2, but hdit.train runs on one device" in error_of(capsys, *needed)
+    assert not run.exists()
+
+
+def test_resuming_tells_what_changed(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    small = ["--batch-size", 2, "--lr", 0.01, "--sample-every", 0, "--seed", 3]
+    command("--data", "digits", "--config", config_file, "--output", run, "--steps", 1, *small)
+    capsys.readouterr()
+    command("--resume", "--output", run, "--steps", 2)
+    command("--resume", "--output", run, "--steps", 2, "--batch-size", 4, "--seed", 0, "--lr", 0.001, "--workers", 0)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hdit.train: ")]
+    assert told == [
+        "hdit.train: --steps is 2 now and was 1",
+        "hdit.train: --batch-size is 4 now and was 2; the losses and the order of the images are not those of an "
+        "unbroken run from here on",
+        "hdit.train: --lr is 0.001 now and was 0.01",
+        "hdit.train: --seed is 0 now and was 3; the losses are not those of an unbroken run from here on",
+        "hdit.train: --workers is 0 now and was 4",
+        f"hdit.train: {run / CHECKPOINT} has done 2 of 2 steps: nothing is left to do",
+    ]
+
+
+@pytest.mark.parametrize("options", [{"colour": "red"}, {"batch_size": "8"}, {"data": None}, {"steps": -3}])
+def test_damaged_options_of_a_checkpoint(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    details = Details(CONFIG.to_dict(), 1, {"data": "digits"} | options)
+    monkeypatch.setattr(training, "read_details", lambda path: details)
+    message = error_of(capsys, "--resume", "--output", tmp_path)
+    assert str(tmp_path / CHECKPOINT) in message and next(iter(options)) in message
+
+
+def test_ctrl_c_before_the_first_step(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "open_images", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        command("--data", "digits", "--config", config_file, "--output", tmp_path / "run")
+    assert stop.value.code == 130 and capsys.readouterr().err == "hdit.train: interrupted\n"
+
+
+def test_ctrl_c_while_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(training.__file__).parents[1]}"}
+    command = [sys.executable, "-m", "hdit.train"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == "hdit.train: interrupted\n"
+    assert process.returncode == 130
 
 
 def test_resuming_with_another_config_is_one_line(

@@ -1,0 +1,36 @@
+"""Ctrl-C while `python -m hdit.train`, or another of the programs, still loads torch: one line, as later on.
+
+Imports nothing slow; the package imports it first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def begin() -> None:
+    """Takes over Ctrl-C if Python is just loading this package to run a program of it."""
+    words = sys.orig_argv
+    names = [word for option, word in zip(words, words[1:], strict=False) if option == "-m"]
+    if sys.argv[:1] == ["-m"] and names and names[0].startswith("hdit."):
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _end_at_once)
+
+
+def end() -> None:
+    """Gives Ctrl-C back to Python: KeyboardInterrupt from now on."""
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    # Not an exception: half-loaded modules turn it into other errors.
+    program = next(word for word in sys.orig_argv if word.startswith("hdit."))
+    os.write(2, f"{program}: interrupted\n".encode())
+    os._exit(130)
+
+
+begin()

@@ -1,0 +1,79 @@
+"""What a run of hdit.train is made with, beside the model's configuration and the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hdit.checkpoint import CheckpointError, Details
+from hdit_kernels import checks
+
+RANGES = {
+    "steps": (1, 10**12),
+    "batch_size": (1, 10**6),
+    "seed": (-(2**63), 2**63 - 1),
+    "save_every": (1, 10**12),
+    "sample_every": (0, 10**12),
+    "workers": (0, 1000),
+}  # of an integer option, the least and the most
+EXACTNESS = {"seed": "the losses", "batch_size": "the losses and the order of the images"}  # that a change changes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is made with, beside the model's configuration. Kept in its checkpoint.
+
+    data: what hdit.data.open_images takes. steps: of the optimizer, in all. lr: learning rate (a third of it for the
+    mapping network), at most 1, None for the recipe's. seed: any integer. save_every, sample_every: steps between
+    checkpoints, and between grids of samples (0: no grids). workers: processes that read images.
+    Raises TypeError or ValueError, naming the option.
+    """
+
+    data: str
+    steps: int = 100_000
+    batch_size: int = 64
+    lr: float | None = None
+    seed: int = 0
+    save_every: int = 1000
+    sample_every: int = 1000
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, str) or not self.data:
+            raise ValueError(f"data: expected a folder, a .zip file or the word digits, got {self.data!r}")
+        for name, (least, most) in RANGES.items():
+            value = checks.integer(name, getattr(self, name), least)
+            if value > most:
+                raise ValueError(f"{name}: expected an integer of at most {most:,}, got {value}")
+            object.__setattr__(self, name, value)  # NumPy's integers are no JSON
+        if self.lr is not None:
+            object.__setattr__(self, "lr", checks.number("lr", self.lr, above=0, at_most=1))
+
+
+def options_of(path: Path, details: Details) -> Options:
+    """The options in the details of the checkpoint at path. Raises CheckpointError if they are none."""
+    try:
+        return Options(**details.options)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its options are damaged or of another version of hdit ({error})") from error
+
+
+def chosen_options(chosen: dict[str, Any], before: Options | None = None) -> Options:
+    """Options of the command line, the rest as before or by default. Raises ValueError, naming the argument."""
+    try:
+        return Options(**chosen) if before is None else replace(before, **chosen)
+    except (TypeError, ValueError) as error:
+        name, _, what = str(error).partition(":")
+        raise ValueError(f"--{name.replace('_', '-')}:{what}") from error
+
+
+def changes(before: Mapping[str, Any], now: Options) -> list[str]:
+    """A line on each option of a resumed run that is not what it was before."""
+    lines = []
+    for name, value in asdict(now).items():
+        if before.get(name, value) != value:
+            what = f"; {EXACTNESS[name]} are not those of an unbroken run from here on" if name in EXACTNESS else ""
+            lines.append(f"--{name.replace('_', '-')} is {value} now and was {before[name]}{what}")
+    return lines

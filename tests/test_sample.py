@@ -423,7 +423,9 @@ def test_a_missing_package_is_named_first(
 def test_images_that_cannot_be_saved_are_refused_first(
     tmp_path: Path, seed: int, nothing_drawn: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = write_checkpoint(tmp_path / "x.safetensors", random_model(replace(CONFIG, in_channels=4, out_channels=4)))
+    checkpoint = write_checkpoint(
+        tmp_path / "x.safetensors", random_model(replace(CONFIG, in_channels=4, out_channels=4))
+    )
     assert "have 4 channels, only 1 or 3 can be saved" in refused(capsys, checkpoint, tmp_path / "out")
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hdit._files import parse_json
+from hdit._files import read_json
 from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, printable, progress, writable
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
 from hdit.config import HDiTConfig, presets, require_memory
@@ -148,7 +148,12 @@ def _train(
         for step, (pixels, labels) in enumerate(bar, details.step + 1):
             torch.manual_seed(seed_of(options.seed, "step", step))
             optimizer.zero_grad()
-            loss = batch_loss(denoiser, config, pixels.to(device, non_blocking=True), labels.to(device), recipe)
+            try:
+                loss = batch_loss(denoiser, config, pixels.to(device, non_blocking=True), labels.to(device), recipe)
+            except ValueError as error:  # on a CPU: a scale that is no longer positive, which gives NaN on a GPU
+                if step == 1:
+                    raise
+                raise saver.diverged(f"step {step}: {error}") from error
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
             values = torch.stack([loss.detach(), norm]).tolist()  # the step's one wait for a GPU
@@ -258,7 +263,7 @@ def _content(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"--config: there is no file {name}, and the presets are {', '.join(presets)}")
-    content = parse_json(f"--config {name}", path.read_bytes())
+    content = read_json("--config", path)
     if not isinstance(content, dict):
         raise ValueError(f"--config {name}: it holds no JSON object")
     return content

@@ -166,6 +166,21 @@ def test_nan_stops_before_the_weights_and_keeps_the_checkpoint(
             train(CONFIG, digits, lower, tmp_path, CPU, resuming=True)
 
 
+def test_a_scale_out_of_range_counts_as_diverged(
+    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operators refuse such weights on a CPU, where a GPU's loss is NaN: they are not saved either."""
+
+    def refuse(loss: Tensor) -> Tensor:
+        raise ValueError("scale: expected positive numbers, got -0.3")
+
+    failing(monkeypatch, 5, refuse)
+    match = r"^step 5: scale: expected positive .*holds step 2: --resume from it with a lower --lr"
+    with pytest.raises(NonFiniteLoss, match=match):
+        train(CONFIG, digits, replace(OPTIONS, save_every=2), tmp_path, CPU)
+    assert step_of(tmp_path) == 2
+
+
 def test_weights_that_are_not_finite_after_the_last_loss(
     digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -446,7 +446,7 @@ def test_entries_refused(entries: dict[str, Any], message: str) -> None:
         ({"type": "lognormal", "mean": "0", "std": 1}, "sigma_sample_density.mean: expected a finite number, got '0'"),
         ({"type": "lognormal", "mean": -1.2, "std": -1.0}, "sigma_sample_density.std: expected a number above 0"),
         ({"type": "lognormal", "mean": 0, "std": 1, "image_d": 9}, "expected entries of 'lognormal', got 'image_d'"),
-        ({"type": "lognormal", "mean": 1e6, "std": 1.0}, "expected one of positive, finite noise levels, got inf"),
+        ({"type": "lognormal", "mean": 1e6, "std": 1.0}, "loc: expected a number of at least -700 and at most 700"),
     ],
 )
 def test_densities_refused(density: dict[str, Any], message: str) -> None:
@@ -543,7 +543,7 @@ def test_lr_of_the_command_line_comes_first_and_is_said(
     assert details is not None and details.options["lr"] == 0.01 and details.recipe["lr"] == 2e-3
 
 
-@pytest.mark.parametrize("recipe", [{"lr": -1}, {"lr": "1"}, {"speed": 1}, [1], {"lr_sched": 1}])
+@pytest.mark.parametrize("recipe", [{"lr": -1}, {"lr": "1"}, {"speed": 1}, {"lr_sched": 1}])
 def test_a_checkpoint_whose_recipe_is_damaged(tmp_path: Path, recipe: Any) -> None:
     details = training.Details(CONFIG.to_dict(), 1, recipe=recipe)
     with pytest.raises(CheckpointError, match="x.safetensors: its recipe can't be used: .*(lr|recipe)"):

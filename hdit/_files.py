@@ -43,8 +43,8 @@ def read_json(name: str, path: object) -> Any:
     with open(path, "rb") as file:
         text = file.read(MOST_JSON + 1)
     if len(text) > MOST_JSON:
-        raise ValueError(f"{path}: expected at most {MOST_JSON:,} bytes of JSON")
-    return parse_json(str(path), text)
+        raise ValueError(f"{name} {path}: expected at most {MOST_JSON:,} bytes of JSON")
+    return parse_json(f"{name} {path}", text)
 
 
 def parse_json(where: str, text: str | bytes) -> Any:

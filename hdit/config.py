@@ -313,11 +313,14 @@ class HDiTConfig:
 
 
 def require_memory(config: HDiTConfig, device: torch.device) -> None:
-    """ValueError if the memory of a device (or of this machine) can't hold what training a model of config keeps.
+    """ValueError if the memory of a device (or of this machine) can't hold the least that training a model needs.
 
-    That is five float32 numbers a parameter: itself, its average and gradient, and AdamW's two moments.
+    That is five float32 numbers a parameter (itself, its average and gradient, and AdamW's two moments), and one image
+    with its finest tokens: image_size is no size of a parameter, so a file can ask for any.
     """
-    need = 20 * config.parameters
+    pixels = config.in_channels * math.prod(config.image_size)
+    tokens = config.levels[0].width * math.prod(config.grids(*config.image_size)[0])
+    need = 20 * config.parameters + 4 * (pixels + tokens)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf"):  # not on Windows
@@ -325,9 +328,10 @@ def require_memory(config: HDiTConfig, device: torch.device) -> None:
     else:
         return
     if need > total:
+        height, width = config.image_size
         raise ValueError(
-            f"config: expected a model that {total / 2**30:.0f} GiB of memory can train, "
-            f"got {config.parameters:,} parameters, which take {need / 2**30:.0f} GiB"
+            f"expected a model that {total / 2**30:.0f} GiB of memory can train, got {config.parameters:,} parameters "
+            f"and images of {height} x {width} pixels, which take at least {need / 2**30:.0f} GiB"
         )
 
 

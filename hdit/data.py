@@ -124,9 +124,9 @@ class ImageFolder(Images):
         known = set(names)
         _report(f"labelled in {source}, but not there", [(name, "no image") for name in labels[1] if name not in known])
         unlabelled = [(name, "no label") for name in names if name not in labels[1]]
-        _report(f"left out, since {source} doesn't label them", unlabelled)
         if len(unlabelled) == len(names):
             raise DataError(f"{source} labels none of the {len(names)} images: mend it, or remove it")
+        _report(f"left out, since {source} doesn't label them", unlabelled)
         return labels
 
     def _unreadable(self, names: Sequence[str]) -> list[str]:

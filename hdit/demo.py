@@ -6,7 +6,6 @@ code runs the Triton kernels, at larger sizes.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import shutil
 import sys
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hdit._extras import require
-from hdit._runtime import environment, one_line_errors, pick_device
+from hdit._runtime import Parser, environment, one_line_errors, pick_device, printable
 from hdit.checkpoint import load_checkpoint
 from hdit.config import GlobalAttention, HDiTConfig, Level, Mapping, NeighborhoodAttention
 from hdit.data import Digits
@@ -121,7 +120,7 @@ def plot_loss(log: Path, picture: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argparse.ArgumentParser("python -m hdit.demo", description=__doc__).parse_args(argv)
+    Parser("python -m hdit.demo", description=__doc__).parse_args(argv)
     with one_line_errors("hdit.demo"):
         device = pick_device()
         try:
@@ -146,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print()
         for name in PICTURES:
-            print(f"{name:7} {(OUTPUT / name).resolve()}.png")
+            print(printable(f"{name:7} {(OUTPUT / name).resolve()}.png"))
         print("\n".join(environment()))
         if share < ENOUGH:
             sys.exit(f"hdit.demo: error: only {share:.0%} of the samples are recognised, {ENOUGH:.0%} are expected")

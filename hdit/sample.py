@@ -25,7 +25,18 @@ from hdit._pictures import (
     save,
     to_image,
 )
-from hdit._runtime import Parser, at_least, autocast, needs, one_line_errors, pick_device, progress, writable
+from hdit._runtime import (
+    Parser,
+    at_least,
+    autocast,
+    needs,
+    one_line_errors,
+    pick_device,
+    printable,
+    progress,
+    tell,
+    writable,
+)
 from hdit.checkpoint import load_checkpoint, read_details
 from hdit.config import HDiTConfig
 from hdit.data import MODES, seed_of
@@ -246,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             } | options
             export = ImageExport(output, settings, classes, args.count)
             draw_folder(model.to(device), export, args.overwrite, batch_size=args.batch_size, **options)
-            print(output)
+            print(printable(str(output)))
         else:
             check_grid(output, args.count, *config.image_size)
             picture = Grid(args.count, *config.image_size)
@@ -257,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 picture.add(images)
             output.parent.mkdir(parents=True, exist_ok=True)
             save(picture.picture(), output)
-        print(grid)
+        print(printable(str(grid)))
 
 
 def draw_folder(model: HDiT, export: ImageExport, overwrite: bool, **options: Any) -> None:
@@ -267,7 +278,7 @@ def draw_folder(model: HDiT, export: ImageExport, overwrite: bool, **options: An
     with alone_in(export.path):
         done = export.finished(overwrite)
         if done:
-            print(f"hdit.sample: {len(done)} of {export.count} images are there already", file=sys.stderr)
+            tell(f"hdit.sample: {len(done)} of {export.count} images are there already")
             left = [number for number in range(export.count) if number not in done]
             classes = None if export.classes is None else [export.classes[number] for number in left]
             batches = generate_batches(model, left, classes, **options)
@@ -279,7 +290,7 @@ def draw_folder(model: HDiT, export: ImageExport, overwrite: bool, **options: An
                     written += 1
         except KeyboardInterrupt:
             what = f"{written} of {export.count} images are in {export.path}, the same command goes on"
-            print(f"hdit.sample: interrupted; {what}", file=sys.stderr)
+            tell(f"hdit.sample: interrupted; {what}")
             sys.exit(130)
         export.write_grid()
 

@@ -184,21 +184,30 @@ def kept_recipe(path: Path, details: Details) -> Recipe:
 
 
 def look_ahead(
-    config: HDiTConfig, recipe: Recipe, options: Options, output: Path, device: torch.device, done: int
+    config: HDiTConfig,
+    recipe: Recipe,
+    options: Options,
+    output: Path,
+    device: torch.device,
+    done: int,
+    source: str = "config",
 ) -> None:
     """Looks for what a run that has done so many steps needs at its end: packages, a model that can be trained and
     sampled, a folder to write into with room for checkpoints. Writes nothing. Raises ModuleNotFoundError, ValueError
-    or OSError.
+    or OSError. source: what errors call the configuration.
     """
     if done >= options.steps:
         return
-    recipe.check(config)
+    with _naming(source):
+        recipe.check(config)
+        if config.mapping_cond_dim:
+            raise ValueError(
+                f"mapping_cond_dim: expected 0, since images have no such vector, got {config.mapping_cond_dim}"
+            )
+        require_memory(config, device)
     needs("safetensors.torch", "numpy", "PIL.Image", "tqdm")
-    if config.mapping_cond_dim:
-        raise ValueError(f"config: mapping_cond_dim {config.mapping_cond_dim} must be 0: images have no such vector")
     if options.sample_every and config.in_channels not in MODES:
         raise ValueError(f"--sample-every: images of {config.in_channels} channels can't be saved, 1 or 3 can: pass 0")
-    require_memory(config, device)
     with torch.device("meta"):
         model = HDiT(config)
     if (output / LOCK).exists():
@@ -244,7 +253,7 @@ def read_config(name: str) -> HDiTConfig:
     if name in presets:
         return presets[name]
     content = _content(name)
-    with _naming(name):
+    with _naming(f"--config {name}"):
         return config_from_kdiffusion(content) if "model" in content else HDiTConfig.from_dict(content)
 
 
@@ -255,7 +264,7 @@ def read_recipe(name: str, lr: float | None = None) -> tuple[Recipe, list[str]]:
     if name in presets:
         return Recipe(), []
     content = _content(name)
-    with _naming(name):
+    with _naming(f"--config {name}"):
         return recipe_from_kdiffusion(content, lr) if "model" in content else (Recipe(), [])
 
 
@@ -270,12 +279,12 @@ def _content(name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Errors about a configuration name it."""
+def _naming(source: str) -> Iterator[None]:
+    """Errors about a configuration say where it is from."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--config {name}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
 
 
 def fit_classes(config: HDiTConfig, images: Images, class_cond: bool | None) -> HDiTConfig:
@@ -356,7 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except ValueError as error:
                 raise ValueError(f"--image-size {args['image_size']}: {error}") from error
         # before the images, too, which take a while to look at
-        look_ahead(config, recipe, options, output, device, 0 if details is None else details.step)
+        source = f"--config {args['config']}" if "config" in args else str(output / CHECKPOINT)
+        look_ahead(config, recipe, options, output, device, 0 if details is None else details.step, source)
         excluded = details.excluded if details is not None else None
         images = open_images(options.data, config.image_size, config.in_channels, excluded)
         config = fit_classes(config, images, args.get("class_cond"))

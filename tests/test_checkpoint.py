@@ -287,6 +287,16 @@ def test_state_must_be_whole_without_checksums_too(
     assert same(state[0], before)
 
 
+def test_more_steps_than_float32_counts(tmp_path: Path, seed: int) -> None:
+    path, state = tmp_path / "x.safetensors", trained()
+    for values in state[2].state.values():
+        values["step"].fill_(2**24).add_(1)  # and there it stays
+    save_checkpoint(path, *state, details(step=2**24 + 5))
+    assert resume(path, *trained()).step == 2**24 + 5
+    save_checkpoint(path, *trained(), details(step=10**30))
+    assert "expected step 1000" in refused(path, lambda: resume(path, *trained()))
+
+
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [

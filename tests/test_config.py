@@ -195,6 +195,9 @@ def test_numpy_integers_are_taken() -> None:
 
 def test_memory_for_training() -> None:
     config = HDiTConfig((Level(1, 2**18),))  # 16 TiB
-    with pytest.raises(ValueError, match="config: expected a model that .* GiB of memory can train, got 893,"):
+    with pytest.raises(ValueError, match="^expected a model that .* GiB of memory can train, got 893,"):
         require_memory(config, torch.device("cpu"))
+    huge = HDiTConfig((Level(1, 64),), image_size=(2**20, 2**20))  # no parameter more, but an image of 12 TiB
+    with pytest.raises(ValueError, match="images of 1048576 x 1048576 pixels"):
+        require_memory(huge, torch.device("cpu"))
     require_memory(presets["flowers-256"], torch.device("cpu"))

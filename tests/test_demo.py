@@ -75,6 +75,13 @@ def test_main_fails_on_unreadable_digits(quick: Path, capsys: pytest.CaptureFixt
     assert f"torch   {torch.__version__}" in printed
 
 
+def test_an_unknown_argument_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--nonsense"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "hdit.demo: error: unrecognized arguments: --nonsense (see --help)\n"
+
+
 def test_main_succeeds_on_readable_digits(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "recognised", lambda *arguments: (0.8, 0.99))
     main([])

@@ -199,6 +199,13 @@ def test_writes_a_grid(
     assert capsys.readouterr().out.strip() == str(picture)
 
 
+def test_paths_are_printed_escaped(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a\x1b[31m.png", "b\x1b[31m"):
+        run(checkpoint, tmp_path / name, "--count", 1)
+    printed = capsys.readouterr().out
+    assert printed.split() == [f"{tmp_path}/{name}" for name in (r"a\x1b[31m.png", r"b\x1b[31m", r"b\x1b[31m-grid.png")]
+
+
 def test_every_format_that_is_read_can_be_written() -> None:
     assert FORMATS.keys() == SUFFIXES
 

@@ -485,7 +485,8 @@ def test_room_for_two_checkpoints(digits: Images, tmp_path: Path, monkeypatch: p
 def test_a_model_that_can_t_be_trained(digits: Images, tmp_path: Path) -> None:
     huge = (CONFIG.levels[0], replace(CONFIG.levels[1], width=2**18, d_ff=8))
     for change, words in (
-        ({"mapping_cond_dim": 4}, "mapping_cond_dim 4 must be 0"),
+        ({"mapping_cond_dim": 4}, "config: mapping_cond_dim: expected 0, .* got 4"),
+        ({"image_size": (2**20, 2**20)}, "config: .* images of 1048576 x 1048576 pixels"),
         ({"in_channels": 5, "out_channels": 5}, "images of 5 channels can't be saved, 1 or 3 can: pass 0"),
         ({"levels": huge}, "GiB of memory|GB of free space"),
     ):
@@ -650,6 +651,27 @@ def test_damaged_options_of_a_checkpoint(
     monkeypatch.setattr(training, "read_details", lambda path: details)
     message = error_of(capsys, "--resume", "--output", tmp_path)
     assert str(tmp_path / CHECKPOINT) in message and next(iter(options)) in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"recipe": {"sigma_sample_density": {"type": "x"}}}, "sigma_sample_density.type"),
+        ({"config": CONFIG.to_dict() | {"mapping_cond_dim": 4}}, "mapping_cond_dim"),
+        ({"config": CONFIG.to_dict() | {"image_size": [2**20, 2**20]}}, "GiB of memory"),  # no tensor has its size
+    ],
+)
+def test_what_can_t_be_trained_in_a_checkpoint_names_it(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    details = replace(Details(CONFIG.to_dict(), 1, {"data": "digits"}), **changes)
+    monkeypatch.setattr(training, "read_details", lambda path: details)
+    message = error_of(capsys, "--resume", "--output", tmp_path)
+    assert message.startswith(f"hdit.train: error: {tmp_path / CHECKPOINT}: ") and words in message
 
 
 def test_ctrl_c_before_the_first_step(

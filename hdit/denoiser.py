@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hdit.config import LEAST_SIGMA, MOST_SIGMA
 from hdit_kernels import checks
 
 
@@ -46,7 +47,7 @@ class Denoiser(nn.Module):
         super().__init__()
         checks.function("model", model)
         self.model = model
-        self.sigma_data = checks.number("sigma_data", sigma_data, above=0)
+        self.sigma_data = checks.number("sigma_data", sigma_data, at_least=LEAST_SIGMA, at_most=MOST_SIGMA)
         self.weighting = checks.choice("weighting", weighting, WEIGHTINGS)
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +93,7 @@ def _check(x: Tensor, noise: Tensor, sigma: Tensor | float) -> None:
     checks.shape("x", x, ["B", "C", "H", "W"])
     checks.shape("noise", noise, x.shape)
     if levels is None:
-        checks.number("sigma", sigma, above=0)
+        checks.number("sigma", sigma, at_least=checks.SMALLEST_LEVEL, at_most=checks.LARGEST_LEVEL)
     elif levels.ndim:
         checks.shape("sigma", levels, x.shape[:1])
 
@@ -101,7 +102,7 @@ def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
     """A noise level for each image of x: sigma as [B], in at least float32."""
     if not isinstance(sigma, Tensor):
         return torch.full(x.shape[:1], sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    checks.values("sigma", sigma, checks.positive, "positive and finite noise levels")
+    checks.values("sigma", sigma, checks.noise_level, "positive and finite noise levels, 1e-18 to 1e18")
     return _wide(sigma) if sigma.ndim else _wide(sigma).expand(x.shape[0])
 
 

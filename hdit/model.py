@@ -457,7 +457,7 @@ class HDiT(nn.Module):
                 raise ValueError(f"{name}: expected None, since this model takes none, got {checks.shown(given)}")
         tensors = {"sigma": sigma}
         if isinstance(sigma, numbers.Real):
-            checks.number("sigma", sigma, above=0)
+            checks.number("sigma", sigma, at_least=checks.SMALLEST_LEVEL, at_most=checks.LARGEST_LEVEL)
             tensors = {}
         if aug_cond is not None:
             tensors["aug_cond"] = aug_cond
@@ -475,7 +475,7 @@ class HDiT(nn.Module):
             raise ValueError(f"x: expected a tensor on {device} like the model, got one on {x.device}")
         if isinstance(sigma, Tensor):
             checks.shape("sigma", sigma, [batch] if sigma.ndim else [])
-            checks.values("sigma", sigma, checks.positive, "finite noise levels above 0")
+            checks.values("sigma", sigma, checks.noise_level, "finite noise levels above 0, 1e-18 to 1e18")
         if aug_cond is not None:
             checks.shape("aug_cond", aug_cond, [batch, AUGMENTATIONS])
         if mapping_cond is not None and self.mapping_cond_in_proj is not None:

@@ -4,7 +4,7 @@
 kernel, through `Gradients` where the gradient may be differentiated again (create_graph=True, torch.func).
 `Gradients` runs the same kernel, and its own backward differentiates the plain PyTorch reference, twice: rarely needed,
 so no kernel is written for it, and its memory is that of the reference under autograd. Both define setup_context and a
-vmap rule, so torch.func.grad, vjp, jacrev, vmap and their compositions work.
+vmap rule, so torch.func.grad, vjp, jacrev, vmap and their compositions work. Forward mode is refused.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def differentiable(
                 return tuple(found)
             if any(needed):
                 if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                    gradients = iter(apply(Gradients, settings, needed, outputs, *cotangents, *tensors))
+                    gradients = iter(apply(eager_gradients, settings, needed, outputs, *cotangents, *tensors))
                     for i, needs in enumerate(needed):
                         if needs and tensors[i] is not None:
                             found[i] = next(gradients)
@@ -100,12 +100,21 @@ def differentiable(
                 found[passed_on] = cotangents[0]
             return tuple(found)
 
+    eager_gradients, eager_forward = _without_forward_mode(Gradients), _without_forward_mode(Forward)
+
+    def with_gradients(*arguments: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            if _gradient_levels():  # torch.compile takes an argument of torch.func.grad itself for one without gradient
+                arguments = (*[t if t is None else t.view_as(t) for t in arguments[:inputs]], *arguments[inputs:])
+            return Forward.apply(*arguments)
+        return apply(eager_forward, *arguments)
+
     def call(*arguments: Any) -> Any:
-        return apply(Forward, *arguments) if needs_grad(*arguments[:inputs]) else forward(*arguments)
+        return with_gradients(*arguments) if needs_grad(*arguments[:inputs]) else forward(*arguments)
 
     def call_with_extras(*arguments: Any) -> Any:
         if needs_grad(*arguments[:inputs]):
-            results = apply(Forward, *arguments)[:-extras]
+            results = with_gradients(*arguments)[:-extras]
         else:
             results = forward(*arguments, False)
         return results[0] if len(results) == 1 else tuple(results)
@@ -117,7 +126,7 @@ def apply(function: Any, *arguments: Any) -> Any:
     """function.apply(*arguments), without what Function.apply does at every call for arguments with defaults (it
     inspects the signature of forward, which takes longer than the operator).
     """
-    if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(Function, function).apply(*arguments)
 
@@ -128,6 +137,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     Forward mode has to as well, to say that there are no such derivatives, where an operator would drop the tangents;
     and functorch's transforms, whose wrapped tensors don't tell.
     """
+    if torch.compiler.is_dynamo_compiling() and (levels := _gradient_levels()):
+        if levels > 1:
+            raise NotImplementedError(
+                "hdit_kernels: torch.compile takes no derivative of a derivative; leave it out of the compiled part"
+            )
+        return True
     if torch._C._are_functorch_transforms_active():
         return True
     if torch.is_grad_enabled():
@@ -137,6 +152,27 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     return False
+
+
+@torch.compiler.assume_constant_result
+def _gradient_levels() -> int:
+    """How many of torch.func's gradients are being taken, one inside the other, which torch.compile's tensors don't
+    tell. It would be silently wrong about more than one: what an autograd.Function saves has no gradient there.
+    """
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
+    return kinds.count(torch._C._functorch.TransformType.Grad)
+
+
+def _without_forward_mode(function: Any) -> Any:
+    """The same Function, with an error of its own in forward mode. torch.compile takes none that has a jvp."""
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise NotImplementedError(
+            "hdit_kernels: no derivatives in forward mode (torch.func.jvp, jacfwd, hessian); use reverse mode instead: "
+            "vjp, jacrev, and jacrev of jacrev"
+        )
+
+    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 
 
 def _second_order(

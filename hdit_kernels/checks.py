@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 T = TypeVar("T")
+SMALLEST_LEVEL, LARGEST_LEVEL = 1e-18, 1e18  # of noise: float32 holds their squares
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MOST_REMEMBERED = 4096
 
@@ -115,6 +116,12 @@ def nonempty(name: str, tensor: Tensor, first: int = 1) -> None:
 def positive(tensor: Tensor) -> Tensor:
     """Where a tensor is finite and above 0, for `values`."""
     return (tensor > 0) & (tensor < math.inf)
+
+
+def noise_level(tensor: Tensor) -> Tensor:
+    """Where a tensor holds noise levels whose squares float32 holds, for `values`."""
+    wide = tensor.double()  # float16 would round the bounds to 0 and infinity
+    return (wide >= SMALLEST_LEVEL) & (wide <= LARGEST_LEVEL)
 
 
 def returned(name: str, value: object, like: Tensor) -> Tensor:

@@ -127,13 +127,16 @@ def cast_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
 
 def _in_turn(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """torch.vmap of an operator: a call for each element, the results stacked."""
+    given = list(zip(args, in_dims, strict=True))
+    if info.batch_size == 0:  # a call with zeros tells what the results are like
+        given = [(a.new_zeros(a.movedim(d, 0).shape[1:]), None) if isinstance(d, int) else (a, d) for a, d in given]
     calls = [
-        operator(*[a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)])
-        for i in range(info.batch_size)
+        operator(*[a.select(dim, i) if isinstance(dim, int) else a for a, dim in given])
+        for i in range(max(1, info.batch_size))
     ]
     if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    stacked = [torch.stack(results) for results in zip(*calls, strict=True)]
+        return torch.stack(calls)[: info.batch_size], 0
+    stacked = [torch.stack(results)[: info.batch_size] for results in zip(*calls, strict=True)]
     return type(calls[0])(stacked), type(calls[0])([0] * len(stacked))
 
 

@@ -259,8 +259,31 @@ def test_autograd_around_transforms(seed: int) -> None:
 
 def test_forward_mode_is_refused(seed: int) -> None:
     x = torch.randn(2, 6)
-    with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
-        torch.func.jvp(hdit_kernels.geglu, (x,), (x,))
+    for call in (
+        lambda: torch.func.jvp(hdit_kernels.geglu, (x,), (x,)),
+        lambda: torch.func.hessian(lambda x: hdit_kernels.geglu(x).sum())(x),
+    ):
+        with pytest.raises(NotImplementedError, match="hdit_kernels: no derivatives in forward mode"):
+            call()
+
+
+def test_vmap_over_nothing(seed: int) -> None:
+    x = torch.randn(3, 0, 6)
+    assert torch.vmap(hdit_kernels.geglu, in_dims=1)(x).shape == (0, 3, 3)
+    gradient = torch.func.grad(lambda x, weight: hdit_kernels.rms_norm(x, weight).sum(), argnums=(0, 1))
+    found = torch.vmap(gradient, in_dims=(1, None))(x, torch.ones(6))
+    assert [g.shape for g in found] == [(0, 3, 6), (0, 6)]
+
+
+def test_a_compiled_derivative_of_a_derivative_is_refused(seed: int) -> None:
+    """torch.compile would drop what goes through an autograd.Function's saved tensors, in silence."""
+    x = torch.randn(2, 6, dtype=torch.float64)
+    first = torch.func.grad(lambda x: (x[:, :3] + hdit_kernels.geglu(x)).square().sum())
+    compiled = torch.compile(first, backend="eager", fullgraph=True)
+    close(compiled(x), first(x))
+    second = torch.func.grad(lambda x: first(x).square().sum())
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(second, backend="eager", fullgraph=True)(x)
 
 
 # What an ordinary backward pass costs

@@ -152,6 +152,7 @@ NO_TENSORS = (None, 3, "x", [1.0], X.numpy())
 NOT_IMAGES = (X[0], X[None], X.flatten(), X.long(), X.bool(), X.to(torch.complex64), X.to_sparse())
 NOT_LEVELS = (LEVELS[None], LEVELS[:1], LEVELS[:, None, None, None], LEVELS.long(), LEVELS.to("meta"), LEVELS.numpy())
 NO_LEVELS = (-LEVELS, LEVELS * 0, LEVELS * math.nan, LEVELS * math.inf, -1.0, 0, math.nan, math.inf, "a", None, True)
+NO_LEVELS += (1e-300, 1e300, LEVELS.double() * 1e-300, LEVELS.double() * 1e300)  # beyond float32
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,10 @@ def test_the_model_must_return_what_it_is_given(output: Any) -> None:
     ("arguments", "message"),
     [
         *[((model,), "model: expected a function or module") for model in (None, 3, "m", Constant)],
-        *[((Constant(), value), "sigma_data: expected a number above 0") for value in (0, -1, math.nan, math.inf, "a")],
+        *[
+            ((Constant(), value), "sigma_data: expected a number of at least 1e-09")
+            for value in (0, -1, math.nan, math.inf, 1e300, "a")
+        ],
         ((Constant(), 0.5, "min-snr"), "weighting: expected one of karras, soft-min-snr, snr, got 'min-snr'"),
         ((Constant(), 0.5, None), "weighting: expected one of"),
         ((Constant(), 0.5, []), "weighting: expected one of"),

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_dynamo_compiling
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -103,7 +105,7 @@ def differentiable(
     eager_gradients, eager_forward = _without_forward_mode(Gradients), _without_forward_mode(Forward)
 
     def with_gradients(*arguments: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             if _gradient_levels():  # torch.compile takes an argument of torch.func.grad itself for one without gradient
                 arguments = (*[t if t is None else t.view_as(t) for t in arguments[:inputs]], *arguments[inputs:])
             return Forward.apply(*arguments)
@@ -126,7 +128,7 @@ def apply(function: Any, *arguments: Any) -> Any:
     """function.apply(*arguments), without what Function.apply does at every call for arguments with defaults (it
     inspects the signature of forward, which takes longer than the operator).
     """
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(Function, function).apply(*arguments)
 
@@ -137,13 +139,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     Forward mode has to as well, to say that there are no such derivatives, where an operator would drop the tangents;
     and functorch's transforms, whose wrapped tensors don't tell.
     """
-    if torch.compiler.is_dynamo_compiling() and (levels := _gradient_levels()):
+    if is_dynamo_compiling():
+        levels = _gradient_levels()
         if levels > 1:
             raise NotImplementedError(
                 "hdit_kernels: torch.compile takes no derivative of a derivative; leave it out of the compiled part"
             )
-        return True
-    if torch._C._are_functorch_transforms_active():
+        if levels:
+            return True
+    if _are_functorch_transforms_active():
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:

@@ -43,15 +43,18 @@ def floating(**tensors: Tensor) -> None:
     In all checks a message is made only where it is needed: a size in one would become a constant of torch.compile's
     graph.
     """
-    first_name, first = "", None
+    first_name, first, on_cpu = "", None, False
     for name, given in tensors.items():
-        if not isinstance(given, Tensor) or (device := given.device).type == "cpu":
+        if on_cpu or not isinstance(given, Tensor):
             tensor(name, given)
-        dtype = given.dtype
+        dtype, device = given.dtype, given.device
         if dtype not in FLOATS:
             raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {_name(dtype)}")
         if first is None:
             first_name, first = name, device
+            if device.type == "cpu":
+                on_cpu = True
+                tensor(name, given)
         elif device != first:
             raise ValueError(f"{name}: expected a tensor on {first} like {first_name}, got one on {device}")
 
@@ -208,6 +211,13 @@ def sizes(name: str, value: object) -> None:
     for size in value:
         if not isinstance(size, torch.SymInt):
             integer(name, size, 0)
+
+
+def eps(value: object) -> float:
+    """The `number` of at least 0 that norms add, by the short way of most calls."""
+    if type(value) is float and 0 <= value < math.inf:
+        return value
+    return number("eps", value, at_least=0)
 
 
 def boolean(name: str, value: object, *, optional: bool = False) -> None:

@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     if x.ndim < 1 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape [..., C] with C at least 1, got {list(x.shape)}")
     checks.shape("weight", weight, x.shape[-1:])
-    return _rms_norm(x, weight, checks.number("eps", eps, at_least=0))
+    return _rms_norm(x, weight, checks.eps(eps))
 
 
 def ada_rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -56,7 +56,7 @@ def ada_rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """
     checks.floating(x=x, scale=scale)
     _check_per_sample(x, scale=scale)
-    return _ada_rms_norm(x, scale, checks.number("eps", eps, at_least=0))
+    return _ada_rms_norm(x, scale, checks.eps(eps))
 
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -79,7 +79,7 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
     """
     checks.floating(x=x, shift=shift, scale=scale)
     _check_per_sample(x, shift=shift, scale=scale)
-    return _ada_layer_norm(x, shift, scale, checks.number("eps", eps, at_least=0))
+    return _ada_layer_norm(x, shift, scale, checks.eps(eps))
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

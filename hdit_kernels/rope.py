@@ -62,7 +62,7 @@ def check_scale(scale: Tensor, eps: float) -> float:
     """What depends on values, so that it is looked at in every call; returns eps."""
     if scale.is_cpu:
         checks.values("scale", scale, checks.positive, "positive numbers")
-    return checks.number("eps", eps, at_least=0)
+    return checks.eps(eps)
 
 
 def _reference_backward(

@@ -112,10 +112,12 @@ def differentiable(
         return apply(eager_forward, *arguments)
 
     def call(*arguments: Any) -> Any:
+        if _never_needs_grad():
+            return forward(*arguments)
         return with_gradients(*arguments) if needs_grad(*arguments[:inputs]) else forward(*arguments)
 
     def call_with_extras(*arguments: Any) -> Any:
-        if needs_grad(*arguments[:inputs]):
+        if not _never_needs_grad() and needs_grad(*arguments[:inputs]):
             results = with_gradients(*arguments)[:-extras]
         else:
             results = forward(*arguments, False)
@@ -131,6 +133,11 @@ def apply(function: Any, *arguments: Any) -> Any:
     if _are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(Function, function).apply(*arguments)
+
+
+def _never_needs_grad() -> bool:
+    """Whether no derivative is being taken at all, as when sampling: told in less time than `needs_grad` takes."""
+    return not (torch.is_grad_enabled() or _are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

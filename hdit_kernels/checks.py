@@ -43,20 +43,20 @@ def floating(**tensors: Tensor) -> None:
     In all checks a message is made only where it is needed: a size in one would become a constant of torch.compile's
     graph.
     """
-    first_name, first, on_cpu = "", None, False
+    first_name, first = "", None
     for name, given in tensors.items():
-        if on_cpu or not isinstance(given, Tensor):
+        if not isinstance(given, Tensor):
             tensor(name, given)
         dtype, device = given.dtype, given.device
         if dtype not in FLOATS:
             raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {_name(dtype)}")
         if first is None:
             first_name, first = name, device
-            if device.type == "cpu":
-                on_cpu = True
-                tensor(name, given)
         elif device != first:
             raise ValueError(f"{name}: expected a tensor on {first} like {first_name}, got one on {device}")
+    if device.type == "cpu":
+        for name, given in tensors.items():
+            tensor(name, given)
 
 
 def same_dtype(**dtypes: torch.dtype) -> None:
@@ -284,8 +284,8 @@ def device(name: str, value: object) -> torch.device:
 def remembered(check: Callable[..., T]) -> Callable[..., T]:
     """`check`, run once for all calls that are alike, since checks cost more host time than the operator's dispatch.
 
-    Of a tensor `check` may look at shape, dtype, device and layout only. What it returns is kept, an error is not. 7,
-    7.0 and True are not alike, nor are tuples of them.
+    Of a tensor `check` may look at shape, dtype and device only (the operator itself refuses sparse ones). What it
+    returns is kept, an error is not. 7, 7.0 and True are not alike, nor are tuples of them.
     """
     known: dict[Hashable, T] = {}
 
@@ -317,10 +317,10 @@ def _key(arguments: Iterable[Any]) -> tuple[Any, ...]:
 
 def _what_counts(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        device = argument.device
-        if device.type == "cpu" and (argument.layout is not torch.strided or argument.is_nested):
-            return [argument]  # nested tensors have no shape
-        return argument.shape, argument.dtype, device
+        try:
+            return argument.shape, argument.dtype, argument.device
+        except RuntimeError:  # nested tensors have no shape
+            return [argument]
     if isinstance(argument, (int, float, torch.dtype)):
         return type(argument), argument
     return _key(argument) if isinstance(argument, (tuple, list)) else [argument]

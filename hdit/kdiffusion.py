@@ -139,14 +139,14 @@ def _read(config: Config) -> tuple[MappingABC[str, Any], str]:
 
 
 @contextmanager
-def _naming(where: str, names: MappingABC[str, str] = {}) -> Iterator[None]:  # noqa: B006
+def _naming(where: str, names: MappingABC[str, str] | None = None) -> Iterator[None]:
     """Errors "name: …" inside become "<where><name, or what names has for it>: …"."""
     try:
         yield
     except (TypeError, ValueError) as error:
         name, colon, rest = str(error).partition(":")
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{where}{names.get(name, name)}{colon}{rest}") from error
+        raise kind(f"{where}{(names or {}).get(name, name)}{colon}{rest}") from error
 
 
 def _model_part(config: MappingABC[str, Any]) -> MappingABC[str, Any]:

@@ -86,7 +86,6 @@ class Denoiser(nn.Module):
         return (output * c_out + x * c_skip).to(x.dtype)
 
 
-@checks.remembered
 def _check(x: Tensor, noise: Tensor, sigma: Tensor | float) -> None:
     levels = sigma if isinstance(sigma, Tensor) else None
     checks.floating(x=x, noise=noise, **({} if levels is None else {"sigma": levels}))

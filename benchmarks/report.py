@@ -169,15 +169,19 @@ def differences(root: Path = results.ROOT) -> list[str]:
 
 
 def old_rows(root: Path = results.ROOT) -> list[str]:
-    """A line for each operator or network of a record, of which rows ran other sources than the present."""
-    present, found = sources.present(root), Counter[str]()
+    """A line for each operator or network of a record, of which rows, or the GPU tests, ran other sources than the
+    present."""
+    present, found = sources.present(root), Counter[tuple[str, str]]()
     for path, run in recorded(root / "README.md", root).runs.items():
-        for row in run["rows"]:
-            name, session = runs.subject(row), run["sessions"][row["session"]]
+        ran = [(row["kind"], runs.subject(row), row["session"]) for row in run["rows"]]
+        if tests := run.get("gpu_tests"):
+            ran += [("GPU tests", name, tests["session"]) for name in tests["operators"] if name in present]
+        for kind, name, place in ran:
+            session = run["sessions"][place]
             if (then := session["sources"].get(name)) != (now := present.get(name)):
                 when = f"{session['date']}, commit {_commit(session['commit'])}"
-                found[f"{path.name}, {row['kind']}: {name}: sources {then}, {when}; now {now}"] += 1
-    return [f"{line}: {count} rows are old" for line, count in found.items()]
+                found[f"{path.name}, {kind}, {name}", f"sources {then} of {when}, now {now}"] += 1
+    return [f"{where}: {count} rows are old: {why}" for (where, why), count in found.items()]
 
 
 def write_page(folder: Path, output: Path) -> list[Path]:

@@ -714,9 +714,10 @@ def test_a_gpu_s_newest_run_comes_first(clone: Path) -> None:
 
 
 def test_a_changed_source_makes_rows_old_and_no_page(clone: Path) -> None:
-    present, (entry, *_) = sources.present(), sources.OPERATORS
+    present, entry = sources.present(), "na2d"
     run = runs.merge(made_up_runs.kernels(), made_up_runs.models("train"))
     run["rows"] = [found for found in run["rows"] if found["operator"] != "na2d"]  # which has pictures
+    run["gpu_tests"] = GPU_TESTS
     for session in run["sessions"]:
         session["sources"] = present | {entry: "a" * 16}
     put(clone, "gpu.json", run)
@@ -724,14 +725,15 @@ def test_a_changed_source_makes_rows_old_and_no_page(clone: Path) -> None:
         shutil.copytree(results.ROOT / package, clone / package, dirs_exist_ok=True)
     (clone / "README.md").write_text("".join(map(block, report.BLOCKS)))
     report.write_documents(clone)
-    assert report.differences(clone) == [] == report.old_rows(clone)  # no row is of that operator
+    at = f"2026-11-23, commit {'0' * 12}"
+    tested = f"gpu.json, GPU tests, na2d: 1 rows are old: sources {'a' * 16} of {at}, now {present['na2d']}"
+    assert report.differences(clone) == [] and report.old_rows(clone) == [tested]
     ema = clone / "hdit" / "ema.py"
     ema.write_text(ema.read_text().replace("def ema_update(", "def ema_update(a, "))
     sources.present.cache_clear()
-    (line,) = report.old_rows(clone)
+    line, _ = report.old_rows(clone)
     then, now = present[sources.STEP], sources.present(clone)[sources.STEP]
-    at = f"2026-11-23, commit {'0' * 12}"
-    assert line == f"gpu.json, train: training step: sources {then}, {at}; now {now}: 6 rows are old"
+    assert line == f"gpu.json, train, training step: 6 rows are old: sources {then} of {at}, now {now}"
     assert report.differences(clone) == []
     run["rows"][0]["gpu_us"]["median"] += 1000
     put(clone, "gpu.json", run)

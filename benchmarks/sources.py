@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import resolve_name
@@ -51,10 +50,12 @@ def _text(content: bytes) -> str:
 
 class Code:
     """Statements of a package. text: their syntax, the same in every version of Python. names: what they call by name,
-    ("a", "b", "c") for a.b.c. imported: the names that import statements in them bind, and where those are from."""
+    ("a", "b", "()", "c") for a.b().c; returned: what a `return` gives by a name alone, which is not among those.
+    imported: the names that import statements in them bind, and where those are from."""
 
     def __init__(self, statements: list[ast.stmt], package: str) -> None:
         self.names: set[tuple[str, ...]] = set()
+        self.returned: set[str] = set()
         self.imported: dict[str, Place] = {}
         self._package = package
         self.text = self._read(statements)
@@ -64,7 +65,10 @@ class Code:
             return f"[{', '.join(self._read(item) for item in node if not _is_string(item))}]"
         if not isinstance(node, ast.AST):
             return repr(node)
-        if isinstance(node, (ast.Name, ast.Attribute)) and (names := _dotted(node)):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Name):
+            self.returned.add(node.value.id)
+            return f"Return({node.value.id})"
+        if names := _dotted(node):
             self.names.add(names)
             return ".".join(names)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -103,9 +107,12 @@ def _is_string(node: object) -> bool:
 
 
 def _dotted(node: ast.AST) -> tuple[str, ...]:
-    """() for what is no name."""
+    """() for what does not begin with a name, or is called with arguments."""
     if isinstance(node, ast.Name):
         return (node.id,)
+    if isinstance(node, ast.Call):
+        inner = () if node.args or node.keywords else _dotted(node.func)
+        return (*inner, "()") if inner else ()
     inner = _dotted(node.value) if isinstance(node, ast.Attribute) else ()
     return (*inner, node.attr) if inner else ()
 
@@ -209,14 +216,27 @@ class Sources:
     def _used(self, code: Code, name: str, module: Module) -> Iterator[Place]:
         """What of ours a module's code calls by name."""
         known = code.imported.keys() | module.defined.keys() | module.imported.keys()
-        for first, *attributes in code.names:
-            place = self._find(*code.imported.get(first, (name, first))) if first in known else None
-            for attribute in attributes:
-                if place is not None and place[1] == "*":
-                    place = self._find(place[0], attribute)
+        for first, *then in code.names:
+            place = self._called(code, name, first) if first in known else None
+            while place is not None and place[1] == "*" and then:
+                place = self._find(place[0], then.pop(0))
             if place is not None:
                 yield place
-        # launchers that registration.define is given by name
-        for launcher, function in re.findall(r"'([\w.]+):(\w+)'", code.text):
-            if place := self._find(f"hdit_kernels.{launcher}", function):
+                for other in self._modules_returned(*place):
+                    attribute = then[1] if then[:1] == ["()"] and then[1:] else "*"
+                    yield self._find(other, attribute) or (other, "*")
+        for returned in code.returned & known:
+            place = self._called(code, name, returned)
+            if place is not None and place[1] != "*":  # of a module, who calls this takes what he needs
                 yield place
+
+    def _called(self, code: Code, module: str, name: str) -> Place | None:
+        """What a name stands for in a module's code."""
+        return self._find(*code.imported.get(name, (module, name)))
+
+    def _modules_returned(self, module: str, name: str) -> list[str]:
+        """The modules that a function of a module returns."""
+        there = self.module(module)
+        code = there.defined.get(name) if there else None
+        places = [self._called(code, module, returned) for returned in code.returned] if code else []
+        return [place[0] for place in places if place is not None and place[1] == "*"]

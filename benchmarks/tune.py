@@ -2,7 +2,8 @@
 
     python -m benchmarks tune [--case "dq bfloat16"] [--budget SECONDS] [--output FILE] [--log FILE]
 
-Nothing is tuned where the kernels are used: this writes configs_hopper.py, which ships, and configs.py chooses from it.
+Nothing is tuned where the kernels are used: this writes triton_configs_hopper.py, which ships, and triton_configs.py
+chooses from it.
 For each entry of its tables, candidates are launched on random tensors, held against what the present configuration
 gives, and timed. The fastest replaces the present one if it is faster beyond the spread of both, and is so again when
 the two are timed once more. A backward kernel is judged by the whole backward pass: the other kernel stays as it is.
@@ -31,13 +32,13 @@ from torch import Tensor
 from benchmarks import api, command, results, runs, timing
 from benchmarks.command import say
 from benchmarks.rows import Stats, verdict
-from hdit_kernels.neighborhood_attention import configs_hopper
-from hdit_kernels.neighborhood_attention.configs import Config, Table
+from hdit_kernels.neighborhood_attention import triton_configs_hopper
+from hdit_kernels.neighborhood_attention.triton_configs import Config, Table
 
 TABLES: dict[str, Table] = {
-    "forward": configs_hopper.FORWARD,
-    "dq": configs_hopper.DQ,
-    "dkdv": configs_hopper.DKDV,
+    "forward": triton_configs_hopper.FORWARD,
+    "dq": triton_configs_hopper.DQ,
+    "dkdv": triton_configs_hopper.DKDV,
 }
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 SHAPES = {64: (4, 256, 256, 2, 64), 128: (4, 128, 128, 4, 128)}  # by head_dim; smaller ones favour few programs
@@ -175,17 +176,19 @@ def prepare(entry: Entry, configs: Sequence[Config], device: torch.device) -> di
 def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
     """Makes the call of a configuration, on random tensors that all calls share."""
     from hdit_kernels import launch
-    from hdit_kernels.neighborhood_attention.backward import portable_dkdv_launch, portable_dq_launch
-    from hdit_kernels.neighborhood_attention.forward import LOG2_E, portable_forward_launch
+    from hdit_kernels.neighborhood_attention.dispatch import LOG2_E
+    from hdit_kernels.neighborhood_attention.triton_backward import dkdv_launch, dq_launch
+    from hdit_kernels.neighborhood_attention.triton_forward import forward_launch
 
     shape, dtype = SHAPES[entry.head_dim], DTYPES[entry.bits]
     query, key, value, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     window, dilation, scale = (entry.window, entry.window), (1, 1), entry.head_dim**-0.5
-    arguments = query, key, value, window, dilation, scale * LOG2_E, False, True
-    (out, stats), ahead = portable_forward_launch(*arguments)
+    logit_scale = scale * LOG2_E
+    arguments = query, key, value, window, dilation, logit_scale, False, True
+    (out, stats), ahead = forward_launch(*arguments)
     launch.run(ahead)
-    first, terms = portable_dq_launch(
-        torch.empty_like(query), dout, query, key, value, None, out, stats, window, dilation, scale
+    first, terms = dq_launch(
+        torch.empty_like(query), dout, query, key, value, None, out, stats, window, dilation, scale, logit_scale
     )
     launch.run(first)
 
@@ -194,20 +197,20 @@ def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
             return config
 
         def forward() -> Sequence[Tensor]:
-            (found, statistics), call = portable_forward_launch(*arguments, configure=configure)
+            (found, statistics), call = forward_launch(*arguments, configure=configure)
             launch.run(call)
             return found, statistics[0]
 
         def dq() -> Sequence[Tensor]:
             found = torch.empty_like(query)
-            arguments = dout, query, key, value, None, out, stats, window, dilation, scale
-            launch.run(portable_dq_launch(found, *arguments, configure=configure)[0])
+            arguments = dout, query, key, value, None, out, stats, window, dilation, scale, logit_scale
+            launch.run(dq_launch(found, *arguments, configure=configure)[0])
             return (found,)
 
         def dkdv() -> Sequence[Tensor]:
             found = torch.empty_like(key), torch.empty_like(value)
-            arguments = dout, query, key, value, terms, stats, window, dilation, scale
-            launch.run(portable_dkdv_launch(*found, *arguments, configure=configure))
+            arguments = dout, query, key, value, terms, stats, window, dilation, scale, logit_scale
+            launch.run(dkdv_launch(*found, *arguments, configure=configure))
             return found
 
         return {"forward": forward, "dq": dq, "dkdv": dkdv}[entry.kernel]
@@ -321,7 +324,7 @@ def source(tables: dict[str, Table], history: str) -> str:
     """The module's text, as ruff formats it. history: last_run()."""
     lines = [
         '"""Launch configurations of the portable neighborhood attention kernels on Hopper: written by',
-        "`python -m benchmarks tune`, chosen from by configs.py.",
+        "`python -m benchmarks tune`, chosen from by triton_configs.py.",
         "",
         *textwrap.wrap(history, 120),
         "",
@@ -351,7 +354,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     device, entries = hopper_gpu(), select_entries(args.case)
-    output = args.output or Path(configs_hopper.__file__)
+    output = args.output or Path(triton_configs_hopper.__file__)
     for path in (output, args.log):
         if path is not None:
             runs.check_writable(path)

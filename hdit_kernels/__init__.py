@@ -1,7 +1,7 @@
 """Kernels of the Hourglass Diffusion Transformer: tensors in, tensors out, stateless. See each function's docstring."""
 
 from hdit_kernels.geglu import geglu
-from hdit_kernels.neighborhood_attention.op import na2d
+from hdit_kernels.neighborhood_attention.na2d import na2d
 from hdit_kernels.neighborhood_attention.self_attention import neighborhood_self_attention
 from hdit_kernels.norms import ada_layer_norm, ada_rms_norm, gated_residual, rms_norm
 from hdit_kernels.rope import qk_norm_rope

@@ -2,7 +2,7 @@
 
 dQ walks down a strip of tiles as the forward does, and leaves delta = sum(dout · out) − dlse for the second kernel. dK
 and dV take one tile of keys a program and gather the queries whose windows reach it. Probabilities come from the
-forward's lse, so boxes of keys (or queries) are independent of each other. Least traffic: as in `backward`.
+forward's lse, so boxes of keys (or queries) are independent of each other. Least traffic: as in `triton_backward`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention import hopper
-from hdit_kernels.neighborhood_attention.hopper_forward import (
+from hdit_kernels.neighborhood_attention import hopper_plan
+from hdit_kernels.neighborhood_attention.hopper_device import (
     COLUMNS,
     TILE,
     TOKENS,
+    copy_numbers,
     copy_rows,
     copy_slot,
     direction,
+    dkdv_box,
+    first_query,
     in_registers,
-    is_within,
+    last_query,
     operand,
     penalty,
     product_layout,
@@ -39,34 +42,32 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
     window_start,
 )
 
-NOWHERE = gl.constexpr(2**30)  # a row or column that no window reaches
-
 
 def backward_launches(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     dout: Tensor,
-    dlse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    dlse: Tensor | None,
     out: Tensor,
     stats: Tensor,
     window: Sequence[int],
     scale: float,
     logit_scale: float,
 ) -> tuple[launch.Launch, launch.Launch]:
-    """As `backward.backward_launches` for what `hopper.takes_backward`."""
-    if not hopper.reads_wide(dout):
+    """As `dispatch.backward_launches` for what `hopper_plan.takes_backward`."""
+    if not hopper_plan.reads_wide(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     if out.data_ptr() % 16:  # a hook on saved tensors may have moved it
         out = out.clone()
     delta = stats.new_empty(stats.shape[1:])
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
     shape, window, device = query.shape, tuple(window), query.device
-    longest = 8 if max(window) < 8 else hopper.LONGEST  # the fastest measured
-    grid, integers, constants = hopper.plan(shape, strides, window, device, (2,), longest=longest)
+    longest = 8 if max(window) < 8 else hopper_plan.LONGEST  # the fastest measured
+    grid, integers, constants = hopper_plan.plan(shape, strides, window, device, (2,), longest=longest)
     dq_launch = launch.Launch(
         _na2d_hopper_dq_kernel,
         grid,
@@ -74,7 +75,7 @@ def backward_launches(
         [scale, logit_scale, *integers],
         constants | {"HAS_DLSE": dlse is not None},
     )
-    grid, integers, constants = hopper.plan(shape, strides, window, device)
+    grid, integers, constants = hopper_plan.plan(shape, strides, window, device)
     dkdv_launch = launch.Launch(
         _na2d_hopper_dkdv_kernel,
         grid,
@@ -221,59 +222,6 @@ def _na2d_hopper_dq_kernel(
         y += TILE
         key_y += TILE
         lse = next_lse
-
-
-@gluon.jit
-def first_query(key, window):
-    """The first query whose window reaches the key, along one axis."""
-    return gl.where(key < window, 0, key - window + 1 + window // 2)
-
-
-@gluon.jit
-def last_query(key, window, length):
-    """The last query whose window reaches the key: everyone clamped at the end sees the last `window` keys."""
-    return gl.where(key >= length - window, length - 1, key + window // 2)
-
-
-@gluon.jit
-def copy_numbers(
-    target, pointer, bottom, columns, width, heads, row, ROWS: gl.constexpr, WIDTH: gl.constexpr = COLUMNS, column=0
-):
-    """Starts copying one number of each of ROWS x WIDTH tokens, as copy_rows copies tokens."""
-    place = gl.arange(0, ROWS * WIDTH, gl.BlockedLayout([1], [32], [4], [0]))
-    y, x = gl.minimum(row + place // WIDTH, bottom), gl.minimum(column + place % WIDTH, columns - 1)
-    async_copy.async_copy_global_to_shared(target, pointer + (y * width + x) * heads)
-
-
-@gluon.jit
-def dkdv_box(
-    dk, dv, k, v, q, dout, lse, delta, scale, query_y, query_x, bottom, columns, y, x, height, width, window_y,
-    window_x, ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr, WIDTH: gl.constexpr = COLUMNS,
-):  # fmt: skip
-    """Adds what ROWS rows of WIDTH queries give to dk and dv; the last products are still under way. Logits are keys by
-    queries: a column is a query, so lse and delta come from shared memory.
-    """
-    LOGITS: gl.constexpr = product_layout(ROWS * WIDTH)
-    BY_QUERY: gl.constexpr = gl.SliceLayout(0, LOGITS)
-    key = gl.arange(0, TOKENS, gl.SliceLayout(1, LOGITS))
-    place = gl.arange(0, ROWS * WIDTH, BY_QUERY)
-    row, column = place // WIDTH, place % WIDTH
-    start_y = gl.where(row <= bottom, window_start(query_y + row, window_y, 0, height - 1), NOWHERE)
-    start_x = gl.where(column < columns, window_start(query_x + column, window_x, 0, width - 1), NOWHERE)
-    by_row = gl.where(is_within((y + key // TILE)[:, None] - start_y[None, :], window_y), 0.0, float("-inf"))
-    by_column = gl.where(is_within((x + key % TILE)[:, None] - start_x[None, :], window_x), 0.0, float("-inf"))
-    logits = by_row + by_column
-    logits, scale = gl.broadcast(logits, gl.convert_layout(scale, gl.SliceLayout(1, LOGITS))[:, None])
-    logits, centred = gl.broadcast(logits, -delta.load(BY_QUERY)[None, :])
-    logits = warpgroup_mma(k, q.permute((1, 0)), logits, is_async=True)
-    centred = warpgroup_mma(v, dout.permute((1, 0)), centred, is_async=True)
-    lse = -lse.load(BY_QUERY)[None, :]
-    logits, centred, dk, dv = warpgroup_mma_wait(0, deps=[logits, centred, dk, dv])
-    logits, lse = gl.broadcast(logits, lse)
-    probability = gl.exp2(gl.fma(logits, scale, lse))
-    dv = warpgroup_mma(operand(probability, dtype, ACC), dout, dv, is_async=True)
-    dk = warpgroup_mma(operand(probability * centred, dtype, ACC), q, dk, is_async=True)
-    return dk, dv
 
 
 @functools.partial(launch.kernel, jit=gluon.jit)

@@ -1,4 +1,4 @@
-"""Backward kernels of `na2d`: deterministic, by gathering; on Hopper, `hopper_backward` takes what it can.
+"""Portable backward kernels of `na2d`: deterministic, by gathering.
 
 dQ: a tile of queries walks its box of keys as in the forward, and leaves delta = sum(dout · out) − dlse for the second
 kernel. dK, dV: a tile of keys walks the box of queries whose windows reach it (the inverse window: at a border the
@@ -11,88 +11,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention import hopper
-from hdit_kernels.neighborhood_attention.configs import Configure, dkdv_config, dq_config
-from hdit_kernels.neighborhood_attention.forward import (
-    LOG2_E,
-    aligned,
-    dense,
+from hdit_kernels.neighborhood_attention.buffers import aligned
+from hdit_kernels.neighborhood_attention.triton_configs import Configure, dkdv_config, dq_config, plan
+from hdit_kernels.neighborhood_attention.triton_device import (
     factor,
+    first_query,
+    last_query,
     offsets,
+    pair,
     penalty,
-    plan,
     tile_of_program,
     token_at,
+    unpair,
     unsigned,
     window_start,
 )
 
 
-def na2d_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    add_k: None,
-    add_v: None,
-    out: Tensor,
-    stats: Tensor,
-    window: Sequence[int],
-    stride: Sequence[int] | None,
-    dilation: Sequence[int],
-    causal: Sequence[bool] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU."""
-    dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    launch.run(*backward_launches(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale))
-    return dq, dk, dv, query.new_empty(0), query.new_empty(0)
-
-
-def backward_launches(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    window: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-) -> tuple[launch.Launch, launch.Launch]:
-    """The launches that write the gradients into dq, dk, dv, which share their strides (slices of one packed tensor,
-    say).
-    """
-    dout, query, key, value = dense(dout), dense(query), dense(key), dense(value)
-    dlse = None if dlse is None else dlse.contiguous()
-    if launch.gpu_family(query.device) == "hopper" and hopper.takes_backward(query, key, value, window, dilation):
-        from hdit_kernels.neighborhood_attention import hopper_backward
-
-        return hopper_backward.backward_launches(
-            dq, dk, dv, dout, dlse, query, key, value, out, stats, window, scale, scale * LOG2_E
-        )
-    tensors = (dout, query, key, value)
-    dq_launch, terms = portable_dq_launch(dq, *tensors, dlse, out, stats, window, dilation, scale)
-    if launch.gpu_family(query.device) == "hopper" and hopper.takes_dkdv_13(*tensors, window, dilation):
-        from hdit_kernels.neighborhood_attention import hopper_backward_13
-
-        dkdv_launch = hopper_backward_13.dkdv_launch(dk, dv, *tensors, terms, window, scale, scale * LOG2_E)
-    else:
-        dkdv_launch = portable_dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, scale)
-    return dq_launch, dkdv_launch
-
-
-def portable_dq_launch(
+def dq_launch(
     dq: Tensor,
     dout: Tensor,
     query: Tensor,
@@ -104,6 +44,7 @@ def portable_dq_launch(
     window: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    logit_scale: float,
     configure: Configure = dq_config,
 ) -> tuple[launch.Launch, Tensor]:
     """The launch that writes the query's gradient, of the kernel of this module; all but dq are dense.
@@ -115,11 +56,11 @@ def portable_dq_launch(
     grid, integers, constants = _plan(configure, dq, dout, query, key, value, window, dilation)
     constants = constants | {"HAS_DLSE": dlse is not None, "PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms)
-    numbers = [scale, scale * LOG2_E, terms.numel(), *integers]
+    numbers = [scale, logit_scale, terms.numel(), *integers]
     return launch.Launch(_na2d_dq_kernel, grid, tensors, numbers, constants), terms
 
 
-def portable_dkdv_launch(
+def dkdv_launch(
     dk: Tensor,
     dv: Tensor,
     dout: Tensor,
@@ -131,13 +72,14 @@ def portable_dkdv_launch(
     window: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    logit_scale: float,
     configure: Configure = dkdv_config,
 ) -> launch.Launch:
-    """That which writes the gradients of key and value, dk and dv, with the terms of `portable_dq_launch`."""
+    """That which writes the gradients of key and value, dk and dv, with the terms of `dq_launch`."""
     grid, integers, constants = _plan(configure, dk, dout, query, key, value, window, dilation)
     constants = constants | {"PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, terms, stats, dk, dv)
-    numbers = [scale, scale * LOG2_E, terms.numel(), *integers]
+    numbers = [scale, logit_scale, terms.numel(), *integers]
     return launch.Launch(_na2d_dkdv_kernel, grid, tensors, numbers, constants)
 
 
@@ -155,19 +97,6 @@ def _plan(
     all_aligned = aligned(dout, query, key, value, gradient)
     family = launch.gpu_family(query.device)
     return plan(configure, family, query.dtype, query.shape, strides, all_aligned, tuple(window), tuple(dilation))
-
-
-@triton.jit
-def pair(first, second):
-    """Two float32 in one 64-bit integer."""
-    low = first.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return (second.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low
-
-
-@triton.jit
-def unpair(both):
-    first, second = both.to(tl.uint32), (both >> 32).to(tl.uint32)
-    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
 
 
 @launch.kernel
@@ -256,18 +185,6 @@ def _na2d_dq_kernel(
     dq_ptr = token_at(dq_ptr, batch, head, row, column, g_b, g_h, g_w, g_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * g_h, dilation_x * g_w, VECTOR, WIDE)
     tl.store(dq_ptr + at[:, None] + dim[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def first_query(key, window):
-    """The first query whose window reaches the key, along one axis."""
-    return tl.where(key < window, 0, key - window + 1 + (window >> 1))
-
-
-@triton.jit
-def last_query(key, window, length):
-    """The last query whose window reaches the key: everyone clamped at the end sees the last `window` keys."""
-    return tl.where(key >= length - window, length - 1, key + (window >> 1))
 
 
 @launch.kernel

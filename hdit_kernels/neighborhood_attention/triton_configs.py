@@ -5,12 +5,17 @@ configurations that compile and fit everywhere.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
 
-from hdit_kernels.neighborhood_attention import configs_hopper
+from hdit_kernels.neighborhood_attention import triton_configs_hopper
+
+MAX_GRID = 65535  # programs along any axis but the first
+REACH = 2**31  # of offsets in 32 bits
 
 
 class Config(NamedTuple):
@@ -47,7 +52,7 @@ Table = dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int 
 
 def forward_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
     if family == "hopper":
-        return measured(configs_hopper.FORWARD, dtype, head_dim, window)
+        return measured(triton_configs_hopper.FORWARD, dtype, head_dim, window)
     if dtype == torch.float32:
         stages = 2 if head_dim <= 64 else 1
         return fewest_products(window, Config(4, 8, 1, 16, 4, stages), Config(8, 4, 1, 16, 4, stages))
@@ -56,13 +61,13 @@ def forward_config(family: str, dtype: torch.dtype, head_dim: int, window: Seque
 
 def dq_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
     if family == "hopper":
-        return measured(configs_hopper.DQ, dtype, head_dim, window)
+        return measured(triton_configs_hopper.DQ, dtype, head_dim, window)
     return backward_config(dtype, head_dim, window)
 
 
 def dkdv_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
     if family == "hopper":
-        return measured(configs_hopper.DKDV, dtype, head_dim, window)
+        return measured(triton_configs_hopper.DKDV, dtype, head_dim, window)
     return backward_config(dtype, head_dim, window)
 
 
@@ -94,3 +99,38 @@ def fewest_products(window: Sequence[int], *configs: Config) -> Config:
     flat.
     """
     return min(configs, key=lambda config: config.products(window))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    configure: Configure,
+    family: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    all_aligned: bool,
+    window: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
+    """Grid, integer arguments and constants of a launch over tiles of [B, H, W, heads, head_dim] tensors.
+
+    Cached, since it costs as much host time as the launch itself.
+    """
+    batch, height, width, heads, head_dim = shape
+    config = configure(family, dtype, head_dim, window)
+    tiles_y = triton.cdiv(triton.cdiv(height, dilation[0]), config.tile_y)  # of the largest dilation sub-grid
+    tiles_x = triton.cdiv(triton.cdiv(width, dilation[1]), config.tile_x)
+    tokens = [stride for tensor in strides for stride in tensor[:-1]]
+    vector = 8 if all_aligned and all(stride % 8 == 0 for stride in tokens) else 1
+    images = batch * dilation[0] * dilation[1]
+    layers = triton.cdiv(images, MAX_GRID)
+    integers = [images, height, width, heads, tiles_x, *window, *dilation, *(stride // vector for stride in tokens)]
+    box_y, box_x = max(config.tile_y, config.box_y), max(config.tile_x, config.box_x)
+    steps = [(stride[1] * dilation[0], stride[2] * dilation[1]) for stride in strides]
+    steps.append((width * heads * head_dim * dilation[0], heads * head_dim * dilation[1]))  # the output's
+    wide = any(box_y * step_y + box_x * step_x >= REACH for step_y, step_x in steps)
+    constants = dict(
+        HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector, WIDE=wide,
+        TILE_Y=config.tile_y, TILE_X=config.tile_x, BOX_Y=config.box_y, BOX_X=config.box_x, **config.options,
+    )  # fmt: skip
+    return (tiles_y * tiles_x * heads, triton.cdiv(images, layers), layers), integers, constants

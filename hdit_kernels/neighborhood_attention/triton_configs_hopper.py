@@ -1,5 +1,5 @@
 """Launch configurations of the portable neighborhood attention kernels on Hopper: written by
-`python -m benchmarks tune`, chosen from by configs.py.
+`python -m benchmarks tune`, chosen from by triton_configs.py.
 
 Last run: NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, cuda 13.0, driver 580.159.04, 2026-11-26: 12 of 60
 entries measured, 4 changed.

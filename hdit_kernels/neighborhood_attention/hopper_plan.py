@@ -14,7 +14,7 @@ from hdit_kernels import launch
 
 TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel): 64 rows of a warpgroup's product
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
-WIDEST_STREAMED = 13  # the same of hopper_backward_13, which has four columns beyond those
+WIDEST_STREAMED = 13  # the same of hopper_backward_wide, which has four columns beyond those
 LONGEST = 32  # tiles of a strip: no longer ones were faster where measured
 BY_TURNS = 4  # tiles of a strip from which on two programs a multiprocessor gain by beginning by turns
 REACH = 16  # tiles from a strip's first row on that 32-bit offsets must reach, whatever the length of strips
@@ -40,10 +40,10 @@ def takes_backward(query: Tensor, key: Tensor, value: Tensor, window: Sequence[i
     return query.shape[-1] in (32, 64) and max(window) <= WIDEST and _takes(query, key, value, dilation)
 
 
-def takes_dkdv_13(
+def takes_dkdv_wide(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]
 ) -> bool:
-    """The same of `hopper_backward_13`: head_dim 32 or 64, windows from there on up to 13x13."""
+    """The same of `hopper_backward_wide`: head_dim 32 or 64, windows from there on up to 13x13."""
     return (
         query.shape[-1] in (32, 64)
         and WIDEST < max(window) <= WIDEST_STREAMED

@@ -20,14 +20,17 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention import hopper
-from hdit_kernels.neighborhood_attention.hopper_backward import copy_numbers, dkdv_box, first_query, last_query
-from hdit_kernels.neighborhood_attention.hopper_forward import (
+from hdit_kernels.neighborhood_attention import hopper_plan
+from hdit_kernels.neighborhood_attention.hopper_device import (
     COLUMNS,
     TILE,
     TOKENS,
+    copy_numbers,
     copy_rows,
+    dkdv_box,
+    first_query,
     in_registers,
+    last_query,
     product_layout,
     shared_layout,
     store_tile,
@@ -51,12 +54,12 @@ def dkdv_launch(
     scale: float,
     logit_scale: float,
 ) -> launch.Launch:
-    """As `backward.portable_dkdv_launch` for what `hopper.takes_dkdv_13`."""
+    """As `triton_backward.dkdv_launch` for what `hopper_plan.takes_dkdv_wide`."""
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dk.stride())
-    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), query.device)
+    grid, integers, constants = hopper_plan.plan(query.shape, strides, tuple(window), query.device)
     tensors = (dout, query, key, value, terms.view(torch.float32), dk, dv)
     constants = constants | {"maxnreg": 168}
-    return launch.Launch(_na2d_hopper_dkdv_13_kernel, grid, tensors, [scale, logit_scale, *integers], constants)
+    return launch.Launch(_na2d_hopper_dkdv_wide_kernel, grid, tensors, [scale, logit_scale, *integers], constants)
 
 
 @gluon.jit
@@ -86,7 +89,7 @@ def _copy_queries(
 
 
 @functools.partial(launch.kernel, jit=gluon.jit)
-def _na2d_hopper_dkdv_13_kernel(
+def _na2d_hopper_dkdv_wide_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, terms_ptr, dk_ptr, dv_ptr, scale, logit_scale,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
     window_y: tl.int32, window_x: tl.int32,

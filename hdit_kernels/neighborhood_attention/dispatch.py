@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hdit_kernels import launch, rope_triton
+from hdit_kernels import backend, launch, rope_triton
 from hdit_kernels.neighborhood_attention import hopper_plan, triton_backward, triton_forward
 from hdit_kernels.neighborhood_attention.buffers import dense
 
@@ -161,4 +161,5 @@ def backward_launches(
 
 
 def on_hopper(tensor: Tensor) -> bool:
-    return launch.gpu_family(tensor.device) == "hopper"
+    """Whether Hopper's own kernels may be asked."""
+    return backend.chosen == "auto" and launch.gpu_family(tensor.device) == "hopper"

@@ -243,13 +243,20 @@ def _flops_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, win
     return flops_forward(query, key, value, add_k, add_v, window) * 5 // 2
 
 
+def kernels():
+    """The launchers' module, which imports Triton."""
+    from hdit_kernels.neighborhood_attention import dispatch
+
+    return dispatch
+
+
 _forward = registration.define(
     "na2d_forward",
     "(Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, int[] kernel_size, "
     "int[]? stride, int[] dilation, bool[]? is_causal, float scale, bool return_lse, "
     "bool save_stats) -> Tensor[]",
     reference=_reference_forward,
-    launcher="neighborhood_attention.dispatch:na2d_forward",
+    launcher=lambda: kernels().na2d_forward,
     fake=_fake_forward,
     flops=flops_forward,
 )
@@ -260,7 +267,7 @@ _backward = registration.define(
     "int[] kernel_size, int[]? stride, int[] dilation, bool[]? is_causal, float scale) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_backward,
-    launcher="neighborhood_attention.dispatch:na2d_backward",
+    launcher=lambda: kernels().na2d_backward,
     fake=_fake_backward,
     flops=_flops_backward,
 )

@@ -48,11 +48,11 @@ NOISE = 0.01  # share of a median that is never called a difference; in one proc
 # What candidates are made of, by bits where that matters. One stage would wait for every load; products of float32 take
 # so long that two hide them.
 TILES = {16: ((8, 8), (16, 4), (4, 16)), 32: ((4, 8), (8, 4))}
-HEIGHTS, WIDTHS = (1, 2, 4), (16, 32)  # of boxes
+HEIGHTS, WIDTHS = (1, 2, 4), (16, 32)  # of blocks
 STAGES = {16: (2, 3, 4), 32: (1, 2)}
 LIMITS = {16: (128, 168, 255, None), 32: (None,)}
 WARPS = 4
-FEWEST_KEYS = {16: 64, 32: 16}  # in the boxes of all stages: fewer don't hide what a load takes (float32: any box does)
+FEWEST_KEYS = {16: 64, 32: 16}  # in all stages' blocks: fewer don't hide what a load takes (float32: any block does)
 FREE_REGISTERS = 96  # of a thread beside its accumulators: what the measured configurations leave it
 
 # Of a multiprocessor: 32-bit registers, and bytes of shared memory, of which each program takes some for itself.
@@ -109,16 +109,16 @@ def select_entries(patterns: Sequence[str]) -> list[Entry]:
 def candidates(kernel: str, bits: int, head_dim: int, window: int) -> list[Config]:
     """The present configuration, then some 5 to 25 that may be faster:
 
-    - a query is multiplied with at most a quarter more keys than it has to be, and boxes are narrow only where that
+    - a query is multiplied with at most a quarter more keys than it has to be, and blocks are narrow only where that
       saves some;
-    - the boxes of all stages hold enough keys;
+    - the blocks of all stages hold enough keys;
     - of the register limits, the two lowest that leave enough beside the accumulators;
     - shared memory holds as many programs as the registers do.
     """
     entry = Entry(kernel, bits, head_dim, window)
     every = [
-        Config(*tile, box_y, box_x, WARPS, stages, limit)
-        for tile, box_y, box_x, stages in itertools.product(TILES[bits], HEIGHTS, WIDTHS, STAGES[bits])
+        Config(*tile, block_y, block_x, WARPS, stages, limit)
+        for tile, block_y, block_x, stages in itertools.product(TILES[bits], HEIGHTS, WIDTHS, STAGES[bits])
         for limit in limits(entry, tile)
     ]
 
@@ -130,8 +130,8 @@ def candidates(kernel: str, bits: int, head_dim: int, window: int) -> list[Confi
         config
         for config in every
         if products(config) <= 1.25 * least
-        and (config.box_x == WIDTHS[-1] or products(config) < products(config._replace(box_x=WIDTHS[-1])))
-        and config.box_y * config.box_x * config.num_stages >= FEWEST_KEYS[bits]
+        and (config.block_x == WIDTHS[-1] or products(config) < products(config._replace(block_x=WIDTHS[-1])))
+        and config.block_y * config.block_x * config.num_stages >= FEWEST_KEYS[bits]
         and programs(config) * (shared_bytes(entry, config) + OWN_MEMORY) <= SHARED_MEMORY
     ]
     return [entry.present, *(config for config in found if config != entry.present)]
@@ -149,12 +149,12 @@ def programs(config: Config) -> int:
 
 
 def shared_bytes(entry: Entry, config: Config) -> int:
-    """About what a program keeps in shared memory: a box of two tensors for each stage, and the tile of one (forward)
+    """About what a program keeps in shared memory: a block of two tensors for each stage, and the tile of one (forward)
     or two.
     """
-    boxes = 2 * config.num_stages * config.box_y * config.box_x
+    blocks = 2 * config.num_stages * config.block_y * config.block_x
     tiles = (1 if entry.kernel == "forward" else 2) * config.tile_y * config.tile_x
-    return (boxes + tiles) * entry.head_dim * entry.bits // 8
+    return (blocks + tiles) * entry.head_dim * entry.bits // 8
 
 
 # Measuring
@@ -287,9 +287,9 @@ def changed(rows: Sequence[Row]) -> list[Row]:
 
 
 def describe(config: Sequence[Any]) -> str:
-    tile_y, tile_x, box_y, box_x, warps, stages, limit = config
+    tile_y, tile_x, block_y, block_x, warps, stages, limit = config
     registers = "no limit" if limit is None else f"{limit} registers"
-    return f"tile {tile_y}x{tile_x}, box {box_y}x{box_x}, {warps} warps, {stages} stages, {registers}"
+    return f"tile {tile_y}x{tile_x}, block {block_y}x{block_x}, {warps} warps, {stages} stages, {registers}"
 
 
 def outcome(trial: Row) -> str:
@@ -328,7 +328,7 @@ def source(tables: dict[str, Table], history: str) -> str:
         "",
         *textwrap.wrap(history, 120),
         "",
-        "{(bits, head_dim): {window: (tile_y, tile_x, box_y, box_x, num_warps, num_stages, max_registers)}}",
+        "{(bits, head_dim): {window: (tile_y, tile_x, block_y, block_x, num_warps, num_stages, max_registers)}}",
         '"""',
     ]
     for kernel, table in tables.items():

@@ -135,7 +135,7 @@ def test_what_fails_or_is_wrong_is_said_and_skipped(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(row["trials"])
     assert lines[0] == (
-        "forward bfloat16 head_dim 64 window 9 · tile 8x8, box 4x16, 4 warps, 3 stages, 128 registers (present): "
+        "forward bfloat16 head_dim 64 window 9 · tile 8x8, block 4x16, 4 warps, 3 stages, 128 registers (present): "
         "100.0 µs [99.0, 101.0]"
     )
     assert lines[1].endswith(f": {status}: {reason}")
@@ -205,7 +205,7 @@ def test_the_command_writes_module_and_log(
     assert set(data) == {"environment", "source_sha256", "command", "entries"} and len(data["entries"]) == 6
     assert loaded(module) == tune.updated(data["entries"])
     said = capsys.readouterr().out
-    assert "changed: forward bfloat16 head_dim 64 window 9: tile 8x8, box 4x16" in said
+    assert "changed: forward bfloat16 head_dim 64 window 9: tile 8x8, block 4x16" in said
     assert "6 of 60 entries measured" in said and f"Written: {module}\nWritten: {log}" in said
 
 

@@ -147,7 +147,7 @@ def few_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def strips_down(columns: int, tiles: int, *rest: object) -> tuple[int, bool]:
         return min(tiles, 1 + columns % 3), columns % 2 == 0
 
-    caches = hopper_plan.plan, forward._plan
+    caches = hopper_plan.plan_strips, forward._plan_forward
     monkeypatch.setattr(hopper_plan, "strips_down", strips_down)
     for cache in caches:
         cache.cache_clear()

@@ -26,30 +26,30 @@ def window_start(query: int, window: int, length: int) -> int:
 @pytest.mark.parametrize("window", range(1, hopper_plan.WIDEST + 1))
 def test_every_row_is_in_one_tile_and_every_key_in_its_slots(window: int) -> None:
     """What hopper_device.strip_of_program makes of a plan, for all heights and ways to cut."""
-    boxes = hopper_plan.rows_of_next(window)
+    blocks = hopper_plan.rows_of_next(window)
     # columns: too many for one wave of strips, a wave of two strips each, so few that every tile has a place
     for height, columns in itertools.product(range(window, 300), (1000, 132, 6)):
         shape = (1, height, 8 * columns, 1, 64)
-        (_, programs, _), integers, _ = hopper_plan.plan(shape, (), (window, window), DEVICE, (2,))
-        strips, shortest, longer, facing = integers[3:7]
-        assert facing == (columns < 1000 and height >= hopper_plan.TILE and window % 2)
+        (_, programs, _), integers, _ = hopper_plan.plan_strips(shape, (), (window, window), DEVICE, (2,))
+        strips, shortest, longer, serpentine = integers[3:7]
+        assert serpentine == (columns < 1000 and height >= hopper_plan.TILE and window % 2)
         rows = []
         for strip in range(programs):
             tile = strip * shortest + min(strip, longer)
             count = 1 if strip == strips else shortest + (strip < longer)
             first = tile * hopper_plan.TILE
-            if up := facing and strip % 2 and strip < strips:
+            if up := serpentine and strip % 2 and strip < strips:
                 first = height - first - count * hopper_plan.TILE  # rows from below, as the kernel counts them
             key_y = min(first - window // 2, height - window)
             for y in range(first, first + count * hopper_plan.TILE, hopper_plan.TILE):
                 queries = range(y, min(y + hopper_plan.TILE, height))
                 rows += [height - 1 - query for query in queries] if up else queries
-                # the tile's own slot of eight rows, and the boxes of the next
-                low, high = key_y + (y - first), key_y + (y - first) + hopper_plan.TILE + sum(boxes.values())
+                # the tile's own slot of eight rows, and the blocks of the next
+                low, high = key_y + (y - first), key_y + (y - first) + hopper_plan.TILE + sum(blocks.values())
                 for query in queries:
                     start = window_start(query, window, height)
                     assert low <= start and start + window <= high, (height, query)
-            reach = hopper_plan.LONGEST + 2 if columns < 1000 else hopper_plan.REACH  # what 32-bit offsets rely on
+            reach = hopper_plan.LONGEST + 2 if columns < 1000 else hopper_plan.MIN_REACH  # what 32-bit offsets rely on
             assert high - first <= reach * hopper_plan.TILE
         assert sorted(rows) == list(range(height)), height
 
@@ -127,12 +127,12 @@ def test_one_wave_counts_the_gpu_s_multiprocessors() -> None:
 def test_long_strips_stay_within_reach() -> None:
     """Of rows of 7 Mi elements, 36 tiles are less than 2**31, enough for strips of 32; of 8 Mi, 31 are."""
     shape, stride = (4, 256, 256, 2, 64), (2**31, 2**23, 128, 64, 1)
-    assert hopper_plan.plan(shape, ((0, 7 * 2**20, 128, 64, 1),), (7, 7), DEVICE, (2,))[1][3] == 1
+    assert hopper_plan.plan_strips(shape, ((0, 7 * 2**20, 128, 64, 1),), (7, 7), DEVICE, (2,))[1][3] == 1
     assert hopper_plan.within_reach(shape, (stride,))
-    assert hopper_plan.plan(shape, (stride,), (7, 7), DEVICE, (2,))[1][3] == 11
+    assert hopper_plan.plan_strips(shape, (stride,), (7, 7), DEVICE, (2,))[1][3] == 11
 
 
-@pytest.mark.parametrize("reach", range(hopper_plan.REACH, 37))
+@pytest.mark.parametrize("reach", range(hopper_plan.MIN_REACH, 37))
 def test_no_offset_overflows(reach: int) -> None:
     """Columns may be as far apart as rows: the furthest key that a strip reads is 18 rows beyond its tiles."""
     row = (2**31 - 1) // (hopper_plan.TILE * reach) // 8 * 8
@@ -142,7 +142,7 @@ def test_no_offset_overflows(reach: int) -> None:
     for tiles in range(3, 81):
         shape = (1, tiles * hopper_plan.TILE, 8 * 132, 1, 128)  # two strips are one wave
         assert hopper_plan.within_reach(shape, (stride,))
-        _, integers, _ = hopper_plan.plan(shape, (stride,), (9, 9), DEVICE, (2,))
+        _, integers, _ = hopper_plan.plan_strips(shape, (stride,), (9, 9), DEVICE, (2,))
         longest = max(longest, integers[4] + (integers[5] > 0))
     assert longest == min(32, reach - 3)
     assert (hopper_plan.TILE * longest + 18) * row + 128 < 2**31
@@ -151,21 +151,21 @@ def test_no_offset_overflows(reach: int) -> None:
 def test_plan() -> None:
     """Four whole tiles down, a strip each; five rows left in another."""
     stride = (2**20, 29 * 96, 96, 32, 1)
-    grid, integers, constants = hopper_plan.plan((2, 37, 29, 3, 32), (stride, stride), (7, 5), DEVICE, (2,))
+    grid, integers, constants = hopper_plan.plan_strips((2, 37, 29, 3, 32), (stride, stride), (7, 5), DEVICE, (2,))
     assert grid == (3 * 4, 5, 2)
     assert integers == [37, 29, 3, 4, 1, 0, 1, 7, 5] + 2 * [2**17, 29 * 12, 12, 4]
     assert constants == {"D": 32, "num_warps": 4, "MORE": 4, "LAST": 2}
-    assert hopper_plan.plan((2, 37, 29, 3, 32), (stride,), (13, 5), DEVICE)[1:] == (
-        [37, 29, 3, 4, 1, 0, 13, 5, 2**17, 29 * 12, 12, 4],  # no `facing` of kernels that don't walk
+    assert hopper_plan.plan_strips((2, 37, 29, 3, 32), (stride,), (13, 5), DEVICE)[1:] == (
+        [37, 29, 3, 4, 1, 0, 13, 5, 2**17, 29 * 12, 12, 4],  # no `serpentine` of kernels that don't walk
         {"D": 32, "num_warps": 4},
     )
 
 
 def test_strips_that_run_at_once_are_walked_down_and_up() -> None:
     shape = (1, 256, 256, 2, 64)
-    for window, facing in (((7, 7), 1), ((8, 7), 0), ((7, 8), 1)):
-        assert hopper_plan.plan(shape, (), window, DEVICE, (2, 3))[1][3:7] == [4, 8, 0, facing]
-    assert hopper_plan.plan((1, 1024, 1024, 2, 64), (), (7, 7), DEVICE, (2, 3))[1][6] == 0
+    for window, serpentine in (((7, 7), 1), ((8, 7), 0), ((7, 8), 1)):
+        assert hopper_plan.plan_strips(shape, (), window, DEVICE, (2, 3))[1][3:7] == [4, 8, 0, serpentine]
+    assert hopper_plan.plan_strips((1, 1024, 1024, 2, 64), (), (7, 7), DEVICE, (2, 3))[1][6] == 0
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_strips_that_run_at_once_are_walked_down_and_up() -> None:
 )
 def test_the_second_program_of_a_multiprocessor_begins_late(shape: tuple[int, ...], begin_late: bool) -> None:
     stride = torch.empty(shape, device="meta").stride()
-    _, grid, integers, _ = hopper_forward._plan(shape, (stride,) * 3, (7, 7), DEVICE, False)
-    late = integers[7]
-    assert late == (132 if begin_late else 2**31 - 1)
-    assert not begin_late or late < grid[0] * grid[1] * grid[2] <= 2 * late
+    _, grid, integers, _ = hopper_forward._plan_forward(shape, (stride,) * 3, (7, 7), DEVICE, False)
+    stagger_from = integers[7]
+    assert stagger_from == (132 if begin_late else 2**31 - 1)
+    assert not begin_late or stagger_from < grid[0] * grid[1] * grid[2] <= 2 * stagger_from
 
 
 @pytest.mark.parametrize(

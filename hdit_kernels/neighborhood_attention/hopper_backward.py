@@ -2,7 +2,7 @@
 
 dQ walks down a strip of tiles as the forward does, and leaves delta = sum(dout · out) − dlse for the second kernel. dK
 and dV take one tile of keys a program and gather the queries whose windows reach it. Probabilities come from the
-forward's lse, so boxes of keys (or queries) are independent of each other. Least traffic: as in `triton_backward`.
+forward's lse, so blocks of keys (or queries) are independent of each other. Least traffic: as in `triton_backward`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from hdit_kernels.neighborhood_attention.hopper_device import (
     copy_rows,
     copy_slot,
     direction,
-    dkdv_box,
+    dkdv_block,
     first_query,
     in_registers,
     last_query,
+    mask_bias,
     operand,
-    penalty,
     product_layout,
     row_layout,
     shared_layout,
@@ -67,33 +67,26 @@ def backward_launches(
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
     shape, window, device = query.shape, tuple(window), query.device
     longest = 8 if max(window) < 8 else hopper_plan.LONGEST  # the fastest measured
-    grid, integers, constants = hopper_plan.plan(shape, strides, window, device, (2,), longest=longest)
-    dq_launch = launch.Launch(
-        _na2d_hopper_dq_kernel,
-        grid,
-        (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta),
-        [scale, logit_scale, *integers],
-        constants | {"HAS_DLSE": dlse is not None},
-    )
-    grid, integers, constants = hopper_plan.plan(shape, strides, window, device)
-    dkdv_launch = launch.Launch(
-        _na2d_hopper_dkdv_kernel,
-        grid,
-        (dout, query, key, value, stats, delta, dk, dv),
-        [scale, logit_scale, *integers],
-        constants | {"maxnreg": 168},
-    )
-    return dq_launch, dkdv_launch
+    grid, integers, constants = hopper_plan.plan_strips(shape, strides, window, device, (2,), longest=longest)
+    constants = constants | {"HAS_DLSE": dlse is not None}
+    numbers = [scale, logit_scale, *integers]
+    dq_tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta)
+    dq_launch = launch.Launch(_na2d_hopper_dq_kernel, grid, dq_tensors, numbers, constants)
+    grid, integers, constants = hopper_plan.plan_strips(shape, strides, window, device)
+    constants = constants | {"maxnreg": 168}
+    numbers = [scale, logit_scale, *integers]
+    dkdv_tensors = (dout, query, key, value, stats, delta, dk, dv)
+    return dq_launch, launch.Launch(_na2d_hopper_dkdv_kernel, grid, dkdv_tensors, numbers, constants)
 
 
 @gluon.jit
-def _dq_box(
+def _dq_block(
     dq, q, dout, k, v, lse, delta, scale, key_y, key_x, y, x, top, bottom, width, window_y, window_x,
     ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Adds what ROWS rows of keys give to dq; the last product is still under way."""
     LOGITS: gl.constexpr = product_layout(ROWS * COLUMNS)
-    logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS, LOGITS)
+    logits = mask_bias(key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS, LOGITS)
     logits, lse = gl.broadcast(logits, -gl.convert_layout(lse, gl.SliceLayout(1, LOGITS))[:, None])
     logits, scale = gl.broadcast(logits, gl.convert_layout(scale, gl.SliceLayout(1, LOGITS))[:, None])
     # dout · v − delta: the subtraction is what the product starts from
@@ -109,7 +102,7 @@ def _dq_box(
 def _na2d_hopper_dq_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, dlse_ptr, dq_ptr, delta_ptr, scale, logit_scale,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    facing: tl.int32, window_y: tl.int32, window_x: tl.int32,
+    serpentine: tl.int32, window_y: tl.int32, window_x: tl.int32,
     o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
@@ -117,15 +110,17 @@ def _na2d_hopper_dq_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     HAS_DLSE: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
+    # Strips, strides (o: dout; g: the gradient), serpentine, MORE and LAST: as of the forward kernel. stats, dlse (read
+    # if HAS_DLSE) and delta, which is written for the second kernel: [B, H, W, heads], contiguous, as is out.
     SHARED: gl.constexpr = shared_layout(D)
     ACC: gl.constexpr = product_layout(D)
     ROW: gl.constexpr = row_layout(D)
-    HALF: gl.constexpr = TILE // 2  # rows of a box
-    BOX: gl.constexpr = HALF * COLUMNS
+    HALF: gl.constexpr = TILE // 2  # rows of a block
+    BLOCK: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
     y = 0  # rows count from the strip's first query, as in the forward
-    origin, step, top, bottom = direction(origin, count, strips, height, facing)
+    origin, step, top, bottom = direction(origin, count, strips, height, serpentine)
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)
     key_x = window_start(x, window_x, 0, width - 1)
     columns = window_start(gl.minimum(x + TILE, width) - 1, window_x, 0, width - 1) + window_x - key_x
@@ -167,7 +162,7 @@ def _na2d_hopper_dq_kernel(
     lse = gl.load(stats_ptr + gl.minimum(place // TILE, bottom) * row_h + column * heads)
     exponent_scale = in_registers(logit_scale, place)
     for tile in range(count):
-        # Copies are asked for a tile ahead: the next queries here, the keys and values after next once the first boxes
+        # Copies are asked for a tile ahead: the next queries here, the keys and values after next once the first blocks
         # have freed their slot.
         own, after = tile % 2, (tile + 1) % 2
         async_copy.wait_group(1)
@@ -189,10 +184,10 @@ def _na2d_hopper_dq_kernel(
         next_lse = gl.load(stats_ptr + gl.minimum(y + TILE + place // TILE, bottom) * row_h + column * heads)
 
         dq = gl.zeros([TOKENS, D], gl.float32, ACC)
-        for box in gl.static_range(2):
-            dq = _dq_box(
-                dq, q_own, dout_own, k_own.slice(box * BOX, BOX), v_own.slice(box * BOX, BOX), lse, delta,
-                exponent_scale, key_y + box * HALF, key_x, y, x, top, bottom, width, window_y, window_x, HALF, ACC,
+        for part in gl.static_range(2):
+            dq = _dq_block(
+                dq, q_own, dout_own, k_own.slice(part * BLOCK, BLOCK), v_own.slice(part * BLOCK, BLOCK), lse, delta,
+                exponent_scale, key_y + part * HALF, key_x, y, x, top, bottom, width, window_y, window_x, HALF, ACC,
                 dtype,
             )  # fmt: skip
         dq = warpgroup_mma_wait(0, deps=[dq])
@@ -205,14 +200,14 @@ def _na2d_hopper_dq_kernel(
         fence_async_shared()
         k_after, v_after = k.index(after), v.index(after)
         ROWS: gl.constexpr = HALF if MORE > HALF else MORE
-        for box in gl.static_range(MORE // ROWS):
-            dq = _dq_box(
-                dq, q_own, dout_own, k_after.slice(box * BOX, ROWS * COLUMNS), v_after.slice(box * BOX, ROWS * COLUMNS),
-                lse, delta, exponent_scale, key_y + (TILE + box * HALF), key_x, y, x, top, bottom, width, window_y,
-                window_x, ROWS, ACC, dtype,
+        for part in gl.static_range(MORE // ROWS):
+            dq = _dq_block(
+                dq, q_own, dout_own, k_after.slice(part * BLOCK, ROWS * COLUMNS),
+                v_after.slice(part * BLOCK, ROWS * COLUMNS), lse, delta, exponent_scale, key_y + (TILE + part * HALF),
+                key_x, y, x, top, bottom, width, window_y, window_x, ROWS, ACC, dtype,
             )  # fmt: skip
         if LAST:
-            dq = _dq_box(
+            dq = _dq_block(
                 dq, q_own, dout_own, k_after.slice(MORE * COLUMNS, LAST * COLUMNS),
                 v_after.slice(MORE * COLUMNS, LAST * COLUMNS), lse, delta, exponent_scale, key_y + (TILE + MORE), key_x,
                 y, x, top, bottom, width, window_y, window_x, LAST, ACC, dtype,
@@ -236,13 +231,15 @@ def _na2d_hopper_dkdv_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
+    # A program: a tile of keys; strips, length and longer say which. Arguments: as of the kernel above, whose delta it
+    # reads; dk and dv share the strides g. MORE, LAST: rows of queries beyond the first eight, in two blocks.
     SHARED: gl.constexpr = shared_layout(D)
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ACC: gl.constexpr = product_layout(D)
     ROWS: gl.constexpr = (
-        2  # of a box: with more, dk, dv and what is between need more registers than three programs have
+        2  # of a block: with more, dk, dv and what is between need more registers than three programs have
     )
-    BOX: gl.constexpr = ROWS * COLUMNS
+    BLOCK: gl.constexpr = ROWS * COLUMNS
     CHUNK: gl.constexpr = TILE + MORE + LAST
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, y, x, _ = strip_of_program(heads, strips, length, longer)
@@ -315,22 +312,24 @@ def _na2d_hopper_dkdv_kernel(
         async_copy.wait_group(1)
         fence_async_shared()
         k0, v0 = k.index(zero), v.index(zero)
-        for box in gl.static_range(TILE // ROWS):
-            dk, dv = dkdv_box(
-                dk, dv, k0, v0, q0.slice(box * BOX, BOX), dout0.slice(box * BOX, BOX), lse0.slice(box * BOX, BOX),
-                delta0.slice(box * BOX, BOX), exponent_scale, query_y + box * ROWS, query_x, bottom - box * ROWS,
-                columns, y, x, height, width, window_y, window_x, ROWS, ACC, dtype,
+        for part in gl.static_range(TILE // ROWS):
+            dk, dv = dkdv_block(
+                dk, dv, k0, v0, q0.slice(part * BLOCK, BLOCK), dout0.slice(part * BLOCK, BLOCK),
+                lse0.slice(part * BLOCK, BLOCK), delta0.slice(part * BLOCK, BLOCK), exponent_scale,
+                query_y + part * ROWS, query_x, bottom - part * ROWS, columns, y, x, height, width, window_y, window_x,
+                ROWS, ACC, dtype,
             )  # fmt: skip
         async_copy.wait_group(0)
         fence_async_shared()
-        for box in gl.static_range(MORE // ROWS):
-            dk, dv = dkdv_box(
-                dk, dv, k0, v0, q1.slice(box * BOX, BOX), dout1.slice(box * BOX, BOX), lse1.slice(box * BOX, BOX),
-                delta1.slice(box * BOX, BOX), exponent_scale, query_y + (TILE + box * ROWS), query_x,
-                bottom - (TILE + box * ROWS), columns, y, x, height, width, window_y, window_x, ROWS, ACC, dtype,
+        for part in gl.static_range(MORE // ROWS):
+            dk, dv = dkdv_block(
+                dk, dv, k0, v0, q1.slice(part * BLOCK, BLOCK), dout1.slice(part * BLOCK, BLOCK),
+                lse1.slice(part * BLOCK, BLOCK), delta1.slice(part * BLOCK, BLOCK), exponent_scale,
+                query_y + (TILE + part * ROWS), query_x, bottom - (TILE + part * ROWS), columns, y, x, height, width,
+                window_y, window_x, ROWS, ACC, dtype,
             )  # fmt: skip
         if LAST:
-            dk, dv = dkdv_box(
+            dk, dv = dkdv_block(
                 dk, dv, k0, v0, q2, dout2, lse2, delta2, exponent_scale, query_y + (TILE + MORE), query_x,
                 bottom - (TILE + MORE), columns, y, x, height, width, window_y, window_x, LAST, ACC, dtype,
             )  # fmt: skip

@@ -12,7 +12,7 @@ from hdit_kernels.neighborhood_attention import hopper_plan
 TILE = gl.constexpr(hopper_plan.TILE)
 TOKENS = gl.constexpr(hopper_plan.TILE**2)  # of a tile
 COLUMNS = gl.constexpr(16)  # of a row of keys
-TURN = gl.constexpr(3000)  # cycles: about what the first copies of one program a multiprocessor take
+STAGGER_CYCLES = gl.constexpr(3000)  # cycles: about what the first copies of one program a multiprocessor take
 SPIN = gl.constexpr("""{  // for that many cycles
     .reg .u64 begin, now, cycles;
     .reg .pred early;
@@ -110,23 +110,24 @@ def strip_of_program(heads, strips, length, longer):
 
 
 @gluon.jit
-def begin_by_turns(late):
-    """Programs from number `late` on, the second of each multiprocessor, wait a turn: so the first has its copies
-    sooner, one computes while the other waits for memory, and the last tile has the multiprocessor for itself. If
-    programs come to multiprocessors in another order, that costs the turn and nothing else.
+def stagger(stagger_from):
+    """Programs from that number on, the second of each multiprocessor, begin later: so the first has its copies sooner,
+    one computes while the other waits for memory, and the last tile has the multiprocessor for itself. If programs come
+    to multiprocessors in another order, that costs the wait and nothing else.
     """
     program = (gl.program_id(2) * gl.num_programs(1) + gl.program_id(1)) * gl.num_programs(0) + gl.program_id(0)
-    if program >= late:
-        cycles = gl.full([32 * gl.num_warps()], TURN, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    if program >= stagger_from:
+        THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        cycles = gl.full([32 * gl.num_warps()], STAGGER_CYCLES, gl.int32, THREADS)
         gl.inline_asm_elementwise(SPIN, "=r,r", [cycles], gl.int32, False, 1)
 
 
 @gluon.jit
-def direction(origin, count, strips, height, facing):
+def direction(origin, count, strips, height, serpentine):
     """Of a strip: the row that it starts from, the step to the next (1, or −1 where it is walked upwards), and the
     image's first and last row, counted from there in steps.
     """
-    step = 1 - 2 * (facing & (gl.program_id(1) % 2) & (gl.program_id(1) < strips).to(gl.int32))
+    step = 1 - 2 * (serpentine & (gl.program_id(1) % 2) & (gl.program_id(1) < strips).to(gl.int32))
     if step < 0:
         origin += count * TILE - 1
         top, bottom = origin + 1 - height, origin
@@ -148,7 +149,7 @@ def is_within(offset, length):
 
 
 @gluon.jit
-def penalty(
+def mask_bias(
     key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
     """[TOKENS, ROWS * COLUMNS]: 0 where the query sees the key, else minus infinity. A product starts from it, so that
@@ -237,7 +238,7 @@ def copy_numbers(
 
 
 @gluon.jit
-def dkdv_box(
+def dkdv_block(
     dk, dv, k, v, q, dout, lse, delta, scale, query_y, query_x, bottom, columns, y, x, height, width, window_y,
     window_x, ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr, WIDTH: gl.constexpr = COLUMNS,
 ):  # fmt: skip

@@ -27,19 +27,19 @@ from hdit_kernels.neighborhood_attention.hopper_device import (
     COLUMNS,
     TILE,
     TOKENS,
-    begin_by_turns,
     copy_rows,
     copy_slot,
     direction,
     exponentials,
     in_registers,
+    mask_bias,
     operand,
     own_max,
-    penalty,
     product_layout,
     row_max,
     row_sum,
     shared_layout,
+    stagger,
     store_tile,
     strip_of_program,
     window_start,
@@ -58,30 +58,29 @@ def forward_launch(
     """As `dispatch.forward_launch` for what `hopper_plan.takes_forward`."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
     strides = (query.stride(), key.stride(), value.stride())
-    kernel, grid, integers, constants = _plan(query.shape, strides, tuple(window), query.device, return_lse)
-    tensors, numbers = (query, key, value, out, stats, lse), [logit_scale, int(save_stats), *integers]
+    kernel, grid, integers, constants = _plan_forward(query.shape, strides, tuple(window), query.device, return_lse)
+    tensors = (query, key, value, out, stats, lse)
+    numbers = [logit_scale, int(save_stats), *integers]
     forward = launch.Launch(kernel, grid, tensors, numbers, constants)
     return [out] + return_lse * [lse] + save_stats * [stats], forward
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def _plan_forward(
     shape: Sequence[int],
     strides: Sequence[Sequence[int]],
     window: Sequence[int],
     device: torch.device,
     return_lse: bool,
 ) -> tuple[Any, tuple[int, int, int], list[int], dict[str, Any]]:
-    """Kernel, and `hopper_plan.plan` of it with what else it takes."""
-    kernel = _na2d_hopper_forward_kernel
-    if shape[-1] == 128:
-        kernel = _na2d_hopper_forward_128_kernel
+    """Kernel, and `hopper_plan.plan_strips` of it with what else it takes."""
+    kernel = _na2d_hopper_forward_128_kernel if shape[-1] == 128 else _na2d_hopper_forward_kernel
     # Three programs a multiprocessor, where all logits fit: at head_dim 64, those of windows 8 and 9 would spill.
     three = shape[-1] == 32 or (shape[-1] == 64 and window[0] < 8)
     programs = (2,) if not three else (3,) if shape[-1] == 32 else (2, 3)  # in that order: the fastest measured
-    grid, integers, constants = hopper_plan.plan(
+    grid, integers, constants = hopper_plan.plan_strips(
         shape, strides, window, device, programs, length=4 if shape[-1] == 32 else 3,
-        by_turns=8 if shape[-1] == 128 else hopper_plan.LONGEST,
+        stagger_up_to=8 if shape[-1] == 128 else hopper_plan.LONGEST,
     )  # fmt: skip
     return kernel, grid, integers, constants | {"HAS_LSE": return_lse, "maxnreg": 168 if three else None}
 
@@ -90,22 +89,26 @@ def _plan(
 def _na2d_hopper_forward_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    facing: tl.int32, late: tl.int32, window_y: tl.int32, window_x: tl.int32,
+    serpentine: tl.int32, stagger_from: tl.int32, window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
     HAS_LSE: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
+    # A program: a strip of `length` tiles (the first `longer` strips have one more), `strips` in a column of tiles and
+    # one more for the rows left over. Tensors are [B, H, W, heads, D] with strides of batch, row, column and head in
+    # units of 8 elements; out, stats and lse are contiguous. serpentine: every other strip is walked upwards.
+    # stagger_from: see `stagger`. MORE, LAST: rows of the next slot that a tile sees, in two blocks.
     SHARED: gl.constexpr = shared_layout(D)
     ACC: gl.constexpr = product_layout(D)
     OWN: gl.constexpr = product_layout(TILE * COLUMNS)
     NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
-    begin_by_turns(late)
+    stagger(stagger_from)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
     y = 0
-    origin, step, top, bottom = direction(origin, count, strips, height, facing)
+    origin, step, top, bottom = direction(origin, count, strips, height, serpentine)
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)  # may be before the first row
     key_x = window_start(x, window_x, 0, width - 1)
     columns = window_start(gl.minimum(x + TILE, width) - 1, window_x, 0, width - 1) + window_x - key_x
@@ -138,9 +141,9 @@ def _na2d_hopper_forward_kernel(
         # The copies of a tile are asked for a tile ahead, each as soon as its slot is free: first the next queries and
         # the keys after next, then the values after next. So here all but the youngest group must have come.
         own, after = tile % 2, (tile + 1) % 2
-        own_logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, TILE, OWN)
+        own_logits = mask_bias(key_y, key_x, y, x, top, bottom, width, window_y, window_x, TILE, OWN)
         if MORE < TILE:
-            more = penalty(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
+            more = mask_bias(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
         if tile == 0:
             async_copy.wait_group(3)
         else:
@@ -148,14 +151,14 @@ def _na2d_hopper_forward_kernel(
         fence_async_shared()
         own_logits = warpgroup_mma(q, k.index(own).permute((1, 0)), own_logits, is_async=True)
         if MORE == TILE:  # faster here where there are as many as of the own
-            more = penalty(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
+            more = mask_bias(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
         if tile == 0:
             async_copy.wait_group(2)
             fence_async_shared()
         more = warpgroup_mma(q, k.index(after).slice(0, MORE * COLUMNS).permute((1, 0)), more, is_async=True)
         if LAST:
             FINAL: gl.constexpr = product_layout(LAST * COLUMNS)
-            last = penalty(key_y + (TILE + MORE), key_x, y, x, top, bottom, width, window_y, window_x, LAST, FINAL)
+            last = mask_bias(key_y + (TILE + MORE), key_x, y, x, top, bottom, width, window_y, window_x, LAST, FINAL)
             keys = k.index(after).slice(MORE * COLUMNS, LAST * COLUMNS)
             last = warpgroup_mma(q, keys.permute((1, 0)), last, is_async=True)
             own_logits = warpgroup_mma_wait(2, deps=[own_logits])
@@ -217,22 +220,26 @@ def _na2d_hopper_forward_kernel(
 def _na2d_hopper_forward_128_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    facing: tl.int32, late: tl.int32, window_y: tl.int32, window_x: tl.int32,
+    serpentine: tl.int32, stagger_from: tl.int32, window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
     HAS_LSE: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
+    # For head_dim 128; arguments as above. Two slots of keys and two of values would leave room for one program only:
+    # three slots take turns. Of a tile they hold its own keys, the next keys and its own values. The next values go
+    # where its own keys were, the keys after next where its own values were, so that a tile on, each slot has the part
+    # of its neighbour. (As one kernel with the other, by a constexpr, one of the two gets other registers.)
     SHARED: gl.constexpr = shared_layout(D)
     ACC: gl.constexpr = product_layout(D)
     OWN: gl.constexpr = product_layout(TILE * COLUMNS)
     NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
-    begin_by_turns(late)
+    stagger(stagger_from)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
     y = 0
-    origin, step, top, bottom = direction(origin, count, strips, height, facing)
+    origin, step, top, bottom = direction(origin, count, strips, height, serpentine)
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)  # may be before the first row
     key_x = window_start(x, window_x, 0, width - 1)
     columns = window_start(gl.minimum(x + TILE, width) - 1, window_x, 0, width - 1) + window_x - key_x
@@ -260,8 +267,8 @@ def _na2d_hopper_forward_128_kernel(
     for tile in range(count):
         own_keys, more_keys = slots.index(tile % 3), slots.index((tile + 1) % 3)
         own_values = slots.index((tile + 2) % 3)
-        own_logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, TILE, OWN)
-        more = penalty(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
+        own_logits = mask_bias(key_y, key_x, y, x, top, bottom, width, window_y, window_x, TILE, OWN)
+        more = mask_bias(key_y + TILE, key_x, y, x, top, bottom, width, window_y, window_x, MORE, NEXT)
         async_copy.wait_group(1)
         fence_async_shared()
         own_logits = warpgroup_mma(q, own_keys.permute((1, 0)), own_logits, is_async=True)
@@ -270,7 +277,7 @@ def _na2d_hopper_forward_128_kernel(
         more = warpgroup_mma(q, more_keys.slice(0, MORE * COLUMNS).permute((1, 0)), more, is_async=True)
         if LAST:
             FINAL: gl.constexpr = product_layout(LAST * COLUMNS)
-            last = penalty(key_y + (TILE + MORE), key_x, y, x, top, bottom, width, window_y, window_x, LAST, FINAL)
+            last = mask_bias(key_y + (TILE + MORE), key_x, y, x, top, bottom, width, window_y, window_x, LAST, FINAL)
             keys = more_keys.slice(MORE * COLUMNS, LAST * COLUMNS)
             last = warpgroup_mma(q, keys.permute((1, 0)), last, is_async=True)
             own_logits = warpgroup_mma_wait(2, deps=[own_logits])

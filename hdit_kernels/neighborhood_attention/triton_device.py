@@ -33,7 +33,7 @@ def window_start(query, window, length):
 
 
 @triton.jit
-def penalty(offset, length):
+def mask_bias(offset, length):
     """0 where 0 <= offset < length, else -inf. One comparison: a negative offset is a large unsigned number."""
     return tl.where(offset.to(tl.uint32, bitcast=True) < length.to(tl.uint32, bitcast=True), 0.0, float("-inf"))
 
@@ -52,8 +52,8 @@ def token_at(pointer, batch, head, y, x, stride_b, stride_h, stride_w, stride_n,
 
 
 @triton.jit
-def factor(x, PRECISION: tl.constexpr):
-    """x as a factor of a product: for tf32 rounded to it, where the product would cut the bits off."""
+def as_operand(x, PRECISION: tl.constexpr):
+    """x as a as_operand of a product: for tf32 rounded to it, where the product would cut the bits off."""
     if PRECISION == "tf32":
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # NaN as it is
@@ -62,21 +62,21 @@ def factor(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def offsets(y, x, step_y, step_x, VECTOR: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets of the tokens (y, x) of a tile or box from its first one, in 32 bits unless the box spans more."""
+    """Offsets of the tokens (y, x) of a tile or block from its first one, in 32 bits unless the block spans more."""
     if WIDE:
         return (y.to(tl.int64) * step_y + x.to(tl.int64) * step_x) * VECTOR
     return (y * step_y.to(tl.int32) + x * step_x.to(tl.int32)) * VECTOR
 
 
 @triton.jit
-def pair(first, second):
+def pack(first, second):
     """Two float32 in one 64-bit integer."""
     low = first.to(tl.uint32, bitcast=True).to(tl.uint64)
     return (second.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low
 
 
 @triton.jit
-def unpair(both):
+def unpack(both):
     first, second = both.to(tl.uint32), (both >> 32).to(tl.uint32)
     return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
 

@@ -1,7 +1,7 @@
 """Portable forward kernel of `na2d`.
 
-A program takes one head's tile of queries and walks the box of keys that their windows cover, box_y rows x box_x
-columns at a time, with a running softmax; keys outside a query's own window are masked. Least traffic: q, k, v read
+A program takes one head's tile of queries and walks the keys that their windows cover in blocks of BLOCK_Y rows x
+BLOCK_X columns, with a running softmax; keys outside a query's own window are masked. Least traffic: q, k, v read
 once, out written once.
 """
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention.buffers import aligned, empty_results
-from hdit_kernels.neighborhood_attention.triton_configs import Configure, forward_config, plan
+from hdit_kernels.neighborhood_attention.triton_configs import Configure, forward_config, plan_tiles
 from hdit_kernels.neighborhood_attention.triton_device import (
-    factor,
+    as_operand,
+    mask_bias,
     offsets,
-    penalty,
     tile_of_program,
     token_at,
     unsigned,
@@ -41,7 +41,7 @@ def forward_launch(
 ) -> tuple[list[Tensor], launch.Launch]:
     """As `dispatch.forward_launch`; inputs are dense."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
-    grid, integers, constants = plan(
+    grid, integers, constants = plan_tiles(
         configure, launch.gpu_family(query.device), query.dtype, query.shape,
         (query.stride(), key.stride(), value.stride()), aligned(query, key, value), tuple(window), tuple(dilation),
     )  # fmt: skip
@@ -60,10 +60,14 @@ def _na2d_forward_kernel(
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
     HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # A program: TILE_Y x TILE_X queries of one head, with BLOCK_Y x BLOCK_X keys at a time. Tensors are
+    # [B, H, W, heads, D] with strides of batch, row, column and head in units of VECTOR elements; out is contiguous.
+    # stats and lse are [B, H, W, heads], stats twice in float32, `rows` numbers apart. images: batch · dilation², each
+    # sub-grid its own. tiles_x: tiles in a row. BLOCK_D: D as a power of 2. WIDE: a block's offsets need 64 bits.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
@@ -77,10 +81,11 @@ def _na2d_forward_kernel(
     start_y, start_x = window_start(query_y, window_y, length_y), window_start(query_x, window_x, length_x)
 
     dim = tl.arange(0, BLOCK_D)
-    in_dim = (dim < HEAD_DIM)[None, :]
+    in_dim = (dim < D)[None, :]
     query_ptr = token_at(query_ptr, batch, head, row, column, q_b, q_h, q_w, q_n, VECTOR)
     at = offsets(in_tile // TILE_X, in_tile % TILE_X, dilation_y * q_h, dilation_x * q_w, VECTOR, WIDE)
-    q = factor(tl.load(query_ptr + at[:, None] + dim[None, :], mask=is_query[:, None] & in_dim, other=0.0), PRECISION)
+    q = tl.load(query_ptr + at[:, None] + dim[None, :], mask=is_query[:, None] & in_dim, other=0.0)
+    q = as_operand(q, PRECISION)
 
     low_y, low_x = window_start(first_y, window_y, length_y), window_start(first_x, window_x, length_x)
     high_y = window_start(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + window_y
@@ -88,37 +93,37 @@ def _na2d_forward_kernel(
     row, column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
     key_ptr = token_at(key_ptr, batch, head, row, column, k_b, k_h, k_w, k_n, VECTOR)
     value_ptr = token_at(value_ptr, batch, head, row, column, v_b, v_h, v_w, v_n, VECTOR)
-    in_box = tl.arange(0, BOX_Y * BOX_X)
-    box_y, box_x = in_box // BOX_X, in_box % BOX_X
-    k_at = offsets(box_y, box_x, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)[:, None] + dim[None, :]
-    v_at = offsets(box_y, box_x, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    in_block = tl.arange(0, BLOCK_Y * BLOCK_X)
+    block_y, block_x = in_block // BLOCK_X, in_block % BLOCK_X
+    k_at = offsets(block_y, block_x, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    v_at = offsets(block_y, block_x, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)[:, None] + dim[None, :]
 
     maximum = tl.full([TILE_Y * TILE_X], LOWEST, tl.float32)
     total = tl.zeros([TILE_Y * TILE_X], tl.float32)
     acc = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
-    for x in range(low_x, high_x, BOX_X):
-        # What a query sees of a box changes from row to row only by the row: the mask of the columns is made once, and
+    for x in range(low_x, high_x, BLOCK_X):
+        # Down a column of blocks, what a query sees changes only by the rows: the bias of the columns is made once, and
         # one addition joins it to that of the rows, as the accumulator from which the product starts.
-        column_penalty = penalty((x + box_x)[None, :] - start_x[:, None], window_x)
-        first_row = start_y[:, None] - box_y[None, :]
-        end = tl.where(x + box_x < high_x, high_y - box_y, low_y)  # the row from which on nothing is read
+        column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], window_x)
+        first_row = start_y[:, None] - block_y[None, :]
+        end = tl.where(x + block_x < high_x, high_y - block_y, low_y)  # the row from which on nothing is read
         k_ptr, v_ptr = key_ptr, value_ptr
-        for y in range(low_y, high_y, BOX_Y):
+        for y in range(low_y, high_y, BLOCK_Y):
             is_key = (y < end)[:, None] & in_dim
-            k = factor(tl.load(k_ptr + k_at, mask=is_key, other=0.0), PRECISION)
-            v = factor(tl.load(v_ptr + v_at, mask=is_key, other=0.0), PRECISION)
-            k_ptr += dilation_y * k_h * (BOX_Y * VECTOR)
-            v_ptr += dilation_y * v_h * (BOX_Y * VECTOR)
+            k = as_operand(tl.load(k_ptr + k_at, mask=is_key, other=0.0), PRECISION)
+            v = as_operand(tl.load(v_ptr + v_at, mask=is_key, other=0.0), PRECISION)
+            k_ptr += dilation_y * k_h * (BLOCK_Y * VECTOR)
+            v_ptr += dilation_y * v_h * (BLOCK_Y * VECTOR)
 
-            products = tl.dot(q, tl.trans(k), column_penalty + penalty(y - first_row, window_y), PRECISION)
+            products = tl.dot(q, tl.trans(k), column_bias + mask_bias(y - first_row, window_y), PRECISION)
             new_maximum = tl.maximum(maximum, tl.max(products, 1) * logit_scale)
             probability = tl.exp2(tl.math.fma(products, logit_scale, -new_maximum[:, None]))
             decay = tl.exp2(maximum - new_maximum)
             total = total * decay + tl.sum(probability, 1)
-            acc = tl.dot(factor(probability.to(v.dtype), PRECISION), v, acc * decay[:, None], PRECISION)
+            acc = tl.dot(as_operand(probability.to(v.dtype), PRECISION), v, acc * decay[:, None], PRECISION)
             maximum = new_maximum
-        key_ptr += dilation_x * k_w * (BOX_X * VECTOR)
-        value_ptr += dilation_x * v_w * (BOX_X * VECTOR)
+        key_ptr += dilation_x * k_w * (BLOCK_X * VECTOR)
+        value_ptr += dilation_x * v_w * (BLOCK_X * VECTOR)
 
     row, column = residue_y + first_y * dilation_y, residue_x + first_x * dilation_x
     token = (unsigned(batch) * height + row) * (unsigned(width) * heads) + (column * heads + head)
@@ -133,5 +138,5 @@ def _na2d_forward_kernel(
     if HAS_LSE:
         tl.store(lse_ptr + token + at, lse * 0.6931471805599453, mask=is_query)
     out = acc * (1.0 / total)[:, None]
-    at = at[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(out_ptr + token * HEAD_DIM + at, out.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & in_dim)
+    at = at[:, None] * D + dim[None, :]
+    tl.store(out_ptr + token * D + at, out.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & in_dim)

@@ -50,9 +50,9 @@ def kernels_only() -> Iterator[None]:
         yield
 
 
-class Launch(NamedTuple):
-    """One kernel launch: what Triton would compile for it, and how it would be launched: grid and values of arguments,
-    of tensors where they lie."""
+class Compilation(NamedTuple):
+    """Of one kernel launch: what Triton would compile for it, its grid and the values of its arguments, of tensors where
+    they lie."""
 
     kernel: JITFunction
     signature: dict[str, str]
@@ -69,9 +69,9 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def recorded(family: str) -> Iterator[list[Launch]]:
+def recorded(family: str) -> Iterator[list[Compilation]]:
     """Inside, launches run nothing and are listed; the launch configurations are those of the given GPU family."""
-    launches: list[Launch] = []
+    launches: list[Compilation] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
@@ -89,7 +89,7 @@ def recorded(family: str) -> Iterator[list[Launch]]:
             else:
                 signature[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
                 values.append(value)
-        launches.append(Launch(self, signature, constants, attributes, options, grid, values))
+        launches.append(Compilation(self, signature, constants, attributes, options, grid, values))
 
     with (
         mock.patch.object(JITFunction, "run", record),

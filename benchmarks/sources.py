@@ -18,7 +18,7 @@ import hdit_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("hdit", "hdit_kernels")
-OPERATORS = tuple(hdit_kernels.__all__)
+OPERATORS = tuple(name for name in hdit_kernels.__all__ if not name.endswith("_backend"))
 NETWORK, STEP = "network", "training step"
 # HDiT, the DiT beside it, which has our norms and gates, and what else benchmarks.networks takes of ours.
 _NETWORK = ("hdit:HDiT", "hdit:presets", "hdit._runtime:autocast")

@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    results.write(FILE, records)
+    results.write(FILE, dict(sorted(records.items())))
     for file in unproven(records):
         print(f"{file}: not passed on a GPU as it is; on one, run {COMMAND}")
     return 1 if unproven(records) else 0

@@ -51,8 +51,8 @@ def kernels_only() -> Iterator[None]:
 
 
 class Compilation(NamedTuple):
-    """Of one kernel launch: what Triton would compile for it, its grid and the values of its arguments, of tensors where
-    they lie."""
+    """Of one kernel launch: what Triton would compile for it, its grid, and the values of its arguments (of tensors
+    where they lie)."""
 
     kernel: JITFunction
     signature: dict[str, str]

@@ -1,7 +1,9 @@
-"""The table in CONTRIBUTING.md that leads from an operator to its files is true."""
+"""What CONTRIBUTING.md says of the kernels' files is true: its table, and who imports whom."""
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib
 import re
 from pathlib import Path
@@ -46,3 +48,39 @@ def test_its_files_are_there_and_about_it(operator: str) -> None:
     assert operator in importlib.import_module(cases[0].removesuffix(".py").replace("/", ".")).OPERATORS
     for path in (*tests, *benchmark, lanes[0]):
         assert re.search(rf"\b{operator}", (ROOT / path).read_text(encoding="utf-8")), path
+
+
+# Between modules of hdit_kernels
+
+
+def imports() -> dict[str, tuple[set[str], set[str]]]:
+    """Of each module, those of the package that it imports: at its top, and inside functions."""
+    modules = {}
+    for path in (ROOT / "hdit_kernels").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top, inside = set(), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hdit_kernels"):
+                names = {f"{node.module}.{alias.name}" for alias in node.names} & set(modules) or {node.module}
+                (top if node in tree.body else inside).update(names)
+        found[name] = top, inside
+    return found
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {name: top | inside for name, (top, inside) in imports().items() if name != "hdit_kernels"}
+    order = graphlib.TopologicalSorter({name: needs - {"hdit_kernels"} for name, needs in graph.items()})
+    assert len(list(order.static_order())) >= len(graph) > 20  # raises CycleError
+
+
+def test_imports_inside_functions_are_of_what_needs_triton() -> None:
+    """The launchers of each family, and Hopper's kernels, which dispatch.py alone knows."""
+    for name, (_, inside) in imports().items():
+        for imported in inside:
+            last = imported.rpartition(".")[2]
+            of_hopper = last.startswith("hopper_") and name.endswith(".dispatch")
+            assert last.endswith("_triton") or last == "dispatch" or of_hopper, f"{name} imports {imported}"

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import sources
 from benchmarks.sources import ROOT
+from hdit_kernels import testing
 
 # Of benchmarks/, what a row depends on beside the sources: whose times are taken, of what, how, and for how long.
 MEASURING = ("ceilings", "copy_triton", "correctness", "measure", "model", "networks", "scaling", "timing")
@@ -29,12 +30,13 @@ MEASURING += ("kernels/*", "peers/*")
 
 
 def measuring_hash() -> str:
-    """Of the syntax of the files of benchmarks/ that measure."""
+    """Of the syntax of the files that measure."""
     return sources.syntax(*measuring_files())
 
 
 def measuring_files() -> list[Path]:
-    return sorted(path for name in MEASURING for path in (ROOT / "benchmarks").glob(f"{name}.py"))
+    own = [path for name in MEASURING for path in (ROOT / "benchmarks").glob(f"{name}.py")]
+    return [*sorted(own), Path(testing.__file__)]
 
 
 def environment() -> dict[str, Any]:

@@ -119,13 +119,17 @@ def seen(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_run_of_all_kernels_is_recorded() -> None:
-    first = FILES[0]
-    before = gluon_records.read()
-    before[first] = before[first] | {"sources": "another"}
+    first, second, third, *_ = FILES
+    hashes = gluon_records.hashes()
+    before = {file: {"sources": hashes[file], "gpus": {"another": {}}, "ptx": {"3.7": ["a"]}} for file in FILES}
+    before[first]["sources"] = "of another syntax"
+    before[second]["carried"] = {"from": {}}
     found = gluon_records.recorded(before, seen(), ["python", "-m", "pytest"])
     assert gluon_records.unproven(found) == [] and list(found) == FILES
     assert list(found[first]["gpus"]) == ["Made-up GPU"] and found[first]["ptx"] == {}
-    assert len(found[FILES[1]]["gpus"]) == 1 + len(before[FILES[1]]["gpus"])  # the same syntax passed there
+    assert list(found[second]["gpus"]) == ["Made-up GPU"] and "carried" not in found[second]
+    assert list(found[third]["gpus"]) == ["another", "Made-up GPU"]  # the same syntax passed there
+    assert found[second]["ptx"] == found[third]["ptx"] == {"3.7": ["a"]}
     proof = {"torch": "2.11.0+cu130", "triton": "3.6.0", "driver": "580.1", "commit": "0" * 40, "date": "2026-11-23"}
     assert found[first]["gpus"]["Made-up GPU"] == proof | {"command": "python -m pytest", "passed": 7}
 

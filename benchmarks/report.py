@@ -175,7 +175,7 @@ def old_rows(root: Path = results.ROOT) -> list[str]:
     for path, run in recorded(root / "README.md", root).runs.items():
         ran = [(row["kind"], runs.subject(row), row["session"]) for row in run["rows"]]
         if tests := run.get("gpu_tests"):
-            ran += [("GPU tests", name, tests["session"]) for name in tests["operators"] if name in present]
+            ran += [("GPU tests", name, tests["session"]) for name in tests.get("operators", {}) if name in present]
         for kind, name, place in ran:
             session = run["sessions"][place]
             if (then := session["sources"].get(name)) != (now := present.get(name)):
@@ -655,7 +655,7 @@ def _gpu_tests(records: Records) -> str:
 def _gpu_test(records: Records, path: Path, run: dict[str, Any]) -> str:
     """What `pytest -m gpu --record` kept, sections of {operator: {dtype: value}}; a section may be missing."""
     data = run["gpu_tests"]
-    operators = data["operators"]
+    operators = data.get("operators", {})
     dtypes = sorted({dtype for found in operators.values() for dtype in found})  # workers finish in any order
     body = [[f"`{name}`", *(_worst(found.get(dtype)) for dtype in dtypes)] for name, found in sorted(operators.items())]
     cases = sum(found["cases"] for found in _values(operators))

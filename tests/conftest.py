@@ -54,20 +54,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if path := config.getoption("--record"):
-        if not hasattr(config, "workerinput"):
-            try:  # now, rather than when all tests have run
-                config.stash[RUN] = runs.Run.open(
-                    path, "gpu_tests", ["python", "-m", "pytest", *config.invocation_params.args]
-                )
-            except runs.RunError as error:
-                raise pytest.UsageError(str(error)) from error
-        if torch.cuda.is_available() and HAS_TRITON:
-            note_launches(lambda file, kernel: kept(config, "launched", file, kernel, True))
     # The cache on disk knows an operator by its name: it would hand out graphs made with another fake implementation.
     torch._inductor.config.force_disable_caches = True
     config.stash[RECORD] = {}
     config.stash[SEED] = int(os.environ.setdefault("HDIT_TEST_SEED", str(random.randrange(2**31))))
+    path = config.getoption("--record")
+    if path and torch.cuda.is_available() and HAS_TRITON:
+        note_launches(lambda file, kernel: kept(config, "launched", file, kernel, True))
+    if path and not hasattr(config, "workerinput"):
+        command = ["python", "-m", "pytest", *config.invocation_params.args]
+        try:  # now, rather than when all tests have run
+            config.stash[RUN] = runs.Run.open(path, "gpu_tests", command)
+        except runs.RunError as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -159,6 +159,22 @@ def test_numbers_are_kept_to_six_digits() -> None:
     assert (found["wall_us"]["median"], found["floor_us"], found["bytes"]) == (33.3333, 666667000.0, 123456789)
 
 
+def test_gpu_tests_are_kept_beside_rows(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    for command in ("first", "second"):
+        run = runs.Run.open(path, "kernels", [command])
+        run.put_tests({"tests": {"passed": 1}, "operators": {}})
+        run.save()
+    run = runs.Run.open(path, "kernels", ["third"])
+    run.put(row())
+    run.save()
+    found = runs.read(path)
+    assert found["gpu_tests"] == {"session": 0, "tests": {"passed": 1}, "operators": {}}
+    assert [session["command"] for session in found["sessions"]] == [["second"], ["third"]]
+    with pytest.raises(ValueError, match="gpu_tests: there is no session 2"):
+        runs.validate(found | {"gpu_tests": {"session": 2}})
+
+
 def test_samples_are_kept_of_the_time_that_counts() -> None:
     times = {name: TIME | {"samples": [1.0]} for name in runs.TIMES}
     on_gpu, on_cpu = data(row(**times), row(**times | {"gpu_us": None}, contestant="b"))["rows"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests import gluon_records, made_up_runs
+from tests import conftest, gluon_records, made_up_runs
 from tests.gluon_records import COMMAND, ROOT, Records
 
 FILES = list(gluon_records.hashes())
@@ -132,6 +132,19 @@ def test_a_run_of_all_kernels_is_recorded() -> None:
     assert found[second]["ptx"] == found[third]["ptx"] == {"3.7": ["a"]}
     proof = {"torch": "2.11.0+cu130", "triton": "3.6.0", "driver": "580.1", "commit": "0" * 40, "date": "2026-11-23"}
     assert found[first]["gpus"]["Made-up GPU"] == proof | {"command": "python -m pytest", "passed": 7}
+
+
+def test_launches_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("hdit_kernels.launch", reason="needs Triton")
+    from hdit_kernels.geglu_triton import _geglu_forward_kernel
+
+    ran: list[Any] = []
+    noted: list[tuple[str, str]] = []
+    monkeypatch.setattr(launch, "run", lambda *launches: ran.extend(launches))
+    conftest.note_launches(lambda *names: noted.append(names))
+    each = launch.Launch(_geglu_forward_kernel, (1, 1, 1), (), (), {})
+    launch.run(each, each)
+    assert ran == [each, each] and noted == 2 * [("hdit_kernels/geglu_triton.py", "_geglu_forward_kernel")]
 
 
 @pytest.mark.parametrize(

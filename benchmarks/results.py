@@ -22,11 +22,10 @@ import torch
 
 from benchmarks import sources
 from benchmarks.sources import ROOT
-from hdit_kernels import testing
 
-# Of benchmarks/, what a row depends on beside the sources: whose times are taken, of what, how, and for how long.
+# What a row depends on beside the sources: whose times are taken, of what, how, and for how long.
 MEASURING = ("ceilings", "copy_triton", "correctness", "measure", "model", "networks", "scaling", "timing")
-MEASURING += ("kernels/*", "peers/*")
+MEASURING = (*(f"benchmarks/{name}" for name in (*MEASURING, "kernels/*", "peers/*")), "hdit_kernels/testing")
 
 
 def measuring_hash() -> str:
@@ -35,8 +34,7 @@ def measuring_hash() -> str:
 
 
 def measuring_files() -> list[Path]:
-    own = [path for name in MEASURING for path in (ROOT / "benchmarks").glob(f"{name}.py")]
-    return [*sorted(own), Path(testing.__file__)]
+    return sorted(path for name in MEASURING for path in ROOT.glob(f"{name}.py"))
 
 
 def environment() -> dict[str, Any]:

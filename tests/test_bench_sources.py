@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernels, scaling, sources
+from benchmarks import scaling, sources
 from benchmarks.sources import ENTRIES, NETWORK, OPERATORS, STEP, Sources
 
 NETWORKS = {NETWORK, STEP}
@@ -32,7 +32,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def test_every_operator_has_an_entry() -> None:
+def test_an_attention_grid_is_of_an_operator() -> None:
     assert {case.operator for case in kernels.all_cases()} <= set(OPERATORS)
     assert scaling.grid_case(64, scaling.api.device())[0].operator in OPERATORS
 
@@ -131,5 +131,6 @@ def test_what_is_reached_by_name_counts(old: str, new: str, what: str, tmp_path:
 
 
 def test_a_name_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="hdit_kernels:gone: no such name in"):
+    with pytest.raises(KeyError, match="hdit_kernels:gone: no such name in"):
         Sources(tmp_path).digest("hdit_kernels:gone")
+    assert sources.present(tmp_path) == {}

@@ -27,6 +27,12 @@ def test_stats_are_quantiles(count: int, seed: int) -> None:
     assert found.repeats == count
 
 
+def test_at_most_twenty_samples_are_kept_spread_over_all_to_four_digits() -> None:
+    assert timing.stats([3.14159, 2.0]).samples == (3.142, 2.0)  # in the order of measuring
+    kept = timing.stats([float(i) for i in range(101)]).samples
+    assert len(kept) == 20 and kept[0] == 0 and kept[-1] > 90 and {b - a for a, b in zip(kept, kept[1:])} <= {5, 6}
+
+
 def test_interval_holds_the_median_95_times_in_100(seed: int) -> None:
     numbers = random.Random(seed)
     held = 0
@@ -136,7 +142,7 @@ def test_gpu_time_is_that_of_flushed_calls(capturable: bool, monkeypatch: pytest
     cuda.install(monkeypatch)
     effort = Effort(fewest=3, most=3)
     found, way = timing.gpu_time(cuda.call, torch.device("cuda", 0), effort, lambda: cuda.order.append("before"))
-    assert found == timing.Stats(pytest.approx(7), pytest.approx(7), pytest.approx(7), 3)
+    assert found == timing.Stats(pytest.approx(7), pytest.approx(7), pytest.approx(7), 3, (7.0, 7.0, 7.0))
     if capturable:
         assert way == timing.GRAPH
         sample = ["before", "flush", "event", "replay", "event"]

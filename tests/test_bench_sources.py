@@ -33,7 +33,6 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_an_attention_grid_is_of_an_operator() -> None:
-    assert {case.operator for case in kernels.all_cases()} <= set(OPERATORS)
     assert scaling.grid_case(64, scaling.api.device())[0].operator in OPERATORS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ def test_stats_are_quantiles(count: int, seed: int) -> None:
 def test_at_most_twenty_samples_are_kept_spread_over_all_to_four_digits() -> None:
     assert timing.stats([3.14159, 2.0]).samples == (3.142, 2.0)  # in the order of measuring
     kept = timing.stats([float(i) for i in range(101)]).samples
-    assert len(kept) == 20 and kept[0] == 0 and kept[-1] > 90 and {b - a for a, b in zip(kept, kept[1:])} <= {5, 6}
+    steps = {after - before for before, after in itertools.pairwise(kept)}
+    assert len(kept) == 20 and kept[0] == 0 and kept[-1] > 90 and steps <= {5, 6}
 
 
 def test_interval_holds_the_median_95_times_in_100(seed: int) -> None:

@@ -314,9 +314,10 @@ def scaling_table(run: dict[str, Any]) -> list[list[str]]:
 
 
 def _scaling_cost(records: Records, path: Path, run: dict[str, Any]) -> str:
-    names = reading.contestants(forward_rows(run))
+    rows = forward_rows(run)
+    names, source = reading.contestants(rows), _source(records, path, runs.part(run, rows))
     intro = "A forward pass, batch 1" + (f" (share: of {names[1]}'s, what {names[0]} takes)" if len(names) == 2 else "")
-    return _joined([f"{intro}:", _lines(scaling_table(run)), claim(forward_rows(run)), _source(records, path, run)])
+    return _joined([f"{intro}:", _lines(scaling_table(run)), claim(rows), source])
 
 
 def resource_tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
@@ -444,7 +445,7 @@ def _attention(records: Records) -> str:
                 body.append([f"{grid}²", _microseconds(floor), *(_time(row, which) if row else "" for row in found)])
             parts += [f"{MEASURES[which]}, {direction}:", _table(["tokens", "floor", *names], body)]
         parts.append(_exponents(rows, plots.attention_panels(rows), "tokens"))
-        parts += [_lost(rows), _source(records, path, run)]
+        parts += [_lost(rows), _source(records, path, runs.part(run, rows))]
     return _joined(parts)
 
 
@@ -500,6 +501,7 @@ def _kernels(records: Records) -> str:
             parts.append(f"### `{operator}`{where}")
             parts.append(_picture(records, path, run, operator.replace("_", "-"), f"Time of {operator} over its floor"))
             parts += [_kernel_table(own), *_others(own), "\n".join(filter(None, (_notes(own), _lost(own))))]
+            parts.append(f"Measured: {_measured(runs.part(run, own))}.")
         parts.append(_source(records, path, run))
     return _joined(parts)
 

@@ -232,8 +232,11 @@ def date(run: dict[str, Any]) -> str:
 
 
 def of_kind(run: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A run with the rows of a kind, and the sessions that measured them."""
-    rows = [found for found in run["rows"] if found["kind"] == kind]
+    return part(run, [found for found in run["rows"] if found["kind"] == kind])
+
+
+def part(run: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """A run with some of its rows, and the sessions that measured them."""
     return _pruned({name: run[name] for name in run if name != "gpu_tests"} | {"rows": rows})
 
 

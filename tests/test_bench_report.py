@@ -530,6 +530,19 @@ def test_every_other_contestant_is_a_multiple_of_ours() -> None:
     assert report._others(found[:2]) == []  # in the table of kernels already
 
 
+def test_each_table_says_at_which_commit_it_was_measured(clone: Path) -> None:
+    run = made_up_runs.kernels()
+    run["sessions"] += [session | {"commit": "1" * 40, "date": "2026-12-01"} for session in run["sessions"]]
+    for found in run["rows"]:
+        found["session"] = int(found["operator"] == "rms_norm")
+    put(clone, "kernels.json", run)
+    text = report.render(block("kernels"), report.recorded(clone / "README.md", clone))
+    na2d, rms_norm = text.split("### ")[1:]
+    assert f"\nMeasured: 2026-11-23, commit {'0' * 12}.\n" in na2d
+    assert f"\nMeasured: 2026-12-01, commit {'1' * 12}.\n" in rms_norm
+    assert f", 2026-12-01, commit {'0' * 12}, {'1' * 12}.\n" in rms_norm  # of all
+
+
 def test_attention_that_was_not_timed_has_no_table(clone: Path) -> None:
     run = made_up_runs.scaling()
     for found in run["rows"]:

@@ -310,7 +310,7 @@ class Run:
         if path.exists() and path.stat().st_size:
             old = read(path)
             if unequal := differences(old, data):
-                raise RunError(f"{path} can't be continued, choose another --output: {', '.join(unequal)}")
+                raise RunError(f"{path} can't be continued, choose another file: {', '.join(unequal)}")
             data = old | {"environment": with_peers(old["environment"], data["environment"])}
         return cls(data, kind, session, path)
 
@@ -324,7 +324,7 @@ class Run:
         peers = self.data["environment"].setdefault("peers", {})
         if peers.setdefault(name, version) != version:
             raise RunError(
-                f"{self.path} can't be continued, choose another --output: {name} {peers[name]} and {version}"
+                f"{self.path} can't be continued, choose another file: {name} {peers[name]} and {version}"
             )
 
     def done(self, case: str, contestant: str, direction: str) -> bool:

@@ -181,7 +181,7 @@ def test_the_reference_s_version_is_recorded(checkout: Path, tmp_path: Path) -> 
     for _ in range(2):
         run.name_peer("k-diffusion", "0.2")
     assert run.data["environment"]["peers"]["k-diffusion"] == "0.2"
-    with pytest.raises(runs.RunError, match="can't be continued, choose another --output: k-diffusion 0.2 and 0.3"):
+    with pytest.raises(runs.RunError, match="can't be continued, choose another file: k-diffusion 0.2 and 0.3"):
         run.name_peer("k-diffusion", "0.3")
 
 

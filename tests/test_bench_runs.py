@@ -105,7 +105,7 @@ def test_another_machine_s_run_is_not_taken_up(what: str, tmp_path: Path, monkey
     before = path.read_bytes()
     changed = results.environment() | {what: "another"}
     monkeypatch.setattr(results, "environment", lambda: changed)
-    with pytest.raises(runs.RunError, match=f"choose another --output.*{what}"):
+    with pytest.raises(runs.RunError, match=f"choose another file.*{what}"):
         runs.Run.open(path, "kernels", [])
     assert path.read_bytes() == before
 

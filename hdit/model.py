@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.compiler import is_dynamo_compiling
 
 from hdit.config import GlobalAttention, HDiTConfig, NeighborhoodAttention, NoAttention, ShiftedWindowAttention
 from hdit.config import Level as LevelConfig
@@ -69,6 +71,13 @@ def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
     """The dtype of the module's first floating-point parameter; the default if it has none, as quantized ones."""
     floating = [p.dtype for p in module.parameters() if p.is_floating_point()]
     return floating[0] if floating else default
+
+
+def filled(sizes: Sequence[int], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.full; under torch.compile without making the value a constant, which would be a graph for each value."""
+    if is_dynamo_compiling():
+        return torch.ones(sizes, dtype=dtype, device=device) * value
+    return torch.full(sizes, value, dtype=dtype, device=device)
 
 
 # Conditioning: noise level, augmentation, class and anything else become one vector [B, mapping width]
@@ -396,7 +405,7 @@ class HDiT(nn.Module):
         self._check(x, sigma, aug_cond, class_cond, mapping_cond)
         rows, columns = self._grid(x)
         if not isinstance(sigma, Tensor):
-            sigma = torch.full((), sigma, dtype=self._wide_dtype, device=x.device)
+            sigma = filled((), sigma, self._wide_dtype, x.device)
         cond = self.condition(sigma.expand(x.shape[0]), aug_cond, class_cond, mapping_cond)
 
         # Positions need at least float32: in bfloat16 the neighbours of a large grid would share one.

@@ -36,7 +36,7 @@ from hdit_kernels import (
 from hdit_kernels.registration import autocast_dtype
 
 # torch.compile(dynamic=True) makes an input of each Python float but literals, and compiles everything a second time
-# where an operator takes one. Hence the written-out eps, and the integers for a dropout of 0 and for norm_type.
+# where an operator takes one. Hence eps and 2π written out, and the integers for a dropout of 0 and for norm_type.
 
 LINEAR_FORWARD = nn.Linear.forward
 AUGMENTATIONS = 9  # numbers that describe an augmentation (EDM, arXiv 2206.00364, appendix F.2)
@@ -94,7 +94,7 @@ class FourierFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A product by broadcasting: autocast would run a matrix product in bfloat16, too coarse for angles.
-        angle = 2 * math.pi * (x[:, None, :] * self.weight).sum(-1)
+        angle = 6.283185307179586 * (x[:, None, :] * self.weight).sum(-1)  # 2π
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hdit.config import LEAST_SIGMA, MOST_SIGMA
+from hdit.model import filled
 from hdit_kernels import checks
 
 
@@ -100,7 +101,7 @@ def _check(x: Tensor, noise: Tensor, sigma: Tensor | float) -> None:
 def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
     """A noise level for each image of x: sigma as [B], in at least float32."""
     if not isinstance(sigma, Tensor):
-        return torch.full(x.shape[:1], sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return filled(x.shape[:1], sigma, torch.promote_types(x.dtype, torch.float32), x.device)
     checks.values("sigma", sigma, checks.noise_level, "positive and finite noise levels, 1e-18 to 1e18")
     return _wide(sigma) if sigma.ndim else _wide(sigma).expand(x.shape[0])
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.compiler import is_dynamo_compiling
 
 from hdit.config import GlobalAttention, HDiTConfig, NeighborhoodAttention, NoAttention, ShiftedWindowAttention
 from hdit.config import Level as LevelConfig
@@ -34,7 +36,7 @@ from hdit_kernels import (
 from hdit_kernels.registration import autocast_dtype
 
 # torch.compile(dynamic=True) makes an input of each Python float but literals, and compiles everything a second time
-# where an operator takes one. Hence the written-out eps, and the integers for a dropout of 0 and for norm_type.
+# where an operator takes one. Hence eps and 2π written out, and the integers for a dropout of 0 and for norm_type.
 
 LINEAR_FORWARD = nn.Linear.forward
 AUGMENTATIONS = 9  # numbers that describe an augmentation (EDM, arXiv 2206.00364, appendix F.2)
@@ -71,6 +73,13 @@ def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return floating[0] if floating else default
 
 
+def filled(sizes: Sequence[int], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.full; under torch.compile without making the value a constant, which would be a graph for each value."""
+    if is_dynamo_compiling():
+        return torch.ones(sizes, dtype=dtype, device=device) * value
+    return torch.full(sizes, value, dtype=dtype, device=device)
+
+
 # Conditioning: noise level, augmentation, class and anything else become one vector [B, mapping width]
 
 
@@ -85,7 +94,7 @@ class FourierFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A product by broadcasting: autocast would run a matrix product in bfloat16, too coarse for angles.
-        angle = 2 * math.pi * (x[:, None, :] * self.weight).sum(-1)
+        angle = 6.283185307179586 * (x[:, None, :] * self.weight).sum(-1)  # 2π
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -396,7 +405,7 @@ class HDiT(nn.Module):
         self._check(x, sigma, aug_cond, class_cond, mapping_cond)
         rows, columns = self._grid(x)
         if not isinstance(sigma, Tensor):
-            sigma = torch.full((), sigma, dtype=self._wide_dtype, device=x.device)
+            sigma = filled((), sigma, self._wide_dtype, x.device)
         cond = self.condition(sigma.expand(x.shape[0]), aug_cond, class_cond, mapping_cond)
 
         # Positions need at least float32: in bfloat16 the neighbours of a large grid would share one.

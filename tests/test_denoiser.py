@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hdit import Denoiser
 from tests import golden_files
@@ -123,6 +124,16 @@ def test_compiles_whole(seed: int) -> None:
     for call, arguments in ((denoiser, (x, 0.5)), (denoiser.loss, (x, x, sigma))):
         compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="eager")
         torch.testing.assert_close(compiled(*arguments), call(*arguments))
+
+
+def test_one_graph_for_all_noise_levels(seed: int) -> None:
+    """Of numbers: the first call takes its own for a constant, which the second finds to change."""
+    torch.compiler.reset()
+    denoiser, x, counter = Denoiser(Level(), 0.5), torch.randn(2, 3, 4, 4), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(denoiser, fullgraph=True, backend=counter)
+    for level in (0.5, 0.7, 2.4, 3.1):
+        assert torch.equal(compiled(x, level), denoiser(x, level))
+    assert counter.frame_count == 2
 
 
 def test_exports_with_a_free_batch(seed: int) -> None:

@@ -408,6 +408,18 @@ def test_neighborhood_attention_compiles_once(seed: int) -> None:
     assert counter.frame_count == 1
 
 
+def test_one_graph_for_all_noise_levels(seed: int) -> None:
+    """Of numbers: the first call takes its own for a constant, which the second finds to change."""
+    torch.compiler.reset()
+    config = tiny(levels=(Level(1, 16, 16, NoAttention()),), mapping=Mapping(0, 16), image_size=(4, 4))
+    model, args, counter = make(config).eval(), arguments(config), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for level in (0.5, 0.7, 2.4):
+            assert torch.equal(compiled(**args | {"sigma": level}), model(**args | {"sigma": level}))
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_free_sizes(strict: bool, seed: int) -> None:
     model, args = make(light()).eval(), arguments(light())

@@ -102,10 +102,11 @@ def test_second_derivatives(seed: int) -> None:
         with sdpa_kernel(SDPBackend.MATH):
             penalty = sum(g.square().sum() for g in gradients(leaves, True))
             found = torch.autograd.grad(penalty, leaves)
-        step, ends = 1e-5, []
+        step, ends = 1e-6, []
         for sign in (1, -1):
             moved = [(t + sign * step * d).requires_grad_() for t, d in zip(point, directions, strict=True)]
             ends.append(sum(g.square().sum() for g in gradients(moved, False)))
         wanted = (ends[0] - ends[1]) / (2 * step)
         total = sum((f * d).sum() for f, d in zip(found, directions, strict=True))
-        torch.testing.assert_close(total, wanted, rtol=1e-5, atol=0)
+        size = sum(f.square().sum() for f in found).sqrt()  # of such a sum, which now and then nearly cancels
+        torch.testing.assert_close(total, wanted, rtol=0, atol=1e-5 * size.item())

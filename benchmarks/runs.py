@@ -102,8 +102,9 @@ def subject(row: Row) -> str:
 
 def validate(data: Any) -> None:
     """Raises ValueError, naming the place, unless data is a run as SCHEMA.md has it."""
-    _fields("the run", data, HEADER, required=[name for name in HEADER if name != "gpu_tests"])
+    _fields("the run", data, HEADER, required=["schema"])
     _expect(data["schema"] == SCHEMA, f"schema {data['schema']!r}, expected {SCHEMA}")
+    _fields("the run", data, {}, required=[name for name in HEADER if name != "gpu_tests"])
     _fields("environment", data["environment"], {"peers": (dict,)}, required=SAME)
     for i, session in enumerate(data["sessions"]):
         _fields(f"session {i}", session, SESSION, required=SESSION)

@@ -43,6 +43,7 @@ def test_valid_rows_pass() -> None:
     [
         (lambda d: d["sessions"][0].pop("clocks"), r"session 0: \['clocks'\] missing"),
         (lambda d: d.update(schema=1), "schema 1"),
+        (lambda d: d.pop("rows"), r"the run: \['rows'\] missing"),
         (lambda d: d["rows"][0].update(kind="speed"), "speed"),
         (lambda d: d["rows"][0].update(session=1), "there is no session 1"),
         (lambda d: d["rows"].append(d["rows"][0]), "two rows"),
@@ -171,6 +172,9 @@ def test_gpu_tests_are_kept_beside_rows(tmp_path: Path) -> None:
     found = runs.read(path)
     assert found["gpu_tests"] == {"session": 0, "tests": {"passed": 1}, "operators": {}}
     assert [session["command"] for session in found["sessions"]] == [["second"], ["third"]]
+    old = {"schema": 1, "kind": "kernels", "environment": {}, "rows": []}
+    with pytest.raises(ValueError, match="^schema 1, expected 2$"):
+        runs.validate(old)
     with pytest.raises(ValueError, match="gpu_tests: there is no session 2"):
         runs.validate(found | {"gpu_tests": {"session": 2}})
 

@@ -324,9 +324,7 @@ class Run:
         """Records the version of a peer that is found by an option. Raises RunError if the run has rows of another."""
         peers = self.data["environment"].setdefault("peers", {})
         if peers.setdefault(name, version) != version:
-            raise RunError(
-                f"{self.path} can't be continued, choose another file: {name} {peers[name]} and {version}"
-            )
+            raise RunError(f"{self.path} can't be continued, choose another file: {name} {peers[name]} and {version}")
 
     def done(self, case: str, contestant: str, direction: str) -> bool:
         """Whether this has been measured, or has failed, as it is now: what a run that is taken up leaves out."""

@@ -628,6 +628,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
         ((str(schema),), "schema 7"),
         ((str(good), "--output", str(tmp_path / "file")), "file"),
         (("--output", str(tmp_path)), "needs a FOLDER"),
+        ((str(good), "--check"), "--check is of the clone's own documents, got the folder"),
     ]:
         assert main(["report", *arguments]) == 2, arguments
         out, err = capsys.readouterr()

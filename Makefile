@@ -42,7 +42,7 @@ lint: $(call installed,lint)
 	$(run) -m tests.documented_code
 
 docs: $(call installed,docs)
-	$(run) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build --strict --quiet
 
 .venv/created .venv-oldest/created:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"Python >= 3.10 is needed and {sys.executable} is {sys.version.split()[0]}: name another with make PYTHON=...")'

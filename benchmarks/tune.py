@@ -2,7 +2,8 @@
 
     python -m benchmarks tune [--case "dq bfloat16"] [--budget SECONDS] [--output FILE] [--log FILE]
 
-Nothing is tuned where the kernels are used: this writes configs_hopper.py, which ships, and configs.py chooses from it.
+Nothing is tuned where the kernels are used: this writes triton_configs_hopper.py, which ships, and triton_configs.py
+chooses from it.
 For each entry of its tables, candidates are launched on random tensors, held against what the present configuration
 gives, and timed. The fastest replaces the present one if it is faster beyond the spread of both, and is so again when
 the two are timed once more. A backward kernel is judged by the whole backward pass: the other kernel stays as it is.
@@ -31,13 +32,13 @@ from torch import Tensor
 from benchmarks import api, command, results, runs, timing
 from benchmarks.command import say
 from benchmarks.rows import Stats, verdict
-from hdit_kernels.neighborhood_attention import configs_hopper
-from hdit_kernels.neighborhood_attention.configs import Config, Table
+from hdit_kernels.neighborhood_attention import triton_configs_hopper
+from hdit_kernels.neighborhood_attention.triton_configs import Config, Table
 
 TABLES: dict[str, Table] = {
-    "forward": configs_hopper.FORWARD,
-    "dq": configs_hopper.DQ,
-    "dkdv": configs_hopper.DKDV,
+    "forward": triton_configs_hopper.FORWARD,
+    "dq": triton_configs_hopper.DQ,
+    "dkdv": triton_configs_hopper.DKDV,
 }
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 SHAPES = {64: (4, 256, 256, 2, 64), 128: (4, 128, 128, 4, 128)}  # by head_dim; smaller ones favour few programs
@@ -47,11 +48,11 @@ NOISE = 0.01  # share of a median that is never called a difference; in one proc
 # What candidates are made of, by bits where that matters. One stage would wait for every load; products of float32 take
 # so long that two hide them.
 TILES = {16: ((8, 8), (16, 4), (4, 16)), 32: ((4, 8), (8, 4))}
-HEIGHTS, WIDTHS = (1, 2, 4), (16, 32)  # of boxes
+HEIGHTS, WIDTHS = (1, 2, 4), (16, 32)  # of blocks
 STAGES = {16: (2, 3, 4), 32: (1, 2)}
 LIMITS = {16: (128, 168, 255, None), 32: (None,)}
 WARPS = 4
-FEWEST_KEYS = {16: 64, 32: 16}  # in the boxes of all stages: fewer don't hide what a load takes (float32: any box does)
+FEWEST_KEYS = {16: 64, 32: 16}  # in all stages' blocks: fewer don't hide what a load takes (float32: any block does)
 FREE_REGISTERS = 96  # of a thread beside its accumulators: what the measured configurations leave it
 
 # Of a multiprocessor: 32-bit registers, and bytes of shared memory, of which each program takes some for itself.
@@ -108,16 +109,16 @@ def select_entries(patterns: Sequence[str]) -> list[Entry]:
 def candidates(kernel: str, bits: int, head_dim: int, window: int) -> list[Config]:
     """The present configuration, then some 5 to 25 that may be faster:
 
-    - a query is multiplied with at most a quarter more keys than it has to be, and boxes are narrow only where that
+    - a query is multiplied with at most a quarter more keys than it has to be, and blocks are narrow only where that
       saves some;
-    - the boxes of all stages hold enough keys;
+    - the blocks of all stages hold enough keys;
     - of the register limits, the two lowest that leave enough beside the accumulators;
     - shared memory holds as many programs as the registers do.
     """
     entry = Entry(kernel, bits, head_dim, window)
     every = [
-        Config(*tile, box_y, box_x, WARPS, stages, limit)
-        for tile, box_y, box_x, stages in itertools.product(TILES[bits], HEIGHTS, WIDTHS, STAGES[bits])
+        Config(*tile, block_y, block_x, WARPS, stages, limit)
+        for tile, block_y, block_x, stages in itertools.product(TILES[bits], HEIGHTS, WIDTHS, STAGES[bits])
         for limit in limits(entry, tile)
     ]
 
@@ -129,8 +130,8 @@ def candidates(kernel: str, bits: int, head_dim: int, window: int) -> list[Confi
         config
         for config in every
         if products(config) <= 1.25 * least
-        and (config.box_x == WIDTHS[-1] or products(config) < products(config._replace(box_x=WIDTHS[-1])))
-        and config.box_y * config.box_x * config.num_stages >= FEWEST_KEYS[bits]
+        and (config.block_x == WIDTHS[-1] or products(config) < products(config._replace(block_x=WIDTHS[-1])))
+        and config.block_y * config.block_x * config.num_stages >= FEWEST_KEYS[bits]
         and programs(config) * (shared_bytes(entry, config) + OWN_MEMORY) <= SHARED_MEMORY
     ]
     return [entry.present, *(config for config in found if config != entry.present)]
@@ -148,12 +149,12 @@ def programs(config: Config) -> int:
 
 
 def shared_bytes(entry: Entry, config: Config) -> int:
-    """About what a program keeps in shared memory: a box of two tensors for each stage, and the tile of one (forward)
+    """About what a program keeps in shared memory: a block of two tensors for each stage, and the tile of one (forward)
     or two.
     """
-    boxes = 2 * config.num_stages * config.box_y * config.box_x
+    blocks = 2 * config.num_stages * config.block_y * config.block_x
     tiles = (1 if entry.kernel == "forward" else 2) * config.tile_y * config.tile_x
-    return (boxes + tiles) * entry.head_dim * entry.bits // 8
+    return (blocks + tiles) * entry.head_dim * entry.bits // 8
 
 
 # Measuring
@@ -175,17 +176,19 @@ def prepare(entry: Entry, configs: Sequence[Config], device: torch.device) -> di
 def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
     """Makes the call of a configuration, on random tensors that all calls share."""
     from hdit_kernels import launch
-    from hdit_kernels.neighborhood_attention.backward import portable_dkdv_launch, portable_dq_launch
-    from hdit_kernels.neighborhood_attention.forward import LOG2_E, portable_forward_launch
+    from hdit_kernels.neighborhood_attention.dispatch import LOG2_E
+    from hdit_kernels.neighborhood_attention.triton_backward import dkdv_launch, dq_launch
+    from hdit_kernels.neighborhood_attention.triton_forward import forward_launch
 
     shape, dtype = SHAPES[entry.head_dim], DTYPES[entry.bits]
     query, key, value, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
     window, dilation, scale = (entry.window, entry.window), (1, 1), entry.head_dim**-0.5
-    arguments = query, key, value, window, dilation, scale * LOG2_E, False, True
-    (out, stats), ahead = portable_forward_launch(*arguments)
+    logit_scale = scale * LOG2_E
+    arguments = query, key, value, window, dilation, logit_scale, False, True
+    (out, stats), ahead = forward_launch(*arguments)
     launch.run(ahead)
-    first, terms = portable_dq_launch(
-        torch.empty_like(query), dout, query, key, value, None, out, stats, window, dilation, scale
+    first, terms = dq_launch(
+        torch.empty_like(query), dout, query, key, value, None, out, stats, window, dilation, scale, logit_scale
     )
     launch.run(first)
 
@@ -194,20 +197,20 @@ def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
             return config
 
         def forward() -> Sequence[Tensor]:
-            (found, statistics), call = portable_forward_launch(*arguments, configure=configure)
+            (found, statistics), call = forward_launch(*arguments, configure=configure)
             launch.run(call)
             return found, statistics[0]
 
         def dq() -> Sequence[Tensor]:
             found = torch.empty_like(query)
-            arguments = dout, query, key, value, None, out, stats, window, dilation, scale
-            launch.run(portable_dq_launch(found, *arguments, configure=configure)[0])
+            arguments = dout, query, key, value, None, out, stats, window, dilation, scale, logit_scale
+            launch.run(dq_launch(found, *arguments, configure=configure)[0])
             return (found,)
 
         def dkdv() -> Sequence[Tensor]:
             found = torch.empty_like(key), torch.empty_like(value)
-            arguments = dout, query, key, value, terms, stats, window, dilation, scale
-            launch.run(portable_dkdv_launch(*found, *arguments, configure=configure))
+            arguments = dout, query, key, value, terms, stats, window, dilation, scale, logit_scale
+            launch.run(dkdv_launch(*found, *arguments, configure=configure))
             return found
 
         return {"forward": forward, "dq": dq, "dkdv": dkdv}[entry.kernel]
@@ -284,9 +287,9 @@ def changed(rows: Sequence[Row]) -> list[Row]:
 
 
 def describe(config: Sequence[Any]) -> str:
-    tile_y, tile_x, box_y, box_x, warps, stages, limit = config
+    tile_y, tile_x, block_y, block_x, warps, stages, limit = config
     registers = "no limit" if limit is None else f"{limit} registers"
-    return f"tile {tile_y}x{tile_x}, box {box_y}x{box_x}, {warps} warps, {stages} stages, {registers}"
+    return f"tile {tile_y}x{tile_x}, block {block_y}x{block_x}, {warps} warps, {stages} stages, {registers}"
 
 
 def outcome(trial: Row) -> str:
@@ -321,11 +324,11 @@ def source(tables: dict[str, Table], history: str) -> str:
     """The module's text, as ruff formats it. history: last_run()."""
     lines = [
         '"""Launch configurations of the portable neighborhood attention kernels on Hopper: written by',
-        "`python -m benchmarks tune`, chosen from by configs.py.",
+        "`python -m benchmarks tune`, chosen from by triton_configs.py.",
         "",
         *textwrap.wrap(history, 120),
         "",
-        "{(bits, head_dim): {window: (tile_y, tile_x, box_y, box_x, num_warps, num_stages, max_registers)}}",
+        "{(bits, head_dim): {window: (tile_y, tile_x, block_y, block_x, num_warps, num_stages, max_registers)}}",
         '"""',
     ]
     for kernel, table in tables.items():
@@ -351,7 +354,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     device, entries = hopper_gpu(), select_entries(args.case)
-    output = args.output or Path(configs_hopper.__file__)
+    output = args.output or Path(triton_configs_hopper.__file__)
     for path in (output, args.log):
         if path is not None:
             runs.check_writable(path)

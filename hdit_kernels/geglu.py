@@ -33,18 +33,25 @@ def _reference_backward(dout: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
+def _kernels():
+    """The launchers' module, which imports Triton."""
+    from hdit_kernels import geglu_triton
+
+    return geglu_triton
+
+
 _forward = registration.define(
     "geglu_forward",
     "(Tensor x) -> Tensor",
     reference=reference.geglu,
-    launcher="geglu_triton:geglu_forward",
+    launcher=lambda: _kernels().geglu_forward,
     fake=lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
 )
 _backward = registration.define(
     "geglu_backward",
     "(Tensor dout, Tensor x) -> Tensor",
     reference=_reference_backward,
-    launcher="geglu_triton:geglu_backward",
+    launcher=lambda: _kernels().geglu_backward,
     fake=lambda dout, x: x.new_empty(x.shape),
 )
 _geglu = differentiable(

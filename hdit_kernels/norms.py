@@ -138,60 +138,67 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in tensors)
 
 
+def _kernels():
+    """The launchers' module, which imports Triton."""
+    from hdit_kernels import norms_triton
+
+    return norms_triton
+
+
 _rms_norm_forward = registration.define(
     "rms_norm_forward",
     "(Tensor x, Tensor weight, float eps) -> Tensor",
     reference=reference.rms_norm,
-    launcher="norms_triton:rms_norm_forward",
+    launcher=lambda: _kernels().rms_norm_forward,
     fake=lambda x, weight, eps: x.new_empty(x.shape),
 )
 _rms_norm_backward = registration.define(
     "rms_norm_backward",
     "(Tensor dout, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     reference=_rms_norm_vjp,
-    launcher="norms_triton:rms_norm_backward",
+    launcher=lambda: _kernels().rms_norm_backward,
     fake=lambda dout, x, weight, eps: _like(x, weight),
 )
 _ada_rms_norm_forward = registration.define(
     "ada_rms_norm_forward",
     "(Tensor x, Tensor scale, float eps) -> Tensor",
     reference=reference.ada_rms_norm,
-    launcher="norms_triton:ada_rms_norm_forward",
+    launcher=lambda: _kernels().ada_rms_norm_forward,
     fake=lambda x, scale, eps: x.new_empty(x.shape),
 )
 _ada_rms_norm_backward = registration.define(
     "ada_rms_norm_backward",
     "(Tensor dout, Tensor x, Tensor scale, float eps) -> (Tensor, Tensor)",
     reference=_ada_rms_norm_vjp,
-    launcher="norms_triton:ada_rms_norm_backward",
+    launcher=lambda: _kernels().ada_rms_norm_backward,
     fake=lambda dout, x, scale, eps: _like(x, scale),
 )
 _ada_layer_norm_forward = registration.define(
     "ada_layer_norm_forward",
     "(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor",
     reference=reference.ada_layer_norm,
-    launcher="norms_triton:ada_layer_norm_forward",
+    launcher=lambda: _kernels().ada_layer_norm_forward,
     fake=lambda x, shift, scale, eps: x.new_empty(x.shape),
 )
 _ada_layer_norm_backward = registration.define(
     "ada_layer_norm_backward",
     "(Tensor dout, Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
     reference=_ada_layer_norm_vjp,
-    launcher="norms_triton:ada_layer_norm_backward",
+    launcher=lambda: _kernels().ada_layer_norm_backward,
     fake=lambda dout, x, shift, scale, eps: _like(x, shift, scale),
 )
 _gated_residual_forward = registration.define(
     "gated_residual_forward",
     "(Tensor x, Tensor y, Tensor gate) -> Tensor",
     reference=reference.gated_residual,
-    launcher="norms_triton:gated_residual_forward",
+    launcher=lambda: _kernels().gated_residual_forward,
     fake=lambda x, y, gate: x.new_empty(x.shape),
 )
 _gated_residual_backward = registration.define(
     "gated_residual_backward",
     "(Tensor dout, Tensor y, Tensor gate) -> (Tensor, Tensor)",
     reference=_gated_residual_vjp,
-    launcher="norms_triton:gated_residual_backward",
+    launcher=lambda: _kernels().gated_residual_backward,
     fake=lambda dout, y, gate: _like(y, gate),
 )
 

@@ -1,15 +1,14 @@
 """How an operator joins PyTorch: one `define` a forward or backward, seen by the dispatcher as an opaque call.
 
 CPU, MPS, float64 and machines without Triton run the reference; CUDA and ROCm tensors run the Triton launcher, imported
-on its first call. The two directions are joined by the `autograd.Function`s of `hdit_kernels.autograd`, which cost half
-as much host time a call as `torch.library.custom_op` and trace under `torch.compile(fullgraph=True)`.
+on its first call; `hdit_kernels.backend` may say otherwise. The two directions are joined by the `autograd.Function`s
+of `hdit_kernels.autograd`, which cost half as much host time a call as `torch.library.custom_op` and trace under
+`torch.compile(fullgraph=True)`.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -18,14 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hdit_kernels import checks
+from hdit_kernels import backend, checks
 
 LIBRARY = torch.library.Library("hdit_kernels", "DEF")
-
-
-@functools.cache
-def triton_available() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def define(
@@ -33,23 +27,23 @@ def define(
     signature: str,
     *,
     reference: Callable[..., Any],
-    launcher: str,
+    launcher: Callable[[], Callable[..., Any]],
     fake: Callable[..., Any],
     flops: Callable[..., int] | None = None,
 ) -> Any:
     """Registers `hdit_kernels::name` and returns it as a callable.
 
     signature: the schema after the name, e.g. "(Tensor x) -> Tensor", with a tensor first. reference: plain PyTorch,
-    same arguments; outputs are made contiguous. launcher: "module:function" in this package, same arguments, for GPU
-    tensors. fake: returns empty outputs of the right shape and dtype, contiguous. flops: takes the arguments with
-    shapes in place of tensors, 2 per multiply-accumulate.
+    same arguments; outputs are made contiguous. launcher: gives the function of the same arguments that launches the
+    kernels, whose module imports Triton; called once, when first needed. fake: returns empty outputs of the right shape
+    and dtype, contiguous. flops: takes the arguments with shapes in place of tensors, 2 per multiply-accumulate.
     """
     LIBRARY.define(name + signature)
     packet = getattr(torch.ops.hdit_kernels, name)
     arguments = packet.default._schema.arguments
     tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
 
-    def portable(*args: Any) -> Any:
+    def by_reference(*args: Any) -> Any:
         for position in tensors:  # sparse and nested tensors of a GPU come here, too
             if args[position] is not None:
                 checks.tensor(arguments[position].name, args[position])
@@ -63,25 +57,38 @@ def define(
                 stack.enter_context(torch.autocast(device, enabled=False))
             return _contiguous(reference(*args))
 
-    @functools.cache
-    def load() -> Callable[..., Any]:
-        module, function = launcher.split(":")
-        return getattr(importlib.import_module(f"{__package__}.{module}"), function)
+    load = functools.cache(launcher)
+
+    def elsewhere(*args: Any) -> Any:
+        if backend.chosen != "triton" or args[0].numel() == 0:
+            return by_reference(*args)
+        backend.check_kernels_run(*given(args))
+        return load()(*args)  # in Triton's interpreter
 
     def on_gpu(*args: Any) -> Any:
-        if not triton_available() or args[0].numel() == 0:  # an empty batch: nothing to launch, sums over it are 0
-            return portable(*args)
-        for position in tensors:
-            argument = args[position]
-            if argument is not None and argument.dtype is torch.float64:
-                return portable(*args)
+        if backend.chosen == "reference" or args[0].numel() == 0:  # an empty batch: nothing to launch, its sums are 0
+            return by_reference(*args)
+        if not backend.triton_available() or has_float64(args):
+            if backend.chosen == "triton":
+                backend.check_kernels_run(*given(args))
+            return by_reference(*args)
         device = args[0].device.index
         if device != torch.cuda.current_device():  # a Triton launch goes to the current device
             with torch.cuda.device(device):
                 return load()(*args)
         return load()(*args)
 
-    LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
+    def has_float64(args: Any) -> bool:
+        for position in tensors:
+            argument = args[position]
+            if argument is not None and argument.dtype is torch.float64:
+                return True
+        return False
+
+    def given(args: Any) -> list[Tensor]:
+        return [args[position] for position in tensors if args[position] is not None]
+
+    LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
     LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"hdit_kernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"hdit_kernels::{name}", functools.partial(_in_turn, packet.default), lib=LIBRARY)

@@ -74,18 +74,25 @@ def _reference_backward(
     return dqkv, dscale
 
 
+def _kernels():
+    """The launchers' module, which imports Triton."""
+    from hdit_kernels import rope_triton
+
+    return rope_triton
+
+
 _forward = registration.define(
     "qk_norm_rope_forward",
     "(Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, float eps) -> Tensor",
     reference=reference.qk_norm_rope,
-    launcher="rope_triton:qk_norm_rope_forward",
+    launcher=lambda: _kernels().qk_norm_rope_forward,
     fake=lambda qkv, scale, theta_y, theta_x, eps: qkv.new_empty(qkv.shape),
 )
 _backward = registration.define(
     "qk_norm_rope_backward",
     "(Tensor dready, Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, float eps) -> (Tensor, Tensor)",
     reference=_reference_backward,
-    launcher="rope_triton:qk_norm_rope_backward",
+    launcher=lambda: _kernels().qk_norm_rope_backward,
     fake=lambda dready, qkv, scale, theta_y, theta_x, eps: (qkv.new_empty(qkv.shape), scale.new_empty(scale.shape)),
 )
 _qk_norm_rope = differentiable(

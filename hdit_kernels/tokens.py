@@ -177,11 +177,18 @@ def _split_backward_flops(dout, x, weight, patch_size, skip, fac, needed):  # ty
     return _flops(x, weight) * (needed[0] + (needed[1] or needed[3]))
 
 
+def _kernels():
+    """The launchers' module, which imports Triton."""
+    from hdit_kernels import tokens_triton
+
+    return tokens_triton
+
+
 _merge_forward = registration.define(
     "token_merge_forward",
     "(Tensor x, Tensor weight, int[] patch_size) -> Tensor",
     reference=reference.token_merge,
-    launcher="tokens_triton:token_merge_forward",
+    launcher=lambda: _kernels().token_merge_forward,
     fake=lambda x, weight, p: x.new_empty(x.shape[0], x.shape[1] // p[0], x.shape[2] // p[1], weight.shape[0]),
     flops=_merge_flops,
 )
@@ -189,7 +196,7 @@ _merge_backward = registration.define(
     "token_merge_backward",
     "(Tensor dout, Tensor x, Tensor weight, int[] patch_size, bool[] needed) -> (Tensor, Tensor)",
     reference=_reference_merge_backward,
-    launcher="tokens_triton:token_merge_backward",
+    launcher=lambda: _kernels().token_merge_backward,
     fake=lambda dout, x, weight, patch_size, needed: _fake_gradients((x, weight), dout, needed),
     flops=_merge_backward_flops,
 )
@@ -197,7 +204,7 @@ _split_forward = registration.define(
     "token_split_forward",
     "(Tensor x, Tensor weight, int[] patch_size, Tensor? skip, Tensor? fac) -> Tensor",
     reference=reference.token_split,
-    launcher="tokens_triton:token_split_forward",
+    launcher=lambda: _kernels().token_split_forward,
     fake=lambda x, weight, patch_size, skip, fac: x.new_empty(_split_shape(x.shape, weight.shape, patch_size)),
     flops=_split_flops,
 )
@@ -206,7 +213,7 @@ _split_backward = registration.define(
     "(Tensor dout, Tensor x, Tensor weight, int[] patch_size, Tensor? skip, Tensor? fac, bool[] needed) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_split_backward,
-    launcher="tokens_triton:token_split_backward",
+    launcher=lambda: _kernels().token_split_backward,
     fake=lambda dout, x, weight, p, skip, fac, needed: _fake_gradients((x, weight, skip, fac), dout, needed),
     flops=_split_backward_flops,
 )

@@ -50,8 +50,8 @@ def kernels_only() -> Iterator[None]:
         yield
 
 
-class Launch(NamedTuple):
-    """One kernel launch: what Triton would compile for it."""
+class Compilation(NamedTuple):
+    """Of one kernel launch: what Triton would compile for it."""
 
     kernel: JITFunction
     signature: dict[str, str]
@@ -66,9 +66,9 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def recorded(family: str) -> Iterator[list[Launch]]:
+def recorded(family: str) -> Iterator[list[Compilation]]:
     """Inside, launches run nothing and are listed; the launch configurations are those of the given GPU family."""
-    launches: list[Launch] = []
+    launches: list[Compilation] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
@@ -84,7 +84,7 @@ def recorded(family: str) -> Iterator[list[Launch]]:
                 attributes[(position,)] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
-        launches.append(Launch(self, signature, constants, attributes, options))
+        launches.append(Compilation(self, signature, constants, attributes, options))
 
     with (
         mock.patch.object(JITFunction, "run", record),

@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks import tune
 from benchmarks.__main__ import main
 from benchmarks.runs import RunError
-from hdit_kernels.neighborhood_attention import configs_hopper
-from hdit_kernels.neighborhood_attention.configs import Config
+from hdit_kernels.neighborhood_attention import triton_configs_hopper
+from hdit_kernels.neighborhood_attention.triton_configs import Config
 from tests import made_up_runs
 from tests.made_up_runs import stats
 
@@ -135,7 +135,7 @@ def test_what_fails_or_is_wrong_is_said_and_skipped(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(row["trials"])
     assert lines[0] == (
-        "forward bfloat16 head_dim 64 window 9 · tile 8x8, box 4x16, 4 warps, 3 stages, 128 registers (present): "
+        "forward bfloat16 head_dim 64 window 9 · tile 8x8, block 4x16, 4 warps, 3 stages, 128 registers (present): "
         "100.0 µs [99.0, 101.0]"
     )
     assert lines[1].endswith(f": {status}: {reason}")
@@ -161,7 +161,7 @@ def test_the_budget_leaves_entries_as_they_are(capsys: pytest.CaptureFixture[str
     assert written == [1, 2] and [tune.Entry(**row["entry"]) for row in rows] == entries[:2]
     assert f"1 entries are not measured, from {entries[2].name} on" in capsys.readouterr().out
     tables = tune.updated(rows)
-    assert tables["forward"][16, 64][9] == tuple(ONE) != configs_hopper.FORWARD[16, 64][9]
+    assert tables["forward"][16, 64][9] == tuple(ONE) != triton_configs_hopper.FORWARD[16, 64][9]
     tables["forward"][16, 64][9] = tuple(PRESENT)
     assert tables == tune.TABLES
 
@@ -189,7 +189,7 @@ def test_the_module_gives_back_what_was_chosen(tmp_path: Path) -> None:
 
 
 def test_the_package_s_module_is_as_it_would_be_written() -> None:
-    text = Path(configs_hopper.__file__).read_text(encoding="utf-8")
+    text = Path(triton_configs_hopper.__file__).read_text(encoding="utf-8")
     assert text.partition("FORWARD")[2] == tune.source(tune.TABLES, "").partition("FORWARD")[2]
 
 
@@ -205,7 +205,7 @@ def test_the_command_writes_module_and_log(
     assert set(data) == {"environment", "source_sha256", "command", "entries"} and len(data["entries"]) == 6
     assert loaded(module) == tune.updated(data["entries"])
     said = capsys.readouterr().out
-    assert "changed: forward bfloat16 head_dim 64 window 9: tile 8x8, box 4x16" in said
+    assert "changed: forward bfloat16 head_dim 64 window 9: tile 8x8, block 4x16" in said
     assert "6 of 60 entries measured" in said and f"Written: {module}\nWritten: {log}" in said
 
 

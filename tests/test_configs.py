@@ -7,13 +7,13 @@ import itertools
 import pytest
 import torch
 
-from hdit_kernels.neighborhood_attention import configs_hopper
-from hdit_kernels.neighborhood_attention.configs import Config, Table, dkdv_config, dq_config, forward_config
+from hdit_kernels.neighborhood_attention import triton_configs_hopper
+from hdit_kernels.neighborhood_attention.triton_configs import Config, Table, dkdv_config, dq_config, forward_config
 
 KERNELS = [
-    (forward_config, configs_hopper.FORWARD),
-    (dq_config, configs_hopper.DQ),
-    (dkdv_config, configs_hopper.DKDV),
+    (forward_config, triton_configs_hopper.FORWARD),
+    (dq_config, triton_configs_hopper.DQ),
+    (dkdv_config, triton_configs_hopper.DKDV),
 ]
 DTYPES = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
 

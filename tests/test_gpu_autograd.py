@@ -142,7 +142,7 @@ def test_how_far_nan_reaches(where: str, dtype: torch.dtype, dim: int, window: i
         seen[near[0][:, None], near[1][None, :]] = True
     bad = found["out"].isnan().any(-1)
     assert bad[1, :, :, 1][seen].all()
-    # a tile of queries and what its boxes hold beyond their windows; the docstring of na2d says 48 for every GPU
+    # a tile of queries and what its blocks hold beyond their windows; the docstring of na2d says 48 for every GPU
     beyond = 16 if launch.gpu_family(bad.device) == "hopper" else 48
     for name, result in found.items():
         bad = ~(result == clean[name]).all(-1)

@@ -141,14 +141,14 @@ def few_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One to three strips, of which every other time all run at once, as those of large images; small cases have
     strips of one tile.
     """
-    hopper = pytest.importorskip("hdit_kernels.neighborhood_attention.hopper")
+    hopper_plan = pytest.importorskip("hdit_kernels.neighborhood_attention.hopper_plan")
     forward = importlib.import_module("hdit_kernels.neighborhood_attention.hopper_forward")
 
     def strips_down(columns: int, tiles: int, *rest: object) -> tuple[int, bool]:
         return min(tiles, 1 + columns % 3), columns % 2 == 0
 
-    caches = hopper.plan, forward._plan
-    monkeypatch.setattr(hopper, "strips_down", strips_down)
+    caches = hopper_plan.plan_strips, forward._plan_forward
+    monkeypatch.setattr(hopper_plan, "strips_down", strips_down)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -261,15 +261,16 @@ def kernels_of_the_package():
     from triton.runtime.jit import JITFunction
 
     from hdit_kernels import launch
-    from hdit_kernels.neighborhood_attention import hopper
+    from hdit_kernels.neighborhood_attention import hopper_plan
 
     on_hopper = (
-        launch.gpu_family(torch.device("cuda", torch.cuda.current_device())) == "hopper" and hopper.gluon_known()
+        launch.gpu_family(torch.device("cuda", torch.cuda.current_device())) == "hopper" and hopper_plan.gluon_known()
     )
     for path in Path(reference.__file__).parent.rglob("*.py"):
         name = ".".join(path.relative_to(Path(reference.__file__).parent.parent).with_suffix("").parts)
         of_hopper = name.rpartition(".")[2].startswith("hopper_")
-        if of_hopper and on_hopper or not of_hopper and name.endswith(("_triton", "forward", "backward", "launch")):
+        portable = name.endswith(("_triton", "triton_forward", "triton_backward", "launch"))
+        if of_hopper and on_hopper or portable:
             module = importlib.import_module(name)
             yield from (value for value in vars(module).values() if isinstance(value, JITFunction))
 

@@ -175,16 +175,15 @@ def test_kernels_take_tensors_first_and_constants_last() -> None:
     """As launch.run hands them over."""
     from hdit_kernels import rope_triton
     from hdit_kernels.neighborhood_attention import (
-        backward,
-        forward,
         hopper_backward,
-        hopper_backward_13,
+        hopper_backward_wide,
         hopper_forward,
-        hopper_forward_128,
+        triton_backward,
+        triton_forward,
     )
 
     found = 0
-    modules = (backward, forward, hopper_backward, hopper_backward_13, hopper_forward, hopper_forward_128)
+    modules = (triton_backward, triton_forward, hopper_backward, hopper_backward_wide, hopper_forward)
     for module in (*modules, rope_triton, launch):
         for name, kernel in vars(module).items():
             if name.startswith("_") and name.endswith("_kernel"):

@@ -2,7 +2,7 @@
 
 dQ walks down a strip of tiles as the forward does, and leaves delta = sum(dout · out) − dlse for the second kernel. dK
 and dV take one tile of keys a program and gather the queries whose windows reach it. Probabilities come from the
-forward's lse, so boxes of keys (or queries) are independent of each other. Least traffic: as in `backward`.
+forward's lse, so blocks of keys (or queries) are independent of each other. Least traffic: as in `triton_backward`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention import hopper
-from hdit_kernels.neighborhood_attention.hopper_forward import (
+from hdit_kernels.neighborhood_attention import hopper_plan
+from hdit_kernels.neighborhood_attention.hopper_device import (
     COLUMNS,
     TILE,
     TOKENS,
+    copy_numbers,
     copy_rows,
     copy_slot,
     direction,
+    dkdv_block,
+    first_query,
     in_registers,
-    is_within,
+    last_query,
+    mask_bias,
     operand,
-    penalty,
     product_layout,
     row_layout,
     shared_layout,
@@ -39,60 +42,51 @@ from hdit_kernels.neighborhood_attention.hopper_forward import (
     window_start,
 )
 
-NOWHERE = gl.constexpr(2**30)  # a row or column that no window reaches
-
 
 def backward_launches(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     dout: Tensor,
-    dlse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    dlse: Tensor | None,
     out: Tensor,
     stats: Tensor,
     window: Sequence[int],
     scale: float,
     logit_scale: float,
 ) -> tuple[launch.Launch, launch.Launch]:
-    """As `backward.backward_launches` for what `hopper.takes_backward`."""
-    if not hopper.reads_wide(dout):
+    """As `dispatch.backward_launches` for what `hopper_plan.takes_backward`."""
+    if not hopper_plan.reads_wide(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     if out.data_ptr() % 16:  # a hook on saved tensors may have moved it
         out = out.clone()
     delta = stats.new_empty(stats.shape[1:])
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dq.stride())
     shape, window, device = query.shape, tuple(window), query.device
-    longest = 8 if max(window) < 8 else hopper.LONGEST  # the fastest measured
-    grid, integers, constants = hopper.plan(shape, strides, window, device, (2,), longest=longest)
-    dq_launch = launch.Launch(
-        _na2d_hopper_dq_kernel,
-        grid,
-        (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta),
-        [scale, logit_scale, *integers],
-        constants | {"HAS_DLSE": dlse is not None},
-    )
-    grid, integers, constants = hopper.plan(shape, strides, window, device)
-    dkdv_launch = launch.Launch(
-        _na2d_hopper_dkdv_kernel,
-        grid,
-        (dout, query, key, value, stats, delta, dk, dv),
-        [scale, logit_scale, *integers],
-        constants | {"maxnreg": 168},
-    )
-    return dq_launch, dkdv_launch
+    longest = 8 if max(window) < 8 else hopper_plan.LONGEST  # the fastest measured
+    grid, integers, constants = hopper_plan.plan_strips(shape, strides, window, device, (2,), longest=longest)
+    constants = constants | {"HAS_DLSE": dlse is not None}
+    numbers = [scale, logit_scale, *integers]
+    dq_tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, delta)
+    dq_launch = launch.Launch(_na2d_hopper_dq_kernel, grid, dq_tensors, numbers, constants)
+    grid, integers, constants = hopper_plan.plan_strips(shape, strides, window, device)
+    constants = constants | {"maxnreg": 168}
+    numbers = [scale, logit_scale, *integers]
+    dkdv_tensors = (dout, query, key, value, stats, delta, dk, dv)
+    return dq_launch, launch.Launch(_na2d_hopper_dkdv_kernel, grid, dkdv_tensors, numbers, constants)
 
 
 @gluon.jit
-def _dq_box(
+def _dq_block(
     dq, q, dout, k, v, lse, delta, scale, key_y, key_x, y, x, top, bottom, width, window_y, window_x,
     ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Adds what ROWS rows of keys give to dq; the last product is still under way."""
     LOGITS: gl.constexpr = product_layout(ROWS * COLUMNS)
-    logits = penalty(key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS, LOGITS)
+    logits = mask_bias(key_y, key_x, y, x, top, bottom, width, window_y, window_x, ROWS, LOGITS)
     logits, lse = gl.broadcast(logits, -gl.convert_layout(lse, gl.SliceLayout(1, LOGITS))[:, None])
     logits, scale = gl.broadcast(logits, gl.convert_layout(scale, gl.SliceLayout(1, LOGITS))[:, None])
     # dout · v − delta: the subtraction is what the product starts from
@@ -108,7 +102,7 @@ def _dq_box(
 def _na2d_hopper_dq_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, dlse_ptr, dq_ptr, delta_ptr, scale, logit_scale,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    facing: tl.int32, window_y: tl.int32, window_x: tl.int32,
+    serpentine: tl.int32, window_y: tl.int32, window_x: tl.int32,
     o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
@@ -116,15 +110,17 @@ def _na2d_hopper_dq_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     HAS_DLSE: gl.constexpr, D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
+    # Strips, strides (o: dout; g: the gradient), serpentine, MORE and LAST: as of the forward kernel. stats, dlse (read
+    # if HAS_DLSE) and delta, which is written for the second kernel: [B, H, W, heads], contiguous, as is out.
     SHARED: gl.constexpr = shared_layout(D)
     ACC: gl.constexpr = product_layout(D)
     ROW: gl.constexpr = row_layout(D)
-    HALF: gl.constexpr = TILE // 2  # rows of a box
-    BOX: gl.constexpr = HALF * COLUMNS
+    HALF: gl.constexpr = TILE // 2  # rows of a block
+    BLOCK: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
     y = 0  # rows count from the strip's first query, as in the forward
-    origin, step, top, bottom = direction(origin, count, strips, height, facing)
+    origin, step, top, bottom = direction(origin, count, strips, height, serpentine)
     key_y = gl.minimum(-(window_y // 2), bottom + 1 - window_y)
     key_x = window_start(x, window_x, 0, width - 1)
     columns = window_start(gl.minimum(x + TILE, width) - 1, window_x, 0, width - 1) + window_x - key_x
@@ -166,7 +162,7 @@ def _na2d_hopper_dq_kernel(
     lse = gl.load(stats_ptr + gl.minimum(place // TILE, bottom) * row_h + column * heads)
     exponent_scale = in_registers(logit_scale, place)
     for tile in range(count):
-        # Copies are asked for a tile ahead: the next queries here, the keys and values after next once the first boxes
+        # Copies are asked for a tile ahead: the next queries here, the keys and values after next once the first blocks
         # have freed their slot.
         own, after = tile % 2, (tile + 1) % 2
         async_copy.wait_group(1)
@@ -188,10 +184,10 @@ def _na2d_hopper_dq_kernel(
         next_lse = gl.load(stats_ptr + gl.minimum(y + TILE + place // TILE, bottom) * row_h + column * heads)
 
         dq = gl.zeros([TOKENS, D], gl.float32, ACC)
-        for box in gl.static_range(2):
-            dq = _dq_box(
-                dq, q_own, dout_own, k_own.slice(box * BOX, BOX), v_own.slice(box * BOX, BOX), lse, delta,
-                exponent_scale, key_y + box * HALF, key_x, y, x, top, bottom, width, window_y, window_x, HALF, ACC,
+        for part in gl.static_range(2):
+            dq = _dq_block(
+                dq, q_own, dout_own, k_own.slice(part * BLOCK, BLOCK), v_own.slice(part * BLOCK, BLOCK), lse, delta,
+                exponent_scale, key_y + part * HALF, key_x, y, x, top, bottom, width, window_y, window_x, HALF, ACC,
                 dtype,
             )  # fmt: skip
         dq = warpgroup_mma_wait(0, deps=[dq])
@@ -204,14 +200,14 @@ def _na2d_hopper_dq_kernel(
         fence_async_shared()
         k_after, v_after = k.index(after), v.index(after)
         ROWS: gl.constexpr = HALF if MORE > HALF else MORE
-        for box in gl.static_range(MORE // ROWS):
-            dq = _dq_box(
-                dq, q_own, dout_own, k_after.slice(box * BOX, ROWS * COLUMNS), v_after.slice(box * BOX, ROWS * COLUMNS),
-                lse, delta, exponent_scale, key_y + (TILE + box * HALF), key_x, y, x, top, bottom, width, window_y,
-                window_x, ROWS, ACC, dtype,
+        for part in gl.static_range(MORE // ROWS):
+            dq = _dq_block(
+                dq, q_own, dout_own, k_after.slice(part * BLOCK, ROWS * COLUMNS),
+                v_after.slice(part * BLOCK, ROWS * COLUMNS), lse, delta, exponent_scale, key_y + (TILE + part * HALF),
+                key_x, y, x, top, bottom, width, window_y, window_x, ROWS, ACC, dtype,
             )  # fmt: skip
         if LAST:
-            dq = _dq_box(
+            dq = _dq_block(
                 dq, q_own, dout_own, k_after.slice(MORE * COLUMNS, LAST * COLUMNS),
                 v_after.slice(MORE * COLUMNS, LAST * COLUMNS), lse, delta, exponent_scale, key_y + (TILE + MORE), key_x,
                 y, x, top, bottom, width, window_y, window_x, LAST, ACC, dtype,
@@ -221,59 +217,6 @@ def _na2d_hopper_dq_kernel(
         y += TILE
         key_y += TILE
         lse = next_lse
-
-
-@gluon.jit
-def first_query(key, window):
-    """The first query whose window reaches the key, along one axis."""
-    return gl.where(key < window, 0, key - window + 1 + window // 2)
-
-
-@gluon.jit
-def last_query(key, window, length):
-    """The last query whose window reaches the key: everyone clamped at the end sees the last `window` keys."""
-    return gl.where(key >= length - window, length - 1, key + window // 2)
-
-
-@gluon.jit
-def copy_numbers(
-    target, pointer, bottom, columns, width, heads, row, ROWS: gl.constexpr, WIDTH: gl.constexpr = COLUMNS, column=0
-):
-    """Starts copying one number of each of ROWS x WIDTH tokens, as copy_rows copies tokens."""
-    place = gl.arange(0, ROWS * WIDTH, gl.BlockedLayout([1], [32], [4], [0]))
-    y, x = gl.minimum(row + place // WIDTH, bottom), gl.minimum(column + place % WIDTH, columns - 1)
-    async_copy.async_copy_global_to_shared(target, pointer + (y * width + x) * heads)
-
-
-@gluon.jit
-def dkdv_box(
-    dk, dv, k, v, q, dout, lse, delta, scale, query_y, query_x, bottom, columns, y, x, height, width, window_y,
-    window_x, ROWS: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr, WIDTH: gl.constexpr = COLUMNS,
-):  # fmt: skip
-    """Adds what ROWS rows of WIDTH queries give to dk and dv; the last products are still under way. Logits are keys by
-    queries: a column is a query, so lse and delta come from shared memory.
-    """
-    LOGITS: gl.constexpr = product_layout(ROWS * WIDTH)
-    BY_QUERY: gl.constexpr = gl.SliceLayout(0, LOGITS)
-    key = gl.arange(0, TOKENS, gl.SliceLayout(1, LOGITS))
-    place = gl.arange(0, ROWS * WIDTH, BY_QUERY)
-    row, column = place // WIDTH, place % WIDTH
-    start_y = gl.where(row <= bottom, window_start(query_y + row, window_y, 0, height - 1), NOWHERE)
-    start_x = gl.where(column < columns, window_start(query_x + column, window_x, 0, width - 1), NOWHERE)
-    by_row = gl.where(is_within((y + key // TILE)[:, None] - start_y[None, :], window_y), 0.0, float("-inf"))
-    by_column = gl.where(is_within((x + key % TILE)[:, None] - start_x[None, :], window_x), 0.0, float("-inf"))
-    logits = by_row + by_column
-    logits, scale = gl.broadcast(logits, gl.convert_layout(scale, gl.SliceLayout(1, LOGITS))[:, None])
-    logits, centred = gl.broadcast(logits, -delta.load(BY_QUERY)[None, :])
-    logits = warpgroup_mma(k, q.permute((1, 0)), logits, is_async=True)
-    centred = warpgroup_mma(v, dout.permute((1, 0)), centred, is_async=True)
-    lse = -lse.load(BY_QUERY)[None, :]
-    logits, centred, dk, dv = warpgroup_mma_wait(0, deps=[logits, centred, dk, dv])
-    logits, lse = gl.broadcast(logits, lse)
-    probability = gl.exp2(gl.fma(logits, scale, lse))
-    dv = warpgroup_mma(operand(probability, dtype, ACC), dout, dv, is_async=True)
-    dk = warpgroup_mma(operand(probability * centred, dtype, ACC), q, dk, is_async=True)
-    return dk, dv
 
 
 @functools.partial(launch.kernel, jit=gluon.jit)
@@ -288,13 +231,15 @@ def _na2d_hopper_dkdv_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     D: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
+    # A program: a tile of keys; strips, length and longer say which. Arguments: as of the kernel above, whose delta it
+    # reads; dk and dv share the strides g. MORE, LAST: rows of queries beyond the first eight, in two blocks.
     SHARED: gl.constexpr = shared_layout(D)
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ACC: gl.constexpr = product_layout(D)
     ROWS: gl.constexpr = (
-        2  # of a box: with more, dk, dv and what is between need more registers than three programs have
+        2  # of a block: with more, dk, dv and what is between need more registers than three programs have
     )
-    BOX: gl.constexpr = ROWS * COLUMNS
+    BLOCK: gl.constexpr = ROWS * COLUMNS
     CHUNK: gl.constexpr = TILE + MORE + LAST
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, y, x, _ = strip_of_program(heads, strips, length, longer)
@@ -367,22 +312,24 @@ def _na2d_hopper_dkdv_kernel(
         async_copy.wait_group(1)
         fence_async_shared()
         k0, v0 = k.index(zero), v.index(zero)
-        for box in gl.static_range(TILE // ROWS):
-            dk, dv = dkdv_box(
-                dk, dv, k0, v0, q0.slice(box * BOX, BOX), dout0.slice(box * BOX, BOX), lse0.slice(box * BOX, BOX),
-                delta0.slice(box * BOX, BOX), exponent_scale, query_y + box * ROWS, query_x, bottom - box * ROWS,
-                columns, y, x, height, width, window_y, window_x, ROWS, ACC, dtype,
+        for part in gl.static_range(TILE // ROWS):
+            dk, dv = dkdv_block(
+                dk, dv, k0, v0, q0.slice(part * BLOCK, BLOCK), dout0.slice(part * BLOCK, BLOCK),
+                lse0.slice(part * BLOCK, BLOCK), delta0.slice(part * BLOCK, BLOCK), exponent_scale,
+                query_y + part * ROWS, query_x, bottom - part * ROWS, columns, y, x, height, width, window_y, window_x,
+                ROWS, ACC, dtype,
             )  # fmt: skip
         async_copy.wait_group(0)
         fence_async_shared()
-        for box in gl.static_range(MORE // ROWS):
-            dk, dv = dkdv_box(
-                dk, dv, k0, v0, q1.slice(box * BOX, BOX), dout1.slice(box * BOX, BOX), lse1.slice(box * BOX, BOX),
-                delta1.slice(box * BOX, BOX), exponent_scale, query_y + (TILE + box * ROWS), query_x,
-                bottom - (TILE + box * ROWS), columns, y, x, height, width, window_y, window_x, ROWS, ACC, dtype,
+        for part in gl.static_range(MORE // ROWS):
+            dk, dv = dkdv_block(
+                dk, dv, k0, v0, q1.slice(part * BLOCK, BLOCK), dout1.slice(part * BLOCK, BLOCK),
+                lse1.slice(part * BLOCK, BLOCK), delta1.slice(part * BLOCK, BLOCK), exponent_scale,
+                query_y + (TILE + part * ROWS), query_x, bottom - (TILE + part * ROWS), columns, y, x, height, width,
+                window_y, window_x, ROWS, ACC, dtype,
             )  # fmt: skip
         if LAST:
-            dk, dv = dkdv_box(
+            dk, dv = dkdv_block(
                 dk, dv, k0, v0, q2, dout2, lse2, delta2, exponent_scale, query_y + (TILE + MORE), query_x,
                 bottom - (TILE + MORE), columns, y, x, height, width, window_y, window_x, LAST, ACC, dtype,
             )  # fmt: skip

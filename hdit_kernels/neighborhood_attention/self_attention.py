@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hdit_kernels import checks, reference, registration
 from hdit_kernels.autograd import differentiable, wanted
-from hdit_kernels.neighborhood_attention.op import check_window, flops_forward, softmax_stats, stats_shape
+from hdit_kernels.neighborhood_attention.buffers import stats_shape
+from hdit_kernels.neighborhood_attention.na2d import check_window, flops_forward, kernels, softmax_stats
 from hdit_kernels.rope import check_packed, check_scale
 
 
@@ -100,7 +101,7 @@ _forward = registration.define(
     "neighborhood_self_attention_forward",
     "(Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, int[] kernel_size, float eps, bool save) -> Tensor[]",
     reference=_reference_forward,
-    launcher="neighborhood_attention.self_attention_triton:forward",
+    launcher=lambda: kernels().self_attention_forward,
     fake=_fake_forward,
     flops=_flops_forward,
 )
@@ -109,7 +110,7 @@ _backward = registration.define(
     "(Tensor dout, Tensor qkv, Tensor scale, Tensor theta_y, Tensor theta_x, Tensor ready, Tensor out, "
     "Tensor softmax_stats, int[] kernel_size, float eps) -> (Tensor, Tensor)",
     reference=_reference_backward,
-    launcher="neighborhood_attention.self_attention_triton:backward",
+    launcher=lambda: kernels().self_attention_backward,
     fake=lambda dout, qkv, scale, *_: (qkv.new_empty(qkv.shape), scale.new_empty(scale.shape)),
     flops=_flops_backward,
 )

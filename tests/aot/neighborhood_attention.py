@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hdit_kernels.neighborhood_attention.backward import na2d_backward
-from hdit_kernels.neighborhood_attention.forward import na2d_forward
+from hdit_kernels.neighborhood_attention.dispatch import na2d_backward, na2d_forward
 
 NARROW = [(64, [2, 2]), (64, [5, 5]), (64, [7, 7]), (64, [9, 9]), (64, [13, 13]), (32, [7, 7]), (32, [9, 9])]
 WIDE = [(128, [7, 7]), (128, [13, 13])]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdit_kernels import reference
+from hdit_kernels import geglu, reference, set_backend
 from hdit_kernels.geglu_triton import geglu_backward, geglu_forward
 from tests.accuracy import FLOOR, relative_error
 from tests.lanes import kernels_only
@@ -54,6 +54,21 @@ def test_many_rows_and_large_values(seed: int) -> None:
 def test_expanded_gradient(seed: int) -> None:
     """The gradient of a sum: every element the same one."""
     check(torch.randn(6, 48), torch.ones(()).expand(6, 24))
+
+
+def test_the_backend_triton_runs_the_kernels_on_a_cpu(seed: int) -> None:
+    x = torch.randn(3, 24, requires_grad=True)
+    wanted = reference.geglu(x)
+    (dx,) = torch.autograd.grad(wanted.sum(), x)
+    before = set_backend("triton")
+    try:
+        with kernels_only():
+            found = geglu(x)
+            (found_dx,) = torch.autograd.grad(found.sum(), x)
+    finally:
+        set_backend(before)
+    assert relative_error(found, wanted) <= FLOOR[torch.float32]
+    assert relative_error(found_dx, dx) <= FLOOR[torch.float32]
 
 
 def test_empty() -> None:

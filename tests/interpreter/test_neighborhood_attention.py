@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from hdit_kernels import launch, reference
-from hdit_kernels.neighborhood_attention import forward, self_attention_triton
-from hdit_kernels.neighborhood_attention.backward import na2d_backward
-from hdit_kernels.neighborhood_attention.forward import na2d_forward
+from hdit_kernels.neighborhood_attention import dispatch, triton_configs, triton_device
+from hdit_kernels.neighborhood_attention.dispatch import na2d_backward, na2d_forward
 from tests.accuracy import FLOOR, relative_error
 from tests.lanes import kernels_only
 
@@ -52,14 +51,14 @@ def test_na2d(grid, window, dilation, heads, dim, dtype, seed) -> None:
 
 
 def test_boxes_that_span_more_than_32_bits(seed, monkeypatch) -> None:
-    monkeypatch.setattr(forward, "REACH", 0)
-    forward.plan.cache_clear()
+    monkeypatch.setattr(triton_configs, "MAX_OFFSET", 0)
+    triton_configs.plan_tiles.cache_clear()
     query, key, value = (torch.randn(1, 11, 6, 2, 8) for _ in range(3))
     settings = ([3, 3], [1, 1], [2, 1], [False, False], 1.0)
     with kernels_only():
         found, stats = na2d_forward(query, key, value, None, None, *settings, False, True)
         gradients = na2d_backward(found, None, query, key, value, None, None, found, stats, *settings)[:3]
-    forward.plan.cache_clear()
+    triton_configs.plan_tiles.cache_clear()
     exact = [t.double() for t in (query, key, value)]
     out, _ = reference.na2d(*exact, (3, 3), dilation=(2, 1), scale=1.0)
     wanted = reference.na2d_backward(found.double(), None, *exact, (3, 3), dilation=(2, 1), scale=1.0)[:3]
@@ -68,14 +67,14 @@ def test_boxes_that_span_more_than_32_bits(seed, monkeypatch) -> None:
 
 
 def test_more_images_than_an_axis_of_the_grid_holds(seed, monkeypatch) -> None:
-    monkeypatch.setattr(forward, "MAX_GRID", 3)
+    monkeypatch.setattr(triton_configs, "MAX_GRID", 3)
     query, key, value = (torch.randn(2, 5, 4, 1, 8) for _ in range(3))  # 2 samples of 2 x 2 sub-grids
     settings = ([2, 2], [1, 1], [2, 2], [False, False], 1.0)
-    forward.plan.cache_clear()
+    triton_configs.plan_tiles.cache_clear()
     with kernels_only():
         found, stats = na2d_forward(query, key, value, None, None, *settings, False, True)
         gradients = na2d_backward(found, None, query, key, value, None, None, found, stats, *settings)[:3]
-    forward.plan.cache_clear()
+    triton_configs.plan_tiles.cache_clear()
     exact = [t.double() for t in (query, key, value)]
     out, _ = reference.na2d(*exact, (2, 2), dilation=(2, 2), scale=1.0)
     wanted = reference.na2d_backward(out, None, *exact, (2, 2), dilation=(2, 2), scale=1.0)[:3]
@@ -86,7 +85,7 @@ def test_more_images_than_an_axis_of_the_grid_holds(seed, monkeypatch) -> None:
 @triton.jit
 def _factor_kernel(x_ptr, y_ptr):
     at = tl.arange(0, 1024)
-    tl.store(y_ptr + at, forward.factor(tl.load(x_ptr + at), "tf32"))
+    tl.store(y_ptr + at, triton_device.as_operand(tl.load(x_ptr + at), "tf32"))
 
 
 def test_factors_are_rounded_to_tf32(seed) -> None:
@@ -140,8 +139,8 @@ def test_self_attention(dtype, seed) -> None:
     dqkv, dscale = torch.autograd.grad(out, leaves, dout.double())
     with kernels_only():
         with mock.patch.object(launch, "run", side_effect=launch.run) as run:  # once, so that all compile side by side
-            found, ready, stats = self_attention_triton.forward(qkv, scale, theta_y, theta_x, [5, 5], 1e-6, True)
-            found_dqkv, found_dscale = self_attention_triton.backward(
+            found, ready, stats = dispatch.self_attention_forward(qkv, scale, theta_y, theta_x, [5, 5], 1e-6, True)
+            found_dqkv, found_dscale = dispatch.self_attention_backward(
                 dout, qkv, scale, theta_y, theta_x, ready, found, stats, [5, 5], 1e-6
             )
     assert [len(call.args) for call in run.call_args_list] == [2, 4]

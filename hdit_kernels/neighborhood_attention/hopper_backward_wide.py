@@ -20,14 +20,17 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention import hopper
-from hdit_kernels.neighborhood_attention.hopper_backward import copy_numbers, dkdv_box, first_query, last_query
-from hdit_kernels.neighborhood_attention.hopper_forward import (
+from hdit_kernels.neighborhood_attention import hopper_plan
+from hdit_kernels.neighborhood_attention.hopper_device import (
     COLUMNS,
     TILE,
     TOKENS,
+    copy_numbers,
     copy_rows,
+    dkdv_block,
+    first_query,
     in_registers,
+    last_query,
     product_layout,
     shared_layout,
     store_tile,
@@ -51,12 +54,13 @@ def dkdv_launch(
     scale: float,
     logit_scale: float,
 ) -> launch.Launch:
-    """As `backward.portable_dkdv_launch` for what `hopper.takes_dkdv_13`."""
+    """As `triton_backward.dkdv_launch` for what `hopper_plan.takes_dkdv_wide`."""
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dk.stride())
-    grid, integers, constants = hopper.plan(query.shape, strides, tuple(window), query.device)
-    tensors = (dout, query, key, value, terms.view(torch.float32), dk, dv)
+    grid, integers, constants = hopper_plan.plan_strips(query.shape, strides, tuple(window), query.device)
     constants = constants | {"maxnreg": 168}
-    return launch.Launch(_na2d_hopper_dkdv_13_kernel, grid, tensors, [scale, logit_scale, *integers], constants)
+    tensors = (dout, query, key, value, terms.view(torch.float32), dk, dv)
+    numbers = [scale, logit_scale, *integers]
+    return launch.Launch(_na2d_hopper_dkdv_wide_kernel, grid, tensors, numbers, constants)
 
 
 @gluon.jit
@@ -74,8 +78,8 @@ def _copy_queries(
         copy_numbers(delta.index(slot), terms_ptr + 1, bottom, columns, width, 2 * heads, row, ROWS)
     elif step < steps:
         TAKEN: gl.constexpr = TALL * BEYOND
-        boxes = gl.cdiv(bottom + 1, TALL)
-        row, column = (step - rows_of_16) % boxes * TALL, COLUMNS + (step - rows_of_16) // boxes * BEYOND
+        blocks = gl.cdiv(bottom + 1, TALL)
+        row, column = (step - rows_of_16) % blocks * TALL, COLUMNS + (step - rows_of_16) // blocks * BEYOND
         slot_q, slot_dout = q.index(slot).slice(0, TAKEN), dout.index(slot).slice(0, TAKEN)
         slot_lse, slot_delta = lse.index(slot).slice(0, TAKEN), delta.index(slot).slice(0, TAKEN)
         copy_rows(slot_q, query_ptr, row, 0, bottom, columns, q_h, q_w, TALL, BEYOND, D, column)
@@ -86,7 +90,7 @@ def _copy_queries(
 
 
 @functools.partial(launch.kernel, jit=gluon.jit)
-def _na2d_hopper_dkdv_13_kernel(
+def _na2d_hopper_dkdv_wide_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, terms_ptr, dk_ptr, dv_ptr, scale, logit_scale,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
     window_y: tl.int32, window_x: tl.int32,
@@ -97,11 +101,13 @@ def _na2d_hopper_dkdv_13_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     D: gl.constexpr,
 ):  # fmt: skip
+    # Arguments: as of `hopper_backward`'s kernel; terms: lse and delta of each query and head,
+    # two float32 side by side.
     SHARED: gl.constexpr = shared_layout(D)
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ACC: gl.constexpr = product_layout(D)
-    HALF: gl.constexpr = ROWS // 2  # rows of a box, as in hopper_backward
-    BOX: gl.constexpr = HALF * COLUMNS
+    HALF: gl.constexpr = ROWS // 2  # rows of a block, as in hopper_backward
+    BLOCK: gl.constexpr = HALF * COLUMNS
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, y, x, _ = strip_of_program(heads, strips, length, longer)
     low_y, low_x = first_query(y, window_y), first_query(x, window_x)
@@ -124,8 +130,8 @@ def _na2d_hopper_dkdv_13_kernel(
     lse = gl.allocate_shared_memory(gl.float32, [3, ROWS * COLUMNS], NUMBERS)
     delta = gl.allocate_shared_memory(gl.float32, [3, ROWS * COLUMNS], NUMBERS)
     rows_of_16 = gl.cdiv(bottom + 1, ROWS)
-    boxes = gl.cdiv(bottom + 1, TALL)  # of the columns beyond
-    steps = rows_of_16 + boxes * gl.cdiv(gl.maximum(columns - COLUMNS, 0), BEYOND)
+    blocks = gl.cdiv(bottom + 1, TALL)  # of the columns beyond
+    steps = rows_of_16 + blocks * gl.cdiv(gl.maximum(columns - COLUMNS, 0), BEYOND)
     copy_rows(k, key_ptr, 0, 0, height - 1 - y, width - x, k_h, k_w, TILE, TILE, D)
     copy_rows(v, value_ptr, 0, 0, height - 1 - y, width - x, v_h, v_w, TILE, TILE, D)
     for step in gl.static_range(2):
@@ -141,12 +147,12 @@ def _na2d_hopper_dkdv_13_kernel(
         fence_async_shared()
         slot = step % 3
         q_own, dout_own, lse_own, delta_own = q.index(slot), dout.index(slot), lse.index(slot), delta.index(slot)
-        for box in gl.static_range(2):
-            row = step * ROWS + box * HALF
-            dk, dv = dkdv_box(
-                dk, dv, k, v, q_own.slice(box * BOX, BOX), dout_own.slice(box * BOX, BOX),
-                lse_own.slice(box * BOX, BOX), delta_own.slice(box * BOX, BOX), exponent_scale, low_y + row, low_x,
-                bottom - row, columns, y, x, height, width, window_y, window_x, HALF, ACC, dtype,
+        for part in gl.static_range(2):
+            row = step * ROWS + part * HALF
+            dk, dv = dkdv_block(
+                dk, dv, k, v, q_own.slice(part * BLOCK, BLOCK), dout_own.slice(part * BLOCK, BLOCK),
+                lse_own.slice(part * BLOCK, BLOCK), delta_own.slice(part * BLOCK, BLOCK), exponent_scale,
+                low_y + row, low_x, bottom - row, columns, y, x, height, width, window_y, window_x, HALF, ACC, dtype,
             )  # fmt: skip
         _copy_queries(
             q, dout, lse, delta, step + 2, steps, rows_of_16, query_ptr, dout_ptr, terms_ptr, bottom, columns, width,
@@ -157,9 +163,9 @@ def _na2d_hopper_dkdv_13_kernel(
         async_copy.wait_group(1)
         fence_async_shared()
         slot = step % 3
-        row = (step - rows_of_16) % boxes * TALL
-        column = COLUMNS + (step - rows_of_16) // boxes * BEYOND
-        dk, dv = dkdv_box(
+        row = (step - rows_of_16) % blocks * TALL
+        column = COLUMNS + (step - rows_of_16) // blocks * BEYOND
+        dk, dv = dkdv_block(
             dk, dv, k, v, q.index(slot).slice(0, TALL * BEYOND), dout.index(slot).slice(0, TALL * BEYOND),
             lse.index(slot).slice(0, TALL * BEYOND), delta.index(slot).slice(0, TALL * BEYOND), exponent_scale,
             low_y + row, low_x + column, bottom - row, columns - column, y, x, height, width, window_y, window_x, TALL,

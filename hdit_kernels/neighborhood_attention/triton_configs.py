@@ -5,23 +5,28 @@ configurations that compile and fit everywhere.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
 
-from hdit_kernels.neighborhood_attention import configs_hopper
+from hdit_kernels.neighborhood_attention import triton_configs_hopper
+
+MAX_GRID = 65535  # programs along any axis but the first
+MAX_OFFSET = 2**31  # of offsets in 32 bits
 
 
 class Config(NamedTuple):
-    """A program handles tile_y x tile_x queries (keys in the dK/dV kernel) and reads the other side in boxes of
-    box_y x box_x. max_registers a thread, where fewer than the compiler takes let more programs run at a time.
+    """A program handles tile_y x tile_x queries (keys in the dK/dV kernel) and reads the other side in blocks of
+    block_y x block_x. max_registers a thread, where fewer than the compiler takes let more programs run at a time.
     """
 
     tile_y: int
     tile_x: int
-    box_y: int
-    box_x: int
+    block_y: int
+    block_x: int
     num_warps: int
     num_stages: int
     max_registers: int | None = None
@@ -33,9 +38,9 @@ class Config(NamedTuple):
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def products(self, window: Sequence[int]) -> int:
-        """Keys with which each query of an inner tile is multiplied: whole boxes, of which it sees one window."""
+        """Keys with which each query of an inner tile is multiplied: whole blocks, of which it sees one window."""
         rows, columns = self.tile_y + window[0] - 1, self.tile_x + window[1] - 1
-        return -(-rows // self.box_y) * self.box_y * -(-columns // self.box_x) * self.box_x
+        return -(-rows // self.block_y) * self.block_y * -(-columns // self.block_x) * self.block_x
 
 
 # Of GPU family, dtype, head_dim and window.
@@ -47,7 +52,7 @@ Table = dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int 
 
 def forward_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
     if family == "hopper":
-        return measured(configs_hopper.FORWARD, dtype, head_dim, window)
+        return measured(triton_configs_hopper.FORWARD, dtype, head_dim, window)
     if dtype == torch.float32:
         stages = 2 if head_dim <= 64 else 1
         return fewest_products(window, Config(4, 8, 1, 16, 4, stages), Config(8, 4, 1, 16, 4, stages))
@@ -56,13 +61,13 @@ def forward_config(family: str, dtype: torch.dtype, head_dim: int, window: Seque
 
 def dq_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
     if family == "hopper":
-        return measured(configs_hopper.DQ, dtype, head_dim, window)
+        return measured(triton_configs_hopper.DQ, dtype, head_dim, window)
     return backward_config(dtype, head_dim, window)
 
 
 def dkdv_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
     if family == "hopper":
-        return measured(configs_hopper.DKDV, dtype, head_dim, window)
+        return measured(triton_configs_hopper.DKDV, dtype, head_dim, window)
     return backward_config(dtype, head_dim, window)
 
 
@@ -90,7 +95,42 @@ def backward_config(dtype: torch.dtype, head_dim: int, window: Sequence[int]) ->
 
 
 def fewest_products(window: Sequence[int], *configs: Config) -> Config:
-    """Up to window 9 the square tile, whose columns of keys fit into one box; up to 13 the tall one, up to 17 the
+    """Up to window 9 the square tile, whose columns of keys fit into one block; up to 13 the tall one, up to 17 the
     flat.
     """
     return min(configs, key=lambda config: config.products(window))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_tiles(
+    configure: Configure,
+    family: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    all_aligned: bool,
+    window: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
+    """Grid, integer arguments and constants of a launch over tiles of [B, H, W, heads, head_dim] tensors.
+
+    Cached, since it costs as much host time as the launch itself.
+    """
+    batch, height, width, heads, head_dim = shape
+    config = configure(family, dtype, head_dim, window)
+    tiles_y = triton.cdiv(triton.cdiv(height, dilation[0]), config.tile_y)  # of the largest dilation sub-grid
+    tiles_x = triton.cdiv(triton.cdiv(width, dilation[1]), config.tile_x)
+    tokens = [stride for tensor in strides for stride in tensor[:-1]]
+    vector = 8 if all_aligned and all(stride % 8 == 0 for stride in tokens) else 1
+    images = batch * dilation[0] * dilation[1]
+    layers = triton.cdiv(images, MAX_GRID)
+    integers = [images, height, width, heads, tiles_x, *window, *dilation, *(stride // vector for stride in tokens)]
+    block_y, block_x = max(config.tile_y, config.block_y), max(config.tile_x, config.block_x)
+    steps = [(stride[1] * dilation[0], stride[2] * dilation[1]) for stride in strides]
+    steps.append((width * heads * head_dim * dilation[0], heads * head_dim * dilation[1]))  # the output's
+    wide = any(block_y * step_y + block_x * step_x >= MAX_OFFSET for step_y, step_x in steps)
+    constants = dict(
+        D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector, WIDE=wide,
+        TILE_Y=config.tile_y, TILE_X=config.tile_x, BLOCK_Y=config.block_y, BLOCK_X=config.block_x, **config.options,
+    )  # fmt: skip
+    return (tiles_y * tiles_x * heads, triton.cdiv(images, layers), layers), integers, constants

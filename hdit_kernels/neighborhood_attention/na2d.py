@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hdit_kernels import checks, reference, registration
 from hdit_kernels.autograd import differentiable, wanted
+from hdit_kernels.neighborhood_attention.buffers import stats_shape
 
 Settings = tuple[tuple[int, int], tuple[int, int] | None, tuple[int, int], tuple[bool, bool] | None, float]
 
@@ -203,15 +204,10 @@ def _reference_forward(
 
 
 def softmax_stats(lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the kernels keep of the softmax (see forward.na2d_forward); the reference keeps it in one number."""
+    """What the kernels keep of the softmax (see dispatch.forward_launch); the reference keeps it in one number."""
     stats = lse.new_zeros(stats_shape(lse.shape, dtype))
     stats[0] = lse / math.log(2)
     return stats
-
-
-def stats_shape(tokens: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
-    """Of the statistics of tokens [B, H, W, heads]."""
-    return (2 if dtype == torch.float32 else 1, *tokens)
 
 
 def _reference_backward(
@@ -247,13 +243,20 @@ def _flops_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, win
     return flops_forward(query, key, value, add_k, add_v, window) * 5 // 2
 
 
+def kernels():
+    """The launchers' module, which imports Triton."""
+    from hdit_kernels.neighborhood_attention import dispatch
+
+    return dispatch
+
+
 _forward = registration.define(
     "na2d_forward",
     "(Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, int[] kernel_size, "
     "int[]? stride, int[] dilation, bool[]? is_causal, float scale, bool return_lse, "
     "bool save_stats) -> Tensor[]",
     reference=_reference_forward,
-    launcher="neighborhood_attention.forward:na2d_forward",
+    launcher=lambda: kernels().na2d_forward,
     fake=_fake_forward,
     flops=flops_forward,
 )
@@ -264,7 +267,7 @@ _backward = registration.define(
     "int[] kernel_size, int[]? stride, int[] dilation, bool[]? is_causal, float scale) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_backward,
-    launcher="neighborhood_attention.backward:na2d_backward",
+    launcher=lambda: kernels().na2d_backward,
     fake=_fake_backward,
     flops=_flops_backward,
 )

@@ -1,10 +1,10 @@
 """Launch configurations of the portable neighborhood attention kernels on Hopper: written by
-`python -m benchmarks tune`, chosen from by configs.py.
+`python -m benchmarks tune`, chosen from by triton_configs.py.
 
 Last run: NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, cuda 13.0, driver 580.159.04, 2026-11-26: 12 of 60
 entries measured, 4 changed.
 
-{(bits, head_dim): {window: (tile_y, tile_x, box_y, box_x, num_warps, num_stages, max_registers)}}
+{(bits, head_dim): {window: (tile_y, tile_x, block_y, block_x, num_warps, num_stages, max_registers)}}
 """
 
 FORWARD: dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int | None]]] = {

@@ -14,10 +14,10 @@ from hdit_kernels import launch
 
 TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel): 64 rows of a warpgroup's product
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
-WIDEST_STREAMED = 13  # the same of hopper_backward_13, which has four columns beyond those
+WIDEST_STREAMED = 13  # the same of hopper_backward_wide, which has four columns beyond those
 LONGEST = 32  # tiles of a strip: no longer ones were faster where measured
-BY_TURNS = 4  # tiles of a strip from which on two programs a multiprocessor gain by beginning by turns
-REACH = 16  # tiles from a strip's first row on that 32-bit offsets must reach, whatever the length of strips
+STAGGER_AT_LEAST = 4  # tiles of a strip from which on two programs a multiprocessor gain by a stagger
+MIN_REACH = 16  # tiles from a strip's first row on that 32-bit offsets must reach, whatever the length of strips
 TRITON = ("3.6", "3.7")  # Gluon may change from one version of Triton to the next; others take the portable kernels
 
 
@@ -40,10 +40,10 @@ def takes_backward(query: Tensor, key: Tensor, value: Tensor, window: Sequence[i
     return query.shape[-1] in (32, 64) and max(window) <= WIDEST and _takes(query, key, value, dilation)
 
 
-def takes_dkdv_13(
+def takes_dkdv_wide(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]
 ) -> bool:
-    """The same of `hopper_backward_13`: head_dim 32 or 64, windows from there on up to 13x13."""
+    """The same of `hopper_backward_wide`: head_dim 32 or 64, windows from there on up to 13x13."""
     return (
         query.shape[-1] in (32, 64)
         and WIDEST < max(window) <= WIDEST_STREAMED
@@ -75,7 +75,8 @@ def within_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> bool
     batch, height = shape[:2]
     if max(batch, height // TILE + 1) > 65535:  # programs along an axis of the grid
         return False
-    return tiles_in_reach(shape, strides) >= REACH and all(step % 8 == 0 for stride in strides for step in stride[:-1])
+    wide = all(step % 8 == 0 for stride in strides for step in stride[:-1])
+    return wide and tiles_in_reach(shape, strides) >= MIN_REACH
 
 
 def tiles_in_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> int:
@@ -88,11 +89,11 @@ def tiles_in_reach(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> in
 
 
 def rows_of_next(window: int) -> dict[str, int]:
-    """The rows of keys beyond a tile's own eight, in two boxes: window − 1 in the middle, rounded up to what fits.
+    """The rows of keys beyond a tile's own eight, in two blocks: window − 1 in the middle, rounded up to what fits.
 
     Compile keys, so there are four of them for all windows.
     """
-    more, last = next(boxes for boxes in ((2, 0), (4, 0), (4, 2), (8, 0)) if window - 1 <= sum(boxes))
+    more, last = next(blocks for blocks in ((2, 0), (4, 0), (4, 2), (8, 0)) if window - 1 <= sum(blocks))
     return {"MORE": more, "LAST": last}
 
 
@@ -116,7 +117,7 @@ def strips_down(
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(
+def plan_strips(
     shape: Sequence[int],
     strides: Sequence[Sequence[int]],
     window: Sequence[int],
@@ -124,13 +125,13 @@ def plan(
     programs: Sequence[int] = (),
     length: int = 3,
     longest: int = LONGEST,
-    by_turns: int = 0,
+    stagger_up_to: int = 0,
 ) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
 
-    programs, length, longest: see `strips_down`; a kernel that has no programs takes one tile each. by_turns: the most
-    tiles of strips that `begin_by_turns`, of a kernel that has it. Cached, since it costs as much host time as the
-    launch itself.
+    programs, length, longest: see `strips_down`; a kernel that has no programs takes one tile each. stagger_up_to: the
+    most tiles of a strip whose programs `hopper_device.stagger`, of a kernel that does. Cached, since it costs as much
+    host time as the launch itself.
     """
     batch, height, width, heads, head_dim = shape
     tiles_x, (tiles, left) = -(-width // TILE), divmod(height, TILE)
@@ -145,10 +146,10 @@ def plan(
         # Strips that run at once are walked down and up by turns, so that neighbours read the rows that both need at
         # the same time. An even window is not the same upwards.
         integers.append(int(at_once and window[0] % 2))
-    if by_turns:
+    if stagger_up_to:
         # Programs of the rows that are left over have no second one to give way to.
         two = at_once and not left and multiprocessors < columns * whole <= 2 * multiprocessors
-        integers.append(multiprocessors if two and BY_TURNS <= tiles // whole <= by_turns else 2**31 - 1)
+        integers.append(multiprocessors if two and STAGGER_AT_LEAST <= tiles // whole <= stagger_up_to else 2**31 - 1)
     integers += window
     integers += [step // 8 for stride in strides for step in stride[:-1]]
     constants = {"D": head_dim, "num_warps": 4}

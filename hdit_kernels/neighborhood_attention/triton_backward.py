@@ -1,7 +1,7 @@
-"""Backward kernels of `na2d`: deterministic, by gathering; on Hopper, `hopper_backward` takes what it can.
+"""Portable backward kernels of `na2d`: deterministic, by gathering.
 
-dQ: a tile of queries walks its box of keys as in the forward, and leaves delta = sum(dout · out) − dlse for the second
-kernel. dK, dV: a tile of keys walks the box of queries whose windows reach it (the inverse window: at a border the
+dQ: a tile of queries walks its keys block by block as in the forward, and leaves delta = sum(dout · out) − dlse for the
+second kernel. dK, dV: a tile of keys walks the queries whose windows reach it (the inverse window: at a border the
 clamped windows of more queries end in the tile). Least traffic: q, k, v, out, dout read once, dq, dk, dv written once.
 """
 
@@ -11,88 +11,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention import hopper
-from hdit_kernels.neighborhood_attention.configs import Configure, dkdv_config, dq_config
-from hdit_kernels.neighborhood_attention.forward import (
-    LOG2_E,
-    aligned,
-    dense,
-    factor,
+from hdit_kernels.neighborhood_attention.buffers import aligned
+from hdit_kernels.neighborhood_attention.triton_configs import Configure, dkdv_config, dq_config, plan_tiles
+from hdit_kernels.neighborhood_attention.triton_device import (
+    as_operand,
+    first_query,
+    last_query,
+    mask_bias,
     offsets,
-    penalty,
-    plan,
+    pack,
     tile_of_program,
     token_at,
+    unpack,
     unsigned,
     window_start,
 )
 
 
-def na2d_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    add_k: None,
-    add_v: None,
-    out: Tensor,
-    stats: Tensor,
-    window: Sequence[int],
-    stride: Sequence[int] | None,
-    dilation: Sequence[int],
-    causal: Sequence[bool] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launcher: arguments as checked by `op.na2d`; add_k, add_v, stride and causal have their defaults on a GPU."""
-    dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    launch.run(*backward_launches(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale))
-    return dq, dk, dv, query.new_empty(0), query.new_empty(0)
-
-
-def backward_launches(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    window: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-) -> tuple[launch.Launch, launch.Launch]:
-    """The launches that write the gradients into dq, dk, dv, which share their strides (slices of one packed tensor,
-    say).
-    """
-    dout, query, key, value = dense(dout), dense(query), dense(key), dense(value)
-    dlse = None if dlse is None else dlse.contiguous()
-    if launch.gpu_family(query.device) == "hopper" and hopper.takes_backward(query, key, value, window, dilation):
-        from hdit_kernels.neighborhood_attention import hopper_backward
-
-        return hopper_backward.backward_launches(
-            dq, dk, dv, dout, dlse, query, key, value, out, stats, window, scale, scale * LOG2_E
-        )
-    tensors = (dout, query, key, value)
-    dq_launch, terms = portable_dq_launch(dq, *tensors, dlse, out, stats, window, dilation, scale)
-    if launch.gpu_family(query.device) == "hopper" and hopper.takes_dkdv_13(*tensors, window, dilation):
-        from hdit_kernels.neighborhood_attention import hopper_backward_13
-
-        dkdv_launch = hopper_backward_13.dkdv_launch(dk, dv, *tensors, terms, window, scale, scale * LOG2_E)
-    else:
-        dkdv_launch = portable_dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, scale)
-    return dq_launch, dkdv_launch
-
-
-def portable_dq_launch(
+def dq_launch(
     dq: Tensor,
     dout: Tensor,
     query: Tensor,
@@ -104,6 +44,7 @@ def portable_dq_launch(
     window: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    logit_scale: float,
     configure: Configure = dq_config,
 ) -> tuple[launch.Launch, Tensor]:
     """The launch that writes the query's gradient, of the kernel of this module; all but dq are dense.
@@ -112,14 +53,14 @@ def portable_dq_launch(
     and delta, two float32 that one load brings.
     """
     terms = torch.empty(stats.shape[1:], dtype=torch.int64, device=stats.device)
-    grid, integers, constants = _plan(configure, dq, dout, query, key, value, window, dilation)
+    grid, integers, constants = _plan_backward(configure, dq, dout, query, key, value, window, dilation)
     constants = constants | {"HAS_DLSE": dlse is not None, "PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms)
-    numbers = [scale, scale * LOG2_E, terms.numel(), *integers]
+    numbers = [scale, logit_scale, terms.numel(), *integers]
     return launch.Launch(_na2d_dq_kernel, grid, tensors, numbers, constants), terms
 
 
-def portable_dkdv_launch(
+def dkdv_launch(
     dk: Tensor,
     dv: Tensor,
     dout: Tensor,
@@ -131,17 +72,18 @@ def portable_dkdv_launch(
     window: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    logit_scale: float,
     configure: Configure = dkdv_config,
 ) -> launch.Launch:
-    """That which writes the gradients of key and value, dk and dv, with the terms of `portable_dq_launch`."""
-    grid, integers, constants = _plan(configure, dk, dout, query, key, value, window, dilation)
+    """That which writes the gradients of key and value, dk and dv, with the terms of `dq_launch`."""
+    grid, integers, constants = _plan_backward(configure, dk, dout, query, key, value, window, dilation)
     constants = constants | {"PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, terms, stats, dk, dv)
-    numbers = [scale, scale * LOG2_E, terms.numel(), *integers]
+    numbers = [scale, logit_scale, terms.numel(), *integers]
     return launch.Launch(_na2d_dkdv_kernel, grid, tensors, numbers, constants)
 
 
-def _plan(
+def _plan_backward(
     configure: Configure,
     gradient: Tensor,
     dout: Tensor,
@@ -154,20 +96,7 @@ def _plan(
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), gradient.stride())
     all_aligned = aligned(dout, query, key, value, gradient)
     family = launch.gpu_family(query.device)
-    return plan(configure, family, query.dtype, query.shape, strides, all_aligned, tuple(window), tuple(dilation))
-
-
-@triton.jit
-def pair(first, second):
-    """Two float32 in one 64-bit integer."""
-    low = first.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return (second.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low
-
-
-@triton.jit
-def unpair(both):
-    first, second = both.to(tl.uint32), (both >> 32).to(tl.uint32)
-    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+    return plan_tiles(configure, family, query.dtype, query.shape, strides, all_aligned, tuple(window), tuple(dilation))
 
 
 @launch.kernel
@@ -181,9 +110,11 @@ def _na2d_dq_kernel(
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
-    HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # Tiles, blocks, strides (o: dout; g: the gradient), stats, rows, images, VECTOR and WIDE: as of the forward kernel.
+    # dlse: [B, H, W, heads], read if HAS_DLSE. terms: [B, H, W, heads] of int64, written for the second kernel.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
@@ -198,76 +129,64 @@ def _na2d_dq_kernel(
     start_y, start_x = window_start(query_y, window_y, length_y), window_start(query_x, window_x, length_x)
 
     dim = tl.arange(0, BLOCK_D)
-    in_dim = (dim < HEAD_DIM)[None, :]
+    in_dim = (dim < D)[None, :]
     mask = is_query[:, None] & in_dim
     query_ptr = token_at(query_ptr, batch, head, row, column, q_b, q_h, q_w, q_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * q_h, dilation_x * q_w, VECTOR, WIDE)
-    q = factor(tl.load(query_ptr + at[:, None] + dim[None, :], mask=mask, other=0.0), PRECISION)
+    q = as_operand(tl.load(query_ptr + at[:, None] + dim[None, :], mask=mask, other=0.0), PRECISION)
     dout_ptr = token_at(dout_ptr, batch, head, row, column, o_b, o_h, o_w, o_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * o_h, dilation_x * o_w, VECTOR, WIDE)
     dout = tl.load(dout_ptr + at[:, None] + dim[None, :], mask=mask, other=0.0)
 
     token = (unsigned(batch) * height + row) * (unsigned(width) * heads) + (column * heads + head)
     at = offsets(tile_row, tile_column, unsigned(width) * dilation_y * heads, dilation_x * heads, 1, WIDE)
-    out = tl.load(out_ptr + token * HEAD_DIM + (at[:, None] * HEAD_DIM + dim[None, :]), mask=mask, other=0.0)
+    out = tl.load(out_ptr + token * D + (at[:, None] * D + dim[None, :]), mask=mask, other=0.0)
     maximum = tl.load(stats_ptr + token + at, mask=is_query, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    dout = factor(dout, PRECISION)
+    dout = as_operand(dout, PRECISION)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + token + at, mask=is_query, other=0.0)
     if query_ptr.dtype.element_ty == tl.float32:  # else the first statistic is their sum
         log_total = tl.load(stats_ptr + rows + token + at, mask=is_query, other=0.0)
-    tl.store(terms_ptr + token + at, pair(maximum, delta), mask=is_query)
+    tl.store(terms_ptr + token + at, pack(maximum, delta), mask=is_query)
 
     low_y, low_x = window_start(first_y, window_y, length_y), window_start(first_x, window_x, length_x)
     high_y = window_start(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + window_y
     high_x = window_start(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x) + window_x
-    box_row, box_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
-    key_ptr = token_at(key_ptr, batch, head, box_row, box_column, k_b, k_h, k_w, k_n, VECTOR)
-    value_ptr = token_at(value_ptr, batch, head, box_row, box_column, v_b, v_h, v_w, v_n, VECTOR)
-    in_box = tl.arange(0, BOX_Y * BOX_X)
-    box_y, box_x = in_box // BOX_X, in_box % BOX_X
-    k_at = offsets(box_y, box_x, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)[:, None] + dim[None, :]
-    v_at = offsets(box_y, box_x, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    block_row, block_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
+    key_ptr = token_at(key_ptr, batch, head, block_row, block_column, k_b, k_h, k_w, k_n, VECTOR)
+    value_ptr = token_at(value_ptr, batch, head, block_row, block_column, v_b, v_h, v_w, v_n, VECTOR)
+    in_block = tl.arange(0, BLOCK_Y * BLOCK_X)
+    block_y, block_x = in_block // BLOCK_X, in_block % BLOCK_X
+    k_at = offsets(block_y, block_x, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    v_at = offsets(block_y, block_x, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)[:, None] + dim[None, :]
 
     dq = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
-    for x in range(low_x, high_x, BOX_X):  # masked as in the forward
-        column_penalty = penalty((x + box_x)[None, :] - start_x[:, None], window_x)
-        first_row = start_y[:, None] - box_y[None, :]
-        end = tl.where(x + box_x < high_x, high_y - box_y, low_y)
+    for x in range(low_x, high_x, BLOCK_X):  # masked as in the forward
+        column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], window_x)
+        first_row = start_y[:, None] - block_y[None, :]
+        end = tl.where(x + block_x < high_x, high_y - block_y, low_y)
         k_ptr, v_ptr = key_ptr, value_ptr
-        for y in range(low_y, high_y, BOX_Y):
+        for y in range(low_y, high_y, BLOCK_Y):
             is_key = (y < end)[:, None] & in_dim
-            k = factor(tl.load(k_ptr + k_at, mask=is_key, other=0.0), PRECISION)
-            v = factor(tl.load(v_ptr + v_at, mask=is_key, other=0.0), PRECISION)
-            k_ptr += dilation_y * k_h * (BOX_Y * VECTOR)
-            v_ptr += dilation_y * v_h * (BOX_Y * VECTOR)
+            k = as_operand(tl.load(k_ptr + k_at, mask=is_key, other=0.0), PRECISION)
+            v = as_operand(tl.load(v_ptr + v_at, mask=is_key, other=0.0), PRECISION)
+            k_ptr += dilation_y * k_h * (BLOCK_Y * VECTOR)
+            v_ptr += dilation_y * v_h * (BLOCK_Y * VECTOR)
 
-            products = tl.dot(q, tl.trans(k), column_penalty + penalty(y - first_row, window_y), PRECISION)
+            products = tl.dot(q, tl.trans(k), column_bias + mask_bias(y - first_row, window_y), PRECISION)
             exponent = tl.math.fma(products, logit_scale, -maximum[:, None])
             if query_ptr.dtype.element_ty == tl.float32:
                 exponent -= log_total[:, None]
             dprobability = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             dlogits = tl.exp2(exponent) * (dprobability - delta[:, None])
-            dq = tl.dot(factor(dlogits.to(k.dtype), PRECISION), k, dq, PRECISION)
-        key_ptr += dilation_x * k_w * (BOX_X * VECTOR)
-        value_ptr += dilation_x * v_w * (BOX_X * VECTOR)
+            dq = tl.dot(as_operand(dlogits.to(k.dtype), PRECISION), k, dq, PRECISION)
+        key_ptr += dilation_x * k_w * (BLOCK_X * VECTOR)
+        value_ptr += dilation_x * v_w * (BLOCK_X * VECTOR)
 
     dq_ptr = token_at(dq_ptr, batch, head, row, column, g_b, g_h, g_w, g_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * g_h, dilation_x * g_w, VECTOR, WIDE)
     tl.store(dq_ptr + at[:, None] + dim[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def first_query(key, window):
-    """The first query whose window reaches the key, along one axis."""
-    return tl.where(key < window, 0, key - window + 1 + (window >> 1))
-
-
-@triton.jit
-def last_query(key, window, length):
-    """The last query whose window reaches the key: everyone clamped at the end sees the last `window` keys."""
-    return tl.where(key >= length - window, length - 1, key + (window >> 1))
 
 
 @launch.kernel
@@ -280,9 +199,11 @@ def _na2d_dkdv_kernel(
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # A program: TILE_Y x TILE_X keys of one head, with BLOCK_Y x BLOCK_X queries at a time. Arguments: as of the kernel
+    # above, whose terms it reads; dk and dv share the strides g.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
@@ -296,14 +217,14 @@ def _na2d_dkdv_kernel(
     is_key = (key_y < length_y) & (key_x < length_x)
 
     dim = tl.arange(0, BLOCK_D)
-    in_dim = (dim < HEAD_DIM)[None, :]
+    in_dim = (dim < D)[None, :]
     tile_mask = is_key[:, None] & in_dim
     key_ptr = token_at(key_ptr, batch, head, row, column, k_b, k_h, k_w, k_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)
-    k = factor(tl.load(key_ptr + at[:, None] + dim[None, :], mask=tile_mask, other=0.0), PRECISION)
+    k = as_operand(tl.load(key_ptr + at[:, None] + dim[None, :], mask=tile_mask, other=0.0), PRECISION)
     value_ptr = token_at(value_ptr, batch, head, row, column, v_b, v_h, v_w, v_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)
-    v = factor(tl.load(value_ptr + at[:, None] + dim[None, :], mask=tile_mask, other=0.0), PRECISION)
+    v = as_operand(tl.load(value_ptr + at[:, None] + dim[None, :], mask=tile_mask, other=0.0), PRECISION)
 
     # The queries that see a key are an interval on each axis, as the keys that a query sees.
     start_y, start_x = first_query(key_y, window_y), first_query(key_x, window_x)
@@ -312,49 +233,49 @@ def _na2d_dkdv_kernel(
     low_y, low_x = first_query(first_y, window_y), first_query(first_x, window_x)
     high_y = last_query(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + 1
     high_x = last_query(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x) + 1
-    box_row, box_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
-    query_ptr = token_at(query_ptr, batch, head, box_row, box_column, q_b, q_h, q_w, q_n, VECTOR)
-    dout_ptr = token_at(dout_ptr, batch, head, box_row, box_column, o_b, o_h, o_w, o_n, VECTOR)
-    token = (unsigned(batch) * height + box_row) * (unsigned(width) * heads) + (box_column * heads + head)
+    block_row, block_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
+    query_ptr = token_at(query_ptr, batch, head, block_row, block_column, q_b, q_h, q_w, q_n, VECTOR)
+    dout_ptr = token_at(dout_ptr, batch, head, block_row, block_column, o_b, o_h, o_w, o_n, VECTOR)
+    token = (unsigned(batch) * height + block_row) * (unsigned(width) * heads) + (block_column * heads + head)
     terms_ptr += token
     stats_ptr += rows + token
-    in_box = tl.arange(0, BOX_Y * BOX_X)
-    box_y, box_x = in_box // BOX_X, in_box % BOX_X
-    q_at = offsets(box_y, box_x, dilation_y * q_h, dilation_x * q_w, VECTOR, WIDE)[:, None] + dim[None, :]
-    o_at = offsets(box_y, box_x, dilation_y * o_h, dilation_x * o_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    in_block = tl.arange(0, BLOCK_Y * BLOCK_X)
+    block_y, block_x = in_block // BLOCK_X, in_block % BLOCK_X
+    q_at = offsets(block_y, block_x, dilation_y * q_h, dilation_x * q_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    o_at = offsets(block_y, block_x, dilation_y * o_h, dilation_x * o_w, VECTOR, WIDE)[:, None] + dim[None, :]
     step_y, step_x = unsigned(width) * dilation_y * heads, unsigned(heads) * dilation_x
 
     dk = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
     dv = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
-    for x in range(low_x, high_x, BOX_X):
-        column_penalty = penalty((x + box_x)[None, :] - start_x[:, None], count_x[:, None])
-        first_row = start_y[:, None] - box_y[None, :]
-        end = tl.where(x + box_x < high_x, high_y - box_y, low_y)
-        t_at = offsets(box_y, tl.minimum(box_x, high_x - x - 1), step_y, step_x, 1, WIDE)
+    for x in range(low_x, high_x, BLOCK_X):
+        column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], count_x[:, None])
+        first_row = start_y[:, None] - block_y[None, :]
+        end = tl.where(x + block_x < high_x, high_y - block_y, low_y)
+        t_at = offsets(block_y, tl.minimum(block_x, high_x - x - 1), step_y, step_x, 1, WIDE)
         q_ptr, o_ptr, t_ptr, s_ptr = query_ptr, dout_ptr, terms_ptr, stats_ptr
-        for y in range(low_y, high_y, BOX_Y):
+        for y in range(low_y, high_y, BLOCK_Y):
             mask = (y < end)[:, None] & in_dim
-            q = factor(tl.load(q_ptr + q_at, mask=mask, other=0.0), PRECISION)
-            dout = factor(tl.load(o_ptr + o_at, mask=mask, other=0.0), PRECISION)
-            maximum, delta = unpair(tl.load(t_ptr + t_at, mask=y + box_y < high_y, other=0))
+            q = as_operand(tl.load(q_ptr + q_at, mask=mask, other=0.0), PRECISION)
+            dout = as_operand(tl.load(o_ptr + o_at, mask=mask, other=0.0), PRECISION)
+            maximum, delta = unpack(tl.load(t_ptr + t_at, mask=y + block_y < high_y, other=0))
 
-            products = tl.dot(k, tl.trans(q), column_penalty + penalty(y - first_row, count_y[:, None]), PRECISION)
+            products = tl.dot(k, tl.trans(q), column_bias + mask_bias(y - first_row, count_y[:, None]), PRECISION)
             exponent = tl.math.fma(products, logit_scale, -maximum[None, :])
             if query_ptr.dtype.element_ty == tl.float32:
-                exponent -= tl.load(s_ptr + t_at, mask=y + box_y < high_y, other=0.0)[None, :]
+                exponent -= tl.load(s_ptr + t_at, mask=y + block_y < high_y, other=0.0)[None, :]
             probability = tl.exp2(exponent)
-            dv = tl.dot(factor(probability.to(dout.dtype), PRECISION), dout, dv, PRECISION)
+            dv = tl.dot(as_operand(probability.to(dout.dtype), PRECISION), dout, dv, PRECISION)
             dprobability = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             dlogits = probability * (dprobability - delta[None, :])
-            dk = tl.dot(factor(dlogits.to(q.dtype), PRECISION), q, dk, PRECISION)
-            q_ptr += dilation_y * q_h * (BOX_Y * VECTOR)
-            o_ptr += dilation_y * o_h * (BOX_Y * VECTOR)
-            t_ptr += step_y * BOX_Y
-            s_ptr += step_y * BOX_Y
-        query_ptr += dilation_x * q_w * (BOX_X * VECTOR)
-        dout_ptr += dilation_x * o_w * (BOX_X * VECTOR)
-        terms_ptr += step_x * BOX_X
-        stats_ptr += step_x * BOX_X
+            dk = tl.dot(as_operand(dlogits.to(q.dtype), PRECISION), q, dk, PRECISION)
+            q_ptr += dilation_y * q_h * (BLOCK_Y * VECTOR)
+            o_ptr += dilation_y * o_h * (BLOCK_Y * VECTOR)
+            t_ptr += step_y * BLOCK_Y
+            s_ptr += step_y * BLOCK_Y
+        query_ptr += dilation_x * q_w * (BLOCK_X * VECTOR)
+        dout_ptr += dilation_x * o_w * (BLOCK_X * VECTOR)
+        terms_ptr += step_x * BLOCK_X
+        stats_ptr += step_x * BLOCK_X
 
     dk_ptr = token_at(dk_ptr, batch, head, row, column, g_b, g_h, g_w, g_n, VECTOR)
     dv_ptr = token_at(dv_ptr, batch, head, row, column, g_b, g_h, g_w, g_n, VECTOR)

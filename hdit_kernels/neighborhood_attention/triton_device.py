@@ -1,0 +1,93 @@
+"""What the portable kernels of `na2d` call on the GPU: tiles, windows and their inverse, offsets, packed numbers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of_program(images, height, width, heads, tiles_x, dilation_y, dilation_x):
+    """batch, head, tile and dilation residue of this program, and the lengths of its sub-grid's axes."""
+    pid = tl.program_id(0).to(tl.uint32)  # unsigned division is cheaper
+    tile = pid // heads.to(tl.uint32)
+    head = pid - tile * heads  # neighbours in memory run side by side
+    tile_y = tile // tiles_x.to(tl.uint32)
+    tile_x = tile - tile_y * tiles_x
+    batch, residue_y, residue_x = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1), 0, 0
+    length_y, length_x = tl.where(batch < images, height, 0), width
+    if dilation_y * dilation_x > 1:
+        residue_x = batch % dilation_x
+        residue_y = batch // dilation_x % dilation_y
+        batch = batch // dilation_x // dilation_y
+        length_y = (length_y - residue_y + dilation_y - 1) // dilation_y
+        length_x = (width - residue_x + dilation_x - 1) // dilation_x
+    return (
+        batch, head.to(tl.int32), tile_y.to(tl.int32), tile_x.to(tl.int32), residue_y, residue_x, length_y, length_x
+    )  # fmt: skip
+
+
+@triton.jit
+def window_start(query, window, length):
+    return tl.minimum(tl.maximum(query - (window >> 1), 0), length - window)
+
+
+@triton.jit
+def mask_bias(offset, length):
+    """0 where 0 <= offset < length, else -inf. One comparison: a negative offset is a large unsigned number."""
+    return tl.where(offset.to(tl.uint32, bitcast=True) < length.to(tl.uint32, bitcast=True), 0.0, float("-inf"))
+
+
+@triton.jit
+def unsigned(number):
+    """A number that isn't negative in 64 bits, without the work that a sign makes in a product."""
+    return number.to(tl.uint32).to(tl.int64)
+
+
+@triton.jit
+def token_at(pointer, batch, head, y, x, stride_b, stride_h, stride_w, stride_n, VECTOR: tl.constexpr):
+    """Pointer to the first element of one token and head: scalars, 64 bits."""
+    offset = unsigned(batch) * stride_b + unsigned(head) * stride_n + unsigned(y) * stride_h + unsigned(x) * stride_w
+    return pointer + offset * VECTOR
+
+
+@triton.jit
+def as_operand(x, PRECISION: tl.constexpr):
+    """x as a as_operand of a product: for tf32 rounded to it, where the product would cut the bits off."""
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # NaN as it is
+    return x
+
+
+@triton.jit
+def offsets(y, x, step_y, step_x, VECTOR: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of the tokens (y, x) of a tile or block from its first one, in 32 bits unless the block spans more."""
+    if WIDE:
+        return (y.to(tl.int64) * step_y + x.to(tl.int64) * step_x) * VECTOR
+    return (y * step_y.to(tl.int32) + x * step_x.to(tl.int32)) * VECTOR
+
+
+@triton.jit
+def pack(first, second):
+    """Two float32 in one 64-bit integer."""
+    low = first.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return (second.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low
+
+
+@triton.jit
+def unpack(both):
+    first, second = both.to(tl.uint32), (both >> 32).to(tl.uint32)
+    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def first_query(key, window):
+    """The first query whose window reaches the key, along one axis."""
+    return tl.where(key < window, 0, key - window + 1 + (window >> 1))
+
+
+@triton.jit
+def last_query(key, window, length):
+    """The last query whose window reaches the key: everyone clamped at the end sees the last `window` keys."""
+    return tl.where(key >= length - window, length - 1, key + (window >> 1))

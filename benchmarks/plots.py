@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,8 @@ def pictures(run: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         models, attention = ([row for row in rows if row["family"] == name] for name in ("model", "attention"))
         if models:
             found["scaling"] = partial(scaling, run, models)
+            if time_panel(models):
+                found["time"] = partial(time, run, models)
         if reading.best(attention, reading.measure(attention)):
             found["attention"] = partial(attention_grids, run, attention)
     if run["kind"] == "kernels":
@@ -241,6 +243,26 @@ def scaling(run: dict[str, Any], rows: Sequence[Row]) -> Any:
         "and 2 deep, in front.",
         fontsize="small",
     )
+    return figure
+
+
+def time_panel(rows: Sequence[Row]) -> tuple[str, list[Curve]] | None:
+    """Of scaling_panels the forward pass's time, as (title, curves)."""
+    panels = scaling_panels(rows).items()
+    return next(((title, curves) for title, (_, curves) in panels if title.endswith("time, forward pass")), None)
+
+
+def time(run: dict[str, Any], rows: Sequence[Row]) -> Any:
+    """What a newcomer sees: the measured time of a forward pass against the image's size, and nothing extrapolated."""
+    found = time_panel(rows)
+    assert found is not None
+    title, curves = found
+    figure = _figure(7, 4)
+    (axes,) = figure.subplots(1, 1, squeeze=False).flat
+    sizes = sorted({size for one in curves for size, _ in one.measured})
+    _lines(axes, [replace(one, extrapolated=[], law=None) for one in curves], sizes, "image, pixels")
+    axes.set(title=f"{title} of one image\n{_machine(run)}", ylabel="seconds")
+    _annotate(axes, curves)
     return figure
 
 

@@ -275,7 +275,7 @@ def _front_table(records: Records) -> str:
         gain = word if word in UNDECIDED else f"{rival[which]['median'] / ours[which]['median']:.2f}x"
         times = [_time(ours, which), f"{_time(rival, which)} ({rival['contestant']})"]
         body.append([f"`{ours['operator']}` {_short(ours)}", ours["pass"], *times, gain])
-    head = ["operator and case", "pass", "ours", "fastest other", "as fast"]
+    head = ["operator and case", "pass", "ours", "fastest other", "times as fast"]
     return _joined([_table(head, body, left=2), _source(records, path, run)])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+WIDE = ("benchmarks.md", "kernel-log.md", "operators.md", "correctness.md", "benchmarks/SCHEMA.md")  # their tables
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/SCHEMA.md")
 LINK = re.compile(r"(\]\(|\b(?:src|href)=\")([^)\s\"#]+)")
 
@@ -54,5 +55,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     path = "README.md" if page.file.src_uri == "index.md" else page.file.src_uri
     return relinked(markdown, path if path in PAGES else f"docs/{path}")[0]

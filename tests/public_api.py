@@ -45,7 +45,7 @@ def _lines(name: str, found: griffe.Object | griffe.Alias) -> Iterator[str]:
             if member == "__call__" or not (member.startswith("_") or (inner.is_attribute and not inner.annotation)):
                 yield from _lines(f"{name}.{member}", inner)
     else:
-        yield f"{name}: {found.annotation or found.value}"
+        yield f"{name}: {found.annotation}" if found.annotation else name
 
 
 def _parameters(found: griffe.Object | griffe.Alias) -> str:

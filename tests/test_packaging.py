@@ -281,8 +281,9 @@ for package in (hdit, hdit_kernels):
     assert all(module.startswith("hdit_kernels.") for module, _ in found)
 
 
-def test_what_is_missing_names_its_extra(wheel: Path, tmp_path: Path) -> None:
+def test_a_wheel_says_what_there_is_and_what_is_missing(wheel: Path, tmp_path: Path) -> None:
     code = """
+import hdit.__main__
 x, sigmas = torch.zeros(1, 3, 8, 8), torch.tensor([1.0, 0.0])
 uses = {
     "tqdm": lambda: hdit.sampling.sample_euler(lambda x, sigma: x, x, sigmas, disable=False),
@@ -294,18 +295,14 @@ for package, use in uses.items():
         print(package, "was not asked for")
     except ModuleNotFoundError as error:
         print(error)
+hdit.__main__.main([])
 """
     (tmp_path / "model.safetensors").touch()
-    assert run_bare(code, wheel, tmp_path) == [
-        'tqdm is needed here: pip install "hdit-kernels[train]"',
-        'safetensors is needed here: pip install "hdit-kernels[train]"',
-    ]
-
-
-def test_a_wheel_says_what_there_is(wheel: Path, tmp_path: Path) -> None:
-    lines = run_bare("import hdit.__main__; hdit.__main__.main([])", wheel, tmp_path)
-    found = {line.split()[2] for line in lines if line.startswith("python -m ")}
-    assert found == {"hdit.demo", "hdit.train", "hdit.sample"}
+    tqdm, safetensors, *lines = run_bare(code, wheel, tmp_path)
+    assert tqdm == 'tqdm is needed here: pip install "hdit-kernels[train]"'
+    assert safetensors == 'safetensors is needed here: pip install "hdit-kernels[train]"'
+    programs = {line.split()[2] for line in lines if line.startswith("python -m ")}
+    assert programs == {"hdit.demo", "hdit.train", "hdit.sample"}
     assert f"torch   {torch.__version__}" in lines
 
 

@@ -1,8 +1,8 @@
 """README.md and the site's pages: what a reader copies runs, in the order in which it stands there.
 
 Python blocks run as they are, on the CPU, and print what they say. Shell commands run as they are but for their size:
-SMALLER is what each program gets beside its own arguments. `make` and `pip` are looked up, not run; benchmarks parse
-their arguments and measure nothing.
+SMALLER is what each program gets beside its own arguments. `make`, `pip` and what needs a GPU (pytest -m gpu) are
+looked up, not run; benchmarks parse their arguments and measure nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hdit import GlobalAttention, HDiTConfig, Level, Mapping
 from hdit.train import read_config
 from tests.documented_code import in_order
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CODE = [page for page in PAGES if in_order(page)]
 NOTEBOOK = "docs/benchmarks.md"  # its Python is run by tests/test_docs.py, with made-up measurements
 SMALL = HDiTConfig((Level(1, 16, attention=GlobalAttention(8)),), Mapping(1, 16), image_size=(16, 16))
@@ -80,6 +80,9 @@ def run_shell(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             kind = f"{module} --resume" if "--resume" in arguments else module
             program = importlib.import_module("hdit.__main__" if module == "hdit" else module)
             program.main([*arguments, *SMALLER.get(kind, "").split()])
+        case ["python", "-m", "pytest", *arguments]:  # tests/test_documented_lanes.py starts what stands in the text
+            given = set(arguments) & {"-m", "--record"}
+            assert given == {word for word in arguments if word.startswith("-")} and (ROOT / "tests").is_dir()
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
         case ["pip", "install", "." | "-e", *_] | ["pip", "install", str()] as words:

@@ -6,23 +6,19 @@ case's own dtype, and FLOOR in any case. Rounding is not judged more finely than
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks import timing
 from benchmarks.kernels import Case
 from benchmarks.peers import Implementation, Tensors
-from hdit_kernels import reference
+from hdit_kernels import testing
 
 # That of float32 is ten times DESIGN's 1e-6, room for peers that make float32 products of three tf32 ones.
-FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}
+FLOOR = testing.FLOOR | {torch.float32: 1e-5}
 OUT = "out"
 
 
@@ -49,14 +45,6 @@ class Truth:
     allowed: dict[str, float]
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖ in float64; infinite where found is not finite."""
-    found, wanted = found.detach().double(), wanted.detach().double()
-    norm, error = wanted.norm().item(), (found - wanted).norm().item()
-    ratio = error / norm if norm else error
-    return ratio if math.isfinite(ratio) else math.inf
-
-
 def truth(case: Case, device: torch.device, seed: int, function: Callable[..., Tensor] | None = None) -> Truth:
     """Draws a case's inputs and computes what its reference, or another function of them, gives.
 
@@ -67,7 +55,7 @@ def truth(case: Case, device: torch.device, seed: int, function: Callable[..., T
     function = function or case.reference
     tensors = case.inputs(device, seed)
     exact = {name: t.double() for name, t in tensors.items()}
-    with large_tiles(device):
+    with testing.large_tiles(device):
         with torch.no_grad():
             out = function(**exact)
         dout = (torch.randn_like(out) + out).to(case.dtype).contiguous()
@@ -75,9 +63,9 @@ def truth(case: Case, device: torch.device, seed: int, function: Callable[..., T
         del exact, out
         narrow = {name: t if name in case.frozen else t.to(case.dtype) for name, t in tensors.items()}
         try:
-            with plain():
+            with testing.plain():
                 found = _both_ways(case, function, narrow, dout)
-            errors = {name: relative_error(t, wanted[name]) for name, t in found.items()}
+            errors = {name: testing.relative_error(t, wanted[name]) for name, t in found.items()}
         except torch.OutOfMemoryError:
             errors = dict.fromkeys(wanted, 0.0)
     allowed = {name: max(2 * error, FLOOR[case.dtype]) for name, error in errors.items()}
@@ -91,29 +79,17 @@ def check(implementation: Implementation, truth: Truth) -> dict[str, Error]:
     def function(**inputs: Tensor) -> Tensor:
         return implementation.finish(implementation.function(**implementation.prepare(inputs)))
 
-    _poison(truth.wanted.values(), case.dtype)
+    testing.poison_freed_memory(truth.wanted.values(), case.dtype)
     found = _both_ways(case, function, tensors, truth.dout)
-    errors = {name: Error(relative_error(t, truth.wanted[name]), truth.allowed[name]) for name, t in found.items()}
+    errors = {
+        name: Error(testing.relative_error(t, truth.wanted[name]), truth.allowed[name]) for name, t in found.items()
+    }
     del found
-    _poison([truth.wanted[OUT]], case.dtype)
+    testing.poison_freed_memory([truth.wanted[OUT]], case.dtype)
     with torch.no_grad():
-        alone = relative_error(function(**tensors), truth.wanted[OUT])
+        alone = testing.relative_error(function(**tensors), truth.wanted[OUT])
     errors[OUT] = Error(max(errors[OUT].found, alone), errors[OUT].allowed)
     return errors
-
-
-@contextmanager
-def plain() -> Iterator[None]:
-    """Inside, hdit_kernels.reference computes in its inputs' own dtype: the error that plain PyTorch makes."""
-    with mock.patch.object(reference, "_widen", lambda tensor: tensor):
-        yield
-
-
-@contextmanager
-def large_tiles(device: torch.device) -> Iterator[None]:
-    """na2d's reference is a Python loop over tiles of queries: fewer and larger ones cost less time on a GPU."""
-    with mock.patch.object(reference, "TILE", 32 if device.type == "cuda" else reference.TILE):
-        yield
 
 
 def _both_ways(case: Case, function: Callable[..., Tensor], tensors: Tensors, dout: Tensor) -> Tensors:
@@ -124,10 +100,3 @@ def _both_ways(case: Case, function: Callable[..., Tensor], tensors: Tensors, do
     gradients = torch.autograd.grad(out, [leaves[name] for name in learned], dout.to(out.dtype))
     found = {f"{name}.grad": t for name, t in zip(learned, gradients, strict=True)}
     return {OUT: out.detach()} | found
-
-
-def _poison(shapes: Iterable[Tensor], dtype: torch.dtype) -> None:
-    """Frees buffers full of NaN: the caching allocator hands them out next, so that what stays unwritten shows."""
-    buffers = [torch.full(t.shape, math.nan, dtype=dtype, device=t.device) for t in shapes]
-    if buffers:
-        timing.synchronize(buffers[0].device)

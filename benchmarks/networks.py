@@ -37,7 +37,7 @@ from hdit import Denoiser, HDiT, HDiTConfig
 from hdit._runtime import autocast
 from hdit.ema import ema_update
 from hdit.recipe import Recipe, batch_loss
-from hdit_kernels import backend
+from hdit_kernels import backend, testing
 
 WEIGHT_STD = 0.02
 DIT_CHECKED = 128  # pixels: float64 attention keeps every score of every layer, at 256² more than 80 GB of DiT-XL's
@@ -194,7 +194,7 @@ def _check(networks: Sequence[Network], device: torch.device, backward: bool) ->
         cotangent = torch.randn(1, first.config.out_channels, side, side) if backward else None
     state = model.state_dict()
     wide = tuple(t.double() if t is not None and t.is_floating_point() else t for t in inputs)
-    with correctness.large_tiles(device):
+    with testing.large_tiles(device):
         wanted = _evaluate(copy.deepcopy(model).double(), wide, cotangent)
         with mock.patch.object(backend, "chosen", "reference"):
             plain = _errors(_evaluate(model, inputs, cotangent), wanted)

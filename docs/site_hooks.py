@@ -16,7 +16,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-WIDE = ("benchmarks.md", "kernel-log.md", "operators.md", "correctness.md", "benchmarks/SCHEMA.md")  # their tables
+WIDE = ("benchmarks.md", "kernel-log.md", "operators.md", "correctness.md", "CONTRIBUTING.md", "benchmarks/SCHEMA.md")
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/SCHEMA.md")
 LINK = re.compile(r"(\]\(|\b(?:src|href)=\")([^)\s\"#]+)")
 

@@ -33,6 +33,9 @@ from hdit_kernels import (
 )
 from hdit_kernels.registration import autocast_dtype
 
+# torch.compile(dynamic=True) makes an input of each Python float but literals, and compiles everything a second time
+# where an operator takes one. Hence the written-out eps, and the integers for a dropout of 0 and for norm_type.
+
 LINEAR_FORWARD = nn.Linear.forward
 AUGMENTATIONS = 9  # numbers that describe an augmentation (EDM, arXiv 2206.00364, appendix F.2)
 
@@ -92,7 +95,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.scale)
+        return rms_norm(x, self.scale, 1e-6)
 
 
 class MappingBlock(nn.Module):
@@ -100,7 +103,7 @@ class MappingBlock(nn.Module):
         super().__init__()
         self.norm = RMSNorm(width)
         self.up_proj = nn.Linear(width, 2 * d_ff, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout or 0)
         self.down_proj = zero_init(nn.Linear(d_ff, width, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +170,7 @@ class AdaRMSNorm(nn.Module):
         self.linear = zero_init(nn.Linear(cond_width, width, bias=False))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return ada_rms_norm(x, self.linear(cond))
+        return ada_rms_norm(x, self.linear(cond), 1e-6)
 
 
 def global_attention(qkv: Tensor) -> Tensor:
@@ -218,7 +221,7 @@ class SelfAttentionBlock(nn.Module):
         self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=False)
         self.scale = nn.Parameter(torch.full([self.heads], 10.0))
         self.pos_emb = AxialRoPE(self.heads, attention.head_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout or 0)
         self.out_proj = zero_init(nn.Linear(config.width, config.width, bias=False))
 
     def forward(self, x: Tensor, pos_y: Tensor, pos_x: Tensor, cond: Tensor) -> Tensor:
@@ -226,12 +229,13 @@ class SelfAttentionBlock(nn.Module):
         qkv = self.qkv_proj(self.norm(x, cond)).view(*x.shape[:3], 3, self.heads, kind.head_dim)
         theta_y, theta_x = self.pos_emb(pos_y, pos_x)
         if isinstance(kind, NeighborhoodAttention):
-            out = neighborhood_self_attention(qkv, self.scale, theta_y, theta_x, kind.kernel_size)
-        elif isinstance(kind, GlobalAttention):
-            out = global_attention(qk_norm_rope(qkv, self.scale, theta_y, theta_x))
+            out = neighborhood_self_attention(qkv, self.scale, theta_y, theta_x, kind.kernel_size, 1e-6)
         else:
-            qkv = qk_norm_rope(qkv, self.scale, theta_y, theta_x)
-            out = shifted_window_attention(qkv, kind.window_size, kind.window_size // 2 if self.shifted else 0)
+            qkv = qk_norm_rope(qkv, self.scale, theta_y, theta_x, 1e-6)
+            if isinstance(kind, GlobalAttention):
+                out = global_attention(qkv)
+            else:
+                out = shifted_window_attention(qkv, kind.window_size, kind.window_size // 2 if self.shifted else 0)
         return x + self.out_proj(self.dropout(out.flatten(-2)))
 
 
@@ -240,7 +244,7 @@ class FeedForwardBlock(nn.Module):
         super().__init__()
         self.norm = AdaRMSNorm(config.width, cond_width)
         self.up_proj = nn.Linear(config.width, 2 * config.d_ff, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout or 0)
         self.down_proj = zero_init(nn.Linear(config.d_ff, config.width, bias=False))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -356,7 +360,7 @@ class HDiT(nn.Module):
         self.time_in_proj = nn.Linear(width, width, bias=False)
         self.aug_emb = FourierFeatures(AUGMENTATIONS, width)
         self.aug_in_proj = nn.Linear(width, width, bias=False)
-        self.class_emb = nn.Embedding(config.num_classes, width) if config.num_classes else None
+        self.class_emb = nn.Embedding(config.num_classes, width, norm_type=2) if config.num_classes else None
         extra = config.mapping_cond_dim
         self.mapping_cond_in_proj = nn.Linear(extra, width, bias=False) if extra else None
         self.mapping = MappingNetwork(config.mapping)

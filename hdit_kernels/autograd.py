@@ -5,6 +5,9 @@ kernel, through `Gradients` where the gradient may be differentiated again (crea
 `Gradients` runs the same kernel, and its own backward differentiates the plain PyTorch reference, twice: rarely needed,
 so no kernel is written for it, and its memory is that of the reference under autograd. Both define setup_context and a
 vmap rule, so torch.func.grad, vjp, jacrev, vmap and their compositions work. Forward mode is refused.
+
+torch.compile sees each as one call (allow_in_graph), which AOTAutograd traces into and the backend "eager" runs. An
+autograd.Function that Dynamo itself takes apart has no derivative beyond the first, and nothing would say so.
 """
 
 from __future__ import annotations
@@ -16,9 +19,19 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import Function, forward_ad
-from torch.compiler import is_dynamo_compiling
 
 Tensors = tuple[Tensor | None, ...]
+
+
+class _ReverseMode(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise NotImplementedError(
+            "hdit_kernels: no derivatives in forward mode (torch.func.jvp, jacfwd, hessian); use reverse mode instead: "
+            "vjp, jacrev, and jacrev of jacrev"
+        )
 
 
 def differentiable(
@@ -44,10 +57,8 @@ def differentiable(
     """
     count = inputs + constants
 
-    class Gradients(Function):
+    class Gradients(_ReverseMode):
         """cotangents, tensors, saved -> the gradients that are not None."""
-
-        generate_vmap_rule = True
 
         @staticmethod
         def forward(settings: tuple[Any, ...], needed: tuple[bool, ...], outputs: int, *tensors: Tensor | None) -> Any:
@@ -68,9 +79,7 @@ def differentiable(
             )
             return None, None, None, *found, *none_left
 
-    class Forward(Function):
-        generate_vmap_rule = True
-
+    class Forward(_ReverseMode):
         @staticmethod
         def forward(*arguments: Any) -> Any:
             return tuple(forward(*arguments, True)) if extras else forward(*arguments)
@@ -91,8 +100,8 @@ def differentiable(
             if all([cotangent is None for cotangent in cotangents]):
                 return tuple(found)
             if any(needed):
-                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                    gradients = iter(apply(eager_gradients, settings, needed, outputs, *cotangents, *tensors))
+                if torch.is_grad_enabled():
+                    gradients = iter(differentiable_gradients(settings, needed, outputs, *cotangents, *tensors))
                     for i, needs in enumerate(needed):
                         if needs and tensors[i] is not None:
                             found[i] = next(gradients)
@@ -102,14 +111,13 @@ def differentiable(
                 found[passed_on] = cotangents[0]
             return tuple(found)
 
-    eager_gradients, eager_forward = _without_forward_mode(Gradients), _without_forward_mode(Forward)
-
     def with_gradients(*arguments: Any) -> Any:
-        if is_dynamo_compiling():
-            if _gradient_levels():  # torch.compile takes an argument of torch.func.grad itself for one without gradient
-                arguments = (*[t if t is None else t.view_as(t) for t in arguments[:inputs]], *arguments[inputs:])
-            return Forward.apply(*arguments)
-        return apply(eager_forward, *arguments)
+        return apply(Forward, *arguments)
+
+    def differentiable_gradients(*arguments: Any) -> Any:
+        return apply(Gradients, *arguments)
+
+    torch.compiler.allow_in_graph([with_gradients, differentiable_gradients])
 
     def call(*arguments: Any) -> Any:
         if _never_needs_grad():
@@ -146,14 +154,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     Forward mode has to as well, to say that there are no such derivatives, where an operator would drop the tangents;
     and functorch's transforms, whose wrapped tensors don't tell.
     """
-    if is_dynamo_compiling():
-        levels = _gradient_levels()
-        if levels > 1:
-            raise NotImplementedError(
-                "hdit_kernels: torch.compile takes no derivative of a derivative; leave it out of the compiled part"
-            )
-        if levels:
-            return True
     if _are_functorch_transforms_active():
         return True
     if torch.is_grad_enabled():
@@ -163,27 +163,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     return False
-
-
-@torch.compiler.assume_constant_result
-def _gradient_levels() -> int:
-    """How many of torch.func's gradients are being taken, one inside the other, which torch.compile's tensors don't
-    tell. It would be silently wrong about more than one: what an autograd.Function saves has no gradient there.
-    """
-    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
-    return kinds.count(torch._C._functorch.TransformType.Grad)
-
-
-def _without_forward_mode(function: Any) -> Any:
-    """The same Function, with an error of its own in forward mode. torch.compile takes none that has a jvp."""
-
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        raise NotImplementedError(
-            "hdit_kernels: no derivatives in forward mode (torch.func.jvp, jacfwd, hessian); use reverse mode instead: "
-            "vjp, jacrev, and jacrev of jacrev"
-        )
-
-    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 
 
 def _second_order(

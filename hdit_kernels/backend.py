@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def triton_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def check_kernels_run(*tensors: Tensor) -> None:
+def check_kernels_run(tensors: Sequence[Tensor]) -> None:
     """RuntimeError, naming the backend "triton", where no kernel can take these tensors."""
     expected = 'the backend "triton" (HDIT_KERNELS_BACKEND or set_backend): expected'
     if not triton_available():

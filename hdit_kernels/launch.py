@@ -45,7 +45,6 @@ class Launch(NamedTuple):
     def by_triton(self) -> Any:
         return self.function[self.grid](*self.tensors, *self.numbers, **self.constants)
 
-    @property
     def key(self) -> tuple[Any, ...]:
         """What decides about the binary, where tensors are at multiples of 16 bytes."""
         dtypes = [tensor.dtype for tensor in self.tensors]
@@ -70,7 +69,7 @@ def run(*launches: Launch) -> None:
         if unaligned or torch.version.hip is not None:  # so rare that Triton may look for it
             each.by_triton()
             continue
-        key = each.key
+        key = each.key()
         found = _compiled.get(key)
         if found is not None:
             compiled, values = found
@@ -91,7 +90,7 @@ def _compile(launches: Sequence[Launch]) -> None:
     """Compiles kernels at the same time, since most of what that takes is outside Python. Launching them then finds
     them.
     """
-    functions = [each for each in launches if isinstance(each.function, JITFunction) and each.key not in _compiled]
+    functions = [each for each in launches if isinstance(each.function, JITFunction) and each.key() not in _compiled]
     if len(functions) < 2:
         return
     for each in functions:

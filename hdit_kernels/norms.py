@@ -29,11 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
     Source: Zhang & Sennrich 2019, arXiv:1910.07467; HDiT section 4.
     """
-    checks.floating(x=x, weight=weight)
-    if x.ndim < 1 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected shape [..., C] with C at least 1, got {list(x.shape)}")
-    checks.shape("weight", weight, x.shape[-1:])
-    return _rms_norm(x, weight, checks.eps(eps))
+    return _rms_norm(x, weight, _check_rms_norm(x, weight, eps))
 
 
 def ada_rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -54,9 +50,7 @@ def ada_rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
 
     Source: HDiT section 4 (the conditioning enters as the norm's scale).
     """
-    checks.floating(x=x, scale=scale)
-    _check_per_sample(x, scale=scale)
-    return _ada_rms_norm(x, scale, checks.eps(eps))
+    return _ada_rms_norm(x, scale, _check_ada_rms_norm(x, scale, eps))
 
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -77,9 +71,7 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
 
     Source: adaLN of DiT, Peebles & Xie 2023, arXiv:2212.09748, section 3.2.
     """
-    checks.floating(x=x, shift=shift, scale=scale)
-    _check_per_sample(x, shift=shift, scale=scale)
-    return _ada_layer_norm(x, shift, scale, checks.eps(eps))
+    return _ada_layer_norm(x, shift, scale, _check_ada_layer_norm(x, shift, scale, eps))
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -100,13 +92,41 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Source: adaLN-Zero of DiT, Peebles & Xie 2023, arXiv:2212.09748, section 3.2.
     """
-    checks.floating(x=x, y=y, gate=gate)
-    _check_per_sample(x, gate=gate)
-    checks.shape("y", y, x.shape)
+    _check_gated_residual(x, y, gate)
     return _gated_residual(x, y, gate)
 
 
+@checks.remembered
+def _check_rms_norm(x: Tensor, weight: Tensor, eps: float) -> float:
+    """Returns eps, as do the others that have one."""
+    checks.floating(x=x, weight=weight)
+    if x.ndim < 1 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape [..., C] with C at least 1, got {list(x.shape)}")
+    checks.shape("weight", weight, x.shape[-1:])
+    return checks.eps(eps)
+
+
+@checks.remembered
+def _check_ada_rms_norm(x: Tensor, scale: Tensor, eps: float) -> float:
+    _check_per_sample(x, scale=scale)
+    return checks.eps(eps)
+
+
+@checks.remembered
+def _check_ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> float:
+    _check_per_sample(x, shift=shift, scale=scale)
+    return checks.eps(eps)
+
+
+@checks.remembered
+def _check_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> None:
+    checks.floating(x=x, y=y, gate=gate)
+    _check_per_sample(x, gate=gate)
+    checks.shape("y", y, x.shape)
+
+
 def _check_per_sample(x: Tensor, **parameters: Tensor) -> None:
+    checks.floating(x=x, **parameters)
     if x.ndim < 2 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape [B, ..., C] with C at least 1, got {list(x.shape)}")
     for name, tensor in parameters.items():

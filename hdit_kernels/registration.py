@@ -62,31 +62,23 @@ def define(
     def elsewhere(*args: Any) -> Any:
         if backend.chosen != "triton" or args[0].numel() == 0:
             return by_reference(*args)
-        backend.check_kernels_run(*given(args))
+        backend.check_kernels_run([args[position] for position in tensors if args[position] is not None])
         return load()(*args)  # in Triton's interpreter
 
     def on_gpu(*args: Any) -> Any:
         if backend.chosen == "reference" or args[0].numel() == 0:  # an empty batch: nothing to launch, its sums are 0
             return by_reference(*args)
-        if not backend.triton_available() or has_float64(args):
-            if backend.chosen == "triton":
-                backend.check_kernels_run(*given(args))
-            return by_reference(*args)
+        if not backend.triton_available():
+            return elsewhere(*args)
+        for position in tensors:
+            argument = args[position]
+            if argument is not None and argument.dtype is torch.float64:
+                return elsewhere(*args)
         device = args[0].device.index
         if device != torch.cuda.current_device():  # a Triton launch goes to the current device
             with torch.cuda.device(device):
                 return load()(*args)
         return load()(*args)
-
-    def has_float64(args: Any) -> bool:
-        for position in tensors:
-            argument = args[position]
-            if argument is not None and argument.dtype is torch.float64:
-                return True
-        return False
-
-    def given(args: Any) -> list[Tensor]:
-        return [args[position] for position in tensors if args[position] is not None]
 
     LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
     LIBRARY.impl(name, on_gpu, "CUDA")

@@ -18,7 +18,7 @@ import torch
 import torch._inductor.config
 
 from benchmarks import results
-from hdit_kernels import reference
+from hdit_kernels import testing
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -131,6 +131,6 @@ def generator(seed: int) -> torch.Generator:
 
 
 @pytest.fixture
-def few_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference of na2d is a Python loop over tiles: fewer and larger ones cost less time on a GPU."""
-    monkeypatch.setattr(reference, "TILE", 32)
+def few_large_tiles() -> Iterator[None]:
+    with testing.large_tiles(torch.device("cuda")):
+        yield

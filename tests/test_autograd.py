@@ -275,15 +275,71 @@ def test_vmap_over_nothing(seed: int) -> None:
     assert [g.shape for g in found] == [(0, 3, 6), (0, 6)]
 
 
-def test_a_compiled_derivative_of_a_derivative_is_refused(seed: int) -> None:
-    """torch.compile would drop what goes through an autograd.Function's saved tensors, in silence."""
+# torch.compile
+
+
+def compiled(function: Callable[..., Any], backend: str = "eager", fullgraph: bool = True) -> Callable[..., Any]:
+    torch.compiler.reset()
+    return torch.compile(function, backend=backend, fullgraph=fullgraph)
+
+
+@each_operation
+def test_second_derivatives_of_a_compiled_part(name: str, seed: int) -> None:
+    operation, tensors = OPERATIONS[name], drawn(name)
+    found = tower(compiled(operation.call), tensors, 2)
+    for order, wanted in zip(found, tower(operation.plain, tensors, 2), strict=True):
+        close(order, wanted)
+
+
+def second(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """The gradient of a gradient's square, for an input that goes round the function."""
+
+    def of(x: Tensor) -> Tensor:
+        first = torch.func.grad(lambda x: (x[:, :3] + function(x)).square().sum())
+        return torch.func.grad(lambda x: first(x).square().sum())(x)
+
+    return of
+
+
+def second_by_autograd(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad((x[:, :3] + function(x)).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_second_derivatives_inside_and_around_a_compiled_part(backend: str, seed: int) -> None:
     x = torch.randn(2, 6, dtype=torch.float64)
-    first = torch.func.grad(lambda x: (x[:, :3] + hdit_kernels.geglu(x)).square().sum())
-    compiled = torch.compile(first, backend="eager", fullgraph=True)
-    close(compiled(x), first(x))
-    second = torch.func.grad(lambda x: first(x).square().sum())
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(second, backend="eager", fullgraph=True)(x)
+    wanted = second(reference.geglu)(x)
+    close(compiled(second(hdit_kernels.geglu), backend)(x), wanted)
+    close(second(compiled(hdit_kernels.geglu, backend, fullgraph=False))(x), wanted)
+
+
+def test_second_derivatives_across_a_break(seed: int) -> None:
+    """Dynamo goes on at torch.autograd.grad, and then meets the backward passes as frames of their own."""
+    x = torch.randn(2, 6, dtype=torch.float64)
+    found = compiled(lambda x: second_by_autograd(hdit_kernels.geglu, x), fullgraph=False)(x)
+    close(found, second_by_autograd(reference.geglu, x))
+
+
+def test_aot_autograd_refuses_a_second_derivative(seed: int) -> None:
+    x = torch.randn(2, 6, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        second_by_autograd(compiled(hdit_kernels.geglu, "aot_eager"), x)
+
+
+def test_a_compiled_part_has_no_forward_mode(seed: int) -> None:
+    x = torch.randn(2, 6)
+    with pytest.raises(Exception, match="hdit_kernels: no derivatives in forward mode"):
+        compiled(lambda x: torch.func.jvp(hdit_kernels.geglu, (x,), (x,)))(x)
+
+
+def test_a_compiled_operator_takes_a_tensor_in_several_places(seed: int) -> None:
+    x = torch.randn(1, 5, 4, 2, 8, dtype=torch.float64, requires_grad=True)
+    found = compiled(lambda x: hdit_kernels.na2d(x, x, x, 3))(x)
+    wanted = reference.na2d(x, x, x, (3, 3))[0]
+    close(found, wanted)
+    close(torch.autograd.grad(found.square().sum(), x), torch.autograd.grad(wanted.square().sum(), x))
 
 
 # What an ordinary backward pass costs

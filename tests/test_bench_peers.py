@@ -35,7 +35,7 @@ from benchmarks.peers import (
     quack,
 )
 from benchmarks.peers import natten as natten_peer
-from hdit_kernels import reference
+from hdit_kernels import reference, testing
 
 CPU = torch.device("cpu")
 CASES = {case.name: case for case in all_cases()}
@@ -91,7 +91,7 @@ def test_sdpa_and_what_is_timed_of_it(seed: int) -> None:
     logits = torch.einsum("bijhd,bklhd->bhijkl", *leaves[:2]) * 8**-0.5
     wanted = torch.einsum("bhijkl,bklhd->bijhd", logits.flatten(4).softmax(-1).view_as(logits), leaves[2])
     finished = entry.implementation.finish(out)
-    assert finished.shape == case.shapes["query"] and correctness.relative_error(finished, wanted) < 1e-6
+    assert finished.shape == case.shapes["query"] and testing.relative_error(finished, wanted) < 1e-6
 
     for direction in ("backward", "forward+backward"):
         found = calls.prepared(direction)()
@@ -99,7 +99,7 @@ def test_sdpa_and_what_is_timed_of_it(seed: int) -> None:
         dout = entry.implementation.finish(calls.dout).double()
         gradients = torch.autograd.grad(wanted, leaves, dout, retain_graph=True)
         expected = entry.implementation.prepare(dict(zip(inputs, gradients, strict=True))).values()
-        assert all(correctness.relative_error(a, b) < 1e-6 for a, b in zip(found, expected, strict=True)), direction
+        assert all(testing.relative_error(a, b) < 1e-6 for a, b in zip(found, expected, strict=True)), direction
 
 
 def test_compiled_computes_every_small_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_flex_computes_the_case(seed: int) -> None:
     mask = flex.block_mask(19, 37, 5, 2, CPU)
     out = flex.from_tiles(flex_attention(**flex.prepare(tensors), block_mask=mask), 19, 37)
     wanted = case.reference(**{name: t.double() for name, t in tensors.items()})
-    assert correctness.relative_error(out, wanted) < 1e-6
+    assert testing.relative_error(out, wanted) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -209,7 +209,7 @@ def test_flex_after_norm_and_rotation(seed: int) -> None:
     tensors = case.inputs(CPU, seed)
     out = flex.self_attention(**tensors, block_mask=flex.block_mask(19, 37, 5, 1, CPU))
     wanted = case.reference(**{name: t.double() for name, t in tensors.items()})
-    assert correctness.relative_error(out, wanted) < 1e-5
+    assert testing.relative_error(out, wanted) < 1e-5
 
 
 # NATTEN

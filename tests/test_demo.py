@@ -171,4 +171,5 @@ def test_says_nothing_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_digits_on_the_gpu(tmp_path: Path) -> None:
-    assert digits_demo(tmp_path, ON_GPU, torch.device("cuda")) >= 0.8
+    """In 400 of its 2,000 steps, since the host's time for each is most of the GPU suite's."""
+    assert digits_demo(tmp_path, replace(ON_GPU, steps=400), torch.device("cuda")) >= 0.8

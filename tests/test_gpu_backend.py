@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hdit_kernels import get_backend, launch, na2d, neighborhood_self_attention, reference, set_backend
-from tests.accuracy import FLOOR, relative_error
+from hdit_kernels.testing import FLOOR, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("few_large_tiles")]
 

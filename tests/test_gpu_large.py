@@ -13,7 +13,7 @@ import torch
 
 import hdit_kernels
 from hdit_kernels import reference
-from tests.accuracy import FLOOR, Pool, relative_error
+from hdit_kernels.testing import FLOOR, Pool, relative_error
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,8 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hdit_kernels import reference
-from tests import accuracy
+from hdit_kernels import reference, testing
 from tests.cases import Case, Generator
 from tests.cases.neighborhood_attention import na2d_strips
 
@@ -42,15 +41,10 @@ OPERATORS = _operators()
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned() -> Iterator[None]:
     """Every buffer that a launcher allocates starts as NaN."""
-    allocate = torch.Tensor.new_empty
-
-    def poison(self, *args, **kwargs):
-        buffer = allocate(self, *args, **kwargs)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+    with testing.poisoned():
+        yield
 
 
 def on_gpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,7 +88,7 @@ def beside_references(
     outputs, gradients, cotangents = run(case, case.call, tensors, None)
     exact = {name: t.double() for name, t in tensors.items()}
     wanted, wanted_gradients, _ = run(case, case.reference, exact, cotangents)
-    with accuracy.plain():
+    with testing.plain():
         plain, plain_gradients, _ = run(case, case.reference, plain_inputs(case, tensors, dtype), cotangents)
     found = {f"out{i}": triple for i, triple in enumerate(zip(outputs, wanted, plain, strict=True))}
     for name, gradient in gradients.items():
@@ -108,21 +102,21 @@ def check_random_cases(operator: str, generate: Generator, kind: str, seed: int,
     dtype, mixed = KINDS[kind]
     sizes, values = random.Random(f"{operator} {kind} {seed}"), torch.Generator().manual_seed(seed)
     worst: tuple[float, float, str, str] = (0.0, 0.0, "", "")  # error over its limit, error, tensor, case
-    pools: dict[str, tuple[accuracy.Pool, accuracy.Pool]] = {}
+    pools: dict[str, tuple[testing.Pool, testing.Pool]] = {}
     for _ in range(CASES):
         case = generate(sizes, values, dtype, mixed)
         tensors = on_gpu(case.tensors)
         for name, (result, want, simple) in beside_references(case, tensors, dtype).items():
             if name.removeprefix("d") in case.pooled:
-                ours, theirs = pools.setdefault(name, (accuracy.Pool(), accuracy.Pool()))
+                ours, theirs = pools.setdefault(name, (testing.Pool(), testing.Pool()))
                 ours.add(result, want)
                 theirs.add(simple, want)
                 continue
-            error = accuracy.relative_error(result, want)
-            limit = accuracy.allowed(dtype, accuracy.relative_error(simple, want))
+            error = testing.relative_error(result, want)
+            limit = testing.allowed(dtype, testing.relative_error(simple, want))
             worst = max(worst, (error / limit, error, name, case.description))
     for name, (ours, theirs) in pools.items():
-        limit = accuracy.allowed(dtype, theirs.relative)
+        limit = testing.allowed(dtype, theirs.relative)
         worst = max(worst, (ours.relative / limit, ours.relative, name, "pooled over the cases"))
     ratio, error, tensor, where = worst
     seen = dict(cases=CASES, worst_ratio=min(ratio, 1e9), error=min(error, 1e9), worst_tensor=tensor, case=where)
@@ -285,7 +279,7 @@ def test_float64_takes_the_reference(seed: int) -> None:
             *zip(outputs, wanted, strict=True),
             *((gradients[n], wanted_gradients[n]) for n in gradients),
         ]:
-            assert accuracy.relative_error(found, want) <= accuracy.FLOOR[torch.float64], operator
+            assert testing.relative_error(found, want) <= testing.FLOOR[torch.float64], operator
 
 
 def test_tf32_only_when_torch_allows_it(seed: int) -> None:
@@ -298,9 +292,9 @@ def test_tf32_only_when_torch_allows_it(seed: int) -> None:
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "ieee"
-        exact = accuracy.relative_error(na2d(query, key, value, 7), wanted)
+        exact = testing.relative_error(na2d(query, key, value, 7), wanted)
         matmul.fp32_precision = "tf32"
-        coarse = accuracy.relative_error(na2d(query, key, value, 7), wanted)
+        coarse = testing.relative_error(na2d(query, key, value, 7), wanted)
     finally:
         matmul.fp32_precision = before
     assert exact < 2e-6 and 1e-5 < coarse < 3e-3

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import hdit_kernels
-from hdit_kernels import reference
-from tests import accuracy
+from hdit_kernels import reference, testing
 from tests.cases import Case
 from tests.test_gpu_operators import beside_references
 
@@ -90,7 +89,7 @@ def test_real_shapes(shape: str, seed: int, record) -> None:
     this = SHAPES[shape]()
     ratios = {}
     for name, (result, want, simple) in beside_references(this, this.tensors, torch.bfloat16).items():
-        limit = accuracy.allowed(torch.bfloat16, accuracy.relative_error(simple, want))
-        ratios[name] = min(accuracy.relative_error(result, want) / limit, 1e9)
+        limit = testing.allowed(torch.bfloat16, testing.relative_error(simple, want))
+        ratios[name] = min(testing.relative_error(result, want) / limit, 1e9)
     record("real_shapes", shape, "mixed", dict(shape=list(next(iter(this.tensors.values())).shape), ratios=ratios))
     assert max(ratios.values()) <= 1.0, ratios

@@ -196,8 +196,8 @@ def test_the_second_program_of_a_multiprocessor_begins_late(shape: tuple[int, ..
     [
         ({}, "forward backward"),
         ({"window": (9, 3)}, "forward backward"),
-        ({"window": (10, 3)}, "dkdv_wide"),
-        ({"window": (3, 13)}, "dkdv_wide"),
+        ({"window": (10, 3)}, "backward_wide"),
+        ({"window": (3, 13)}, "backward_wide"),
         ({"window": (14, 3)}, ""),
         ({"window": (3, 3), "dilation": (1, 2)}, ""),
         ({"dtype": torch.float32}, ""),
@@ -218,10 +218,10 @@ def test_takes(change: dict, takes: str) -> None:
     storage = torch.zeros(settings["offset"] + 14 * 14 * 2 * (dim + settings["gap"]), dtype=settings["dtype"])
     grid = storage[settings["offset"] :].view(1, 14, 14, 2, -1)[..., :dim]
     found = []
-    for kernel in ("forward", "backward", "dkdv_wide"):
-        tensors = (grid,) * (4 if kernel == "dkdv_wide" else 3)
-        if getattr(hopper_plan, f"takes_{kernel}")(*tensors, settings["window"], settings["dilation"]):
-            found.append(kernel)
+    for kernel in ("FORWARD", "BACKWARD", "BACKWARD_WIDE"):
+        tensors = (grid,) * (4 if kernel == "BACKWARD_WIDE" else 3)
+        if hopper_plan.takes(getattr(hopper_plan, kernel), tensors, settings["window"], settings["dilation"]):
+            found.append(kernel.lower())
     assert " ".join(found) == takes
 
 
@@ -246,5 +246,5 @@ def test_other_versions_of_triton_take_the_portable_kernels(monkeypatch: pytest.
     for version, known in (("3.5.1", False), ("3.6.0", True), ("3.7.1", True), ("3.60.0", False)):
         monkeypatch.setattr("triton.__version__", version)
         hopper_plan.gluon_known.cache_clear()
-        assert hopper_plan.takes_forward(grid, grid, grid, (7, 7), (1, 1)) is known
+        assert hopper_plan.takes(hopper_plan.FORWARD, (grid,) * 3, (7, 7), (1, 1)) is known
     hopper_plan.gluon_known.cache_clear()

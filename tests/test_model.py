@@ -29,7 +29,7 @@ from hdit import (
     NoAttention,
     ShiftedWindowAttention,
 )
-from hdit.model import AxialRoPE, FourierFeatures, axial_positions, halve
+from hdit.model import AxialRoPE, FourierFeatures, TransformerLayer, axial_positions, halve
 from tests import golden_files
 
 MODELS = ["A", "B", "F"]
@@ -380,17 +380,31 @@ def light() -> HDiTConfig:
 
 
 def test_one_graph_for_all_sizes(seed: int) -> None:
-    """Also where a default device is set, which runs everything under a torch function mode."""
+    """Also where a default device is set, which runs everything under a torch function mode.
+
+    dynamic=True makes inputs of Python floats, too, and where an operator takes one, all is compiled a second time.
+    """
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("aot_eager")
     with torch.device("cpu"), torch.no_grad():
         model = make(light()).eval()
-        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
         for batch, height, width in ((2, 32, 48), (3, 48, 64), (4, 64, 32)):
             args = arguments(tiny(image_size=(height, width)), batch)
             for name, dims in (("x", (0, 2, 3)), ("sigma", 0), ("class_cond", 0)):
                 torch._dynamo.mark_dynamic(args[name], dims)
             torch.testing.assert_close(compiled(**args), model(**args))
+    assert counter.frame_count == 1
+
+
+def test_neighborhood_attention_compiles_once(seed: int) -> None:
+    torch.compiler.reset()
+    config, counter = Level(1, 16, 16, NeighborhoodAttention(8, 3)), CompileCounterWithBackend("aot_eager")
+    layer = torch.compile(TransformerLayer(config, 8, 0), backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch, rows, columns in ((2, 4, 6), (3, 10, 8)):
+            pos_y, pos_x = axial_positions(rows, columns, torch.float32, torch.device("cpu"))
+            layer(torch.randn(batch, rows, columns, 16), pos_y, pos_x, torch.randn(batch, 8))
     assert counter.frame_count == 1
 
 

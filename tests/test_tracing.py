@@ -108,7 +108,7 @@ def test_exports_with_a_free_batch(name: str, strict: bool, seed: int) -> None:
         def forward(self, *tensors: Tensor) -> Any:
             return function(*tensors)
 
-    tensors, others, batch = make(4, 7, 9), make(9, 7, 9), torch.export.Dim("batch")
+    tensors, others, batch = tuple(leaves(make, (4, 7, 9))), leaves(make, (9, 7, 9)), torch.export.Dim("batch")
     free = tuple({0: batch} if t.shape != o.shape else None for t, o in zip(tensors, others, strict=True))
     exported = torch.export.export(Module(), tensors, dynamic_shapes=(free,), strict=strict)
     torch.testing.assert_close(exported.module()(*others), function(*others))

@@ -120,7 +120,7 @@ def forward_launch(
     """
     query, key, value = dense(query), dense(key), dense(value)
     logit_scale = scale * LOG2_E
-    if on_hopper(query) and hopper_plan.takes_forward(query, key, value, window, dilation):
+    if on_hopper(query) and hopper_plan.takes(hopper_plan.FORWARD, (query, key, value), window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_forward
 
         return hopper_forward.forward_launch(query, key, value, window, logit_scale, return_lse, save_stats)
@@ -148,12 +148,12 @@ def backward_launches(
     dout, query, key, value = dense(dout), dense(query), dense(key), dense(value)
     dlse = None if dlse is None else dlse.contiguous()
     tensors, scales = (dout, query, key, value), (scale, scale * LOG2_E)
-    if on_hopper(query) and hopper_plan.takes_backward(query, key, value, window, dilation):
+    if on_hopper(query) and hopper_plan.takes(hopper_plan.BACKWARD, (query, key, value), window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_backward
 
         return hopper_backward.backward_launches(dq, dk, dv, *tensors, dlse, out, stats, window, *scales)
     dq_launch, terms = triton_backward.dq_launch(dq, *tensors, dlse, out, stats, window, dilation, *scales)
-    if on_hopper(query) and hopper_plan.takes_dkdv_wide(*tensors, window, dilation):
+    if on_hopper(query) and hopper_plan.takes(hopper_plan.BACKWARD_WIDE, (query, key, value, dout), window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_backward_wide
 
         return dq_launch, hopper_backward_wide.dkdv_launch(dk, dv, *tensors, terms, window, *scales)

@@ -58,7 +58,7 @@ def backward_launches(
     scale: float,
     logit_scale: float,
 ) -> tuple[launch.Launch, launch.Launch]:
-    """As `dispatch.backward_launches` for what `hopper_plan.takes_backward`."""
+    """As `dispatch.backward_launches` for what `hopper_plan.BACKWARD` takes."""
     if not hopper_plan.reads_wide(dout):
         dout = dout.clone(memory_format=torch.contiguous_format)
     if out.data_ptr() % 16:  # a hook on saved tensors may have moved it

@@ -54,7 +54,7 @@ def dkdv_launch(
     scale: float,
     logit_scale: float,
 ) -> launch.Launch:
-    """As `triton_backward.dkdv_launch` for what `hopper_plan.takes_dkdv_wide`."""
+    """As `triton_backward.dkdv_launch` for what `hopper_plan.BACKWARD_WIDE` takes."""
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), dk.stride())
     grid, integers, constants = hopper_plan.plan_strips(query.shape, strides, tuple(window), query.device)
     constants = constants | {"maxnreg": 168}

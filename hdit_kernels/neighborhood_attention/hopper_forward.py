@@ -55,7 +55,7 @@ def forward_launch(
     return_lse: bool,
     save_stats: bool,
 ) -> tuple[list[Tensor], launch.Launch]:
-    """As `dispatch.forward_launch` for what `hopper_plan.takes_forward`."""
+    """As `dispatch.forward_launch` for what `hopper_plan.FORWARD` takes."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
     strides = (query.stride(), key.stride(), value.stride())
     kernel, grid, integers, constants = _plan_forward(query.shape, strides, tuple(window), query.device, return_lse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,37 +27,31 @@ def gluon_known() -> bool:
     return triton.__version__.startswith(tuple(version + "." for version in TRITON))
 
 
-def takes_forward(query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether Hopper's forward kernels take these tensors (on a Hopper GPU).
+class Takes(NamedTuple):
+    """What a kernel takes of neighborhood attention, beside what all of them ask for (see `takes`)."""
 
-    16-bit types, no dilation, tokens that start at multiples of 16 bytes; head_dim 32, 64 or 128, windows up to 9x9.
+    head_dims: tuple[int, ...]
+    windows: range  # of the longer side
+
+
+FORWARD = Takes((32, 64, 128), range(1, WIDEST + 1))
+BACKWARD = Takes((32, 64), range(1, WIDEST + 1))
+BACKWARD_WIDE = Takes((32, 64), range(WIDEST + 1, WIDEST_STREAMED + 1))
+
+
+def takes(kernel: Takes, tensors: Sequence[Tensor], window: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether a Hopper kernel takes these tensors, the first a query (on a Hopper GPU).
+
+    All ask for 16-bit types, no dilation, and what `reads_wide` says.
     """
-    return query.shape[-1] in (32, 64, 128) and max(window) <= WIDEST and _takes(query, key, value, dilation)
-
-
-def takes_backward(query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]) -> bool:
-    """The same of `hopper_backward`: head_dim 32 or 64, windows up to 9x9."""
-    return query.shape[-1] in (32, 64) and max(window) <= WIDEST and _takes(query, key, value, dilation)
-
-
-def takes_dkdv_wide(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], dilation: Sequence[int]
-) -> bool:
-    """The same of `hopper_backward_wide`: head_dim 32 or 64, windows from there on up to 13x13."""
+    query = tensors[0]
     return (
-        query.shape[-1] in (32, 64)
-        and WIDEST < max(window) <= WIDEST_STREAMED
-        and _takes(query, key, value, dilation)
-        and reads_wide(dout)
-    )
-
-
-def _takes(query: Tensor, key: Tensor, value: Tensor, dilation: Sequence[int]) -> bool:
-    return (
-        query.dtype in (torch.bfloat16, torch.float16)
+        query.shape[-1] in kernel.head_dims
+        and max(window) in kernel.windows
+        and query.dtype in (torch.bfloat16, torch.float16)
         and max(dilation) == 1
         and gluon_known()
-        and reads_wide(query, key, value)
+        and reads_wide(*tensors)
     )
 
 

@@ -13,7 +13,7 @@ from hdit_kernels import checks, reference, registration
 from hdit_kernels.autograd import differentiable, wanted
 from hdit_kernels.neighborhood_attention.buffers import stats_shape
 
-Settings = tuple[tuple[int, int], tuple[int, int] | None, tuple[int, int], tuple[bool, bool] | None, float]
+Settings = tuple[tuple[int, int], tuple[int, int] | None, tuple[int, int], tuple[bool, bool] | None, float, bool]
 
 
 @overload
@@ -118,11 +118,10 @@ def na2d(
     autocast = registration.autocast_dtype(query)
     if isinstance(scale, Tensor):
         scale = checks.number("scale", scale.item() if scale.numel() == 1 else scale.tolist())
-    checks.boolean("return_lse", return_lse)
-    settings = _checked_settings(*tensors, kernel_size, stride, dilation, is_causal, scale, autocast)
+    settings = _checked_settings(*tensors, kernel_size, stride, dilation, is_causal, scale, return_lse, autocast)
     if autocast is not None:
         tensors = tuple([None if t is None else registration.cast(t, autocast) for t in tensors])
-    return _na2d(*tensors, *settings, return_lse)
+    return _na2d(*tensors, *settings)
 
 
 @checks.remembered
@@ -137,9 +136,11 @@ def _checked_settings(
     dilation: int | Sequence[int],
     is_causal: bool | Sequence[bool] | None,
     scale: float | None,
+    return_lse: bool,
     autocast: torch.dtype | None,
 ) -> Settings:
     """Checks the arguments of `na2d`; returns those after the tensors as the operators take them."""
+    checks.boolean("return_lse", return_lse)
     tensors = dict(query=query, key=key, value=value)
     if additional_keys is not None and additional_values is not None:
         tensors |= dict(additional_keys=additional_keys, additional_values=additional_values)
@@ -169,7 +170,7 @@ def _checked_settings(
     checks.same_dtype(**{n: registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()})
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
     # two lists less to dispatch take a microsecond less
-    return window, None if strides == (1, 1) else strides, steps, causal if any(causal) else None, scale
+    return window, None if strides == (1, 1) else strides, steps, causal if any(causal) else None, scale, return_lse
 
 
 def _causal(value: object) -> tuple[bool, bool]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hdit_kernels import geglu, reference, set_backend
 from hdit_kernels.geglu_triton import geglu_backward, geglu_forward
-from tests.accuracy import FLOOR, relative_error
+from hdit_kernels.testing import FLOOR, relative_error
 from tests.lanes import kernels_only
 
 DTYPES = [torch.float32, torch.float16]  # not bfloat16: the interpreter's stores truncate it

@@ -12,7 +12,7 @@ import triton.language as tl
 from hdit_kernels import launch, reference
 from hdit_kernels.neighborhood_attention import dispatch, triton_configs, triton_device
 from hdit_kernels.neighborhood_attention.dispatch import na2d_backward, na2d_forward
-from tests.accuracy import FLOOR, relative_error
+from hdit_kernels.testing import FLOOR, relative_error
 from tests.lanes import kernels_only
 
 # grid, window, dilation, heads, head_dim: one tile, several, borders inside a tile, odd sizes, rectangles, even windows

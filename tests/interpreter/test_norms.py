@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdit_kernels import norms_triton, reference
-from tests import accuracy
-from tests.accuracy import relative_error
+from hdit_kernels import norms_triton, reference, testing
+from hdit_kernels.testing import relative_error
 from tests.lanes import kernels_only
 
 # Several blocks of rows, one channel, widths of no power of two and of no multiple of 8, more than a block holds.
@@ -21,7 +20,7 @@ DTYPES = [
     (torch.float32, torch.float16),
 ]
 # The interpreter cuts bfloat16 off where a GPU rounds: twice the error.
-LIMIT = accuracy.FLOOR | {torch.bfloat16: 2 * accuracy.FLOOR[torch.bfloat16]}
+LIMIT = testing.FLOOR | {torch.bfloat16: 2 * testing.FLOOR[torch.bfloat16]}
 FORWARD = {
     "rms_norm": norms_triton.rms_norm_forward,
     "ada_rms_norm": norms_triton.ada_rms_norm_forward,

@@ -12,7 +12,7 @@ from hdit_kernels.rope_triton import (
     qk_norm_rope_forward,
     qk_norm_rope_forward_launch,
 )
-from tests.accuracy import FLOOR, relative_error
+from hdit_kernels.testing import FLOOR, relative_error
 from tests.lanes import kernels_only
 
 

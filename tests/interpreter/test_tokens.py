@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hdit_kernels import reference, tokens_triton
+from hdit_kernels.testing import FLOOR, relative_error
 from hdit_kernels.tokens_triton import (
     Tile,
     tile_for,
@@ -18,7 +19,6 @@ from hdit_kernels.tokens_triton import (
     token_split_backward,
     token_split_forward,
 )
-from tests.accuracy import FLOOR, relative_error
 from tests.lanes import kernels_only
 
 

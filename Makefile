@@ -1,4 +1,5 @@
 # make demo, make test, make lint, make docs: each does all its own set-up, from a fresh clone, in .venv.
+# make records-check: which published figures are of other sources than the present.
 # make test-oldest: as make test, with the oldest versions that pyproject.toml allows, in .venv-oldest.
 #   PYTHON=python3.12   the Python (>= 3.10) that the environment is made with; remove it to change that
 #   TORCH_INDEX=URL     one more package index, for another build of torch, e.g. https://download.pytorch.org/whl/cpu
@@ -23,7 +24,7 @@ endif
 cpu_tests := -m pytest -n 2 --dist worksteal -m "not gpu" --durations 10
 pip_install = -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable
 
-.PHONY: demo test test-oldest lint docs
+.PHONY: demo test test-oldest lint docs records-check
 .NOTPARALLEL:
 
 demo: $(call installed,demo)
@@ -34,6 +35,9 @@ test: $(call installed,test)
 
 test-oldest: $(installed_oldest)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(run_oldest) $(cpu_tests)
+
+records-check: $(call installed,test)
+	$(run) -m benchmarks report --check
 
 lint: $(call installed,lint)
 	$(run) -m ruff check .

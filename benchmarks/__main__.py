@@ -21,7 +21,7 @@ COMMANDS = {
     "model": ("benchmarks.model", "the presets against the reference HDiT and DiT"),
     "train": ("benchmarks.train", "training steps of the presets"),
     "scaling": ("benchmarks.scaling", "how cost grows with the image, HDiT beside DiT"),
-    "merge": ("benchmarks.merge", "run files of equal machines and sources, such as one for each GPU, put into one"),
+    "merge": ("benchmarks.merge", "run files of equal machines, such as one for each GPU, put into one"),
     "report": ("benchmarks.report", "Markdown and pictures from a folder of run files"),
     "compare": ("benchmarks.compare", "two run files or git revisions, a verdict for each case"),
     "tune": ("benchmarks.tune", "the launch configurations of the portable neighborhood attention kernels, on Hopper"),

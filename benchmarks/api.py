@@ -117,7 +117,8 @@ def run_cases(
     """Measures cases and returns the run's data; with output, also writes it there after every contestant of a case.
 
     cases, contestants: themselves, or patterns as in chosen(); none means all that make sense here. output: a run
-    file; if it exists, what it holds already is left out, and it must be of the same device, versions and sources.
+    file; if it exists, it must be of the same device and versions, and what it holds already is left out, unless what
+    it ran has changed since.
     budget_seconds: for all together, beside the ceilings; what it doesn't suffice for becomes rows "not measured".
     quick: one case an operator, without what compiles for long, in QUICK_SECONDS. command: recorded in the data.
     on_line: called with each line of progress.
@@ -196,8 +197,8 @@ def open_run(
     Raises runs.RunError for what the caller has to change.
     """
     run = runs.Run.open(output, kind, command)
-    if run.data["rows"]:
-        on_line(f"{run.path} holds {len(run.data['rows'])} rows: what is missing is measured")
+    if rows := run.own["rows"]:
+        on_line(f"{run.path} holds {len(rows)} rows: what is missing, or of other sources, is measured")
     with timing.side_stream(device()):
         try:
             run.session["ceilings"] = ceilings.measure(device(), on_line)
@@ -261,11 +262,12 @@ def _three_digits(value: float) -> str:
 def print_table(data: dict[str, Any]) -> None:
     """The rows of a run as a table in the terminal; beneath it, what could not be measured, grouped by its reason."""
     on_gpu = data["environment"]["device_type"] == "cuda"
-    table = require("rich.table", "bench").Table(title=f"{data['kind']} on {data['environment']['device']}")
+    kinds = reading.distinct(data["rows"], lambda row: row["kind"])
+    table = require("rich.table", "bench").Table(title=f"{', '.join(kinds)} on {data['environment']['device']}")
     table.add_column("case", overflow="fold")
     for name in ("contestant", "pass"):
         table.add_column(name, no_wrap=True)
-    operators = data["kind"] == "kernels"
+    operators = kinds == ["kernels"]
     memory = on_gpu and not operators
     for name in [
         *(("GPU", "p20 … p80", "x floor", "wall") if on_gpu else ("wall", "p20 … p80", "x floor")),

@@ -65,16 +65,17 @@ def finish(run: runs.Run, args: argparse.Namespace) -> int:
 
     Also 1 if the run has no time at all. Raises runs.RunError if it has no row.
     """
-    if not run.data["rows"]:
+    data = run.own
+    if not data["rows"]:
         raise runs.RunError("nothing to measure: none of the chosen contestants takes part in the chosen cases")
     run.save()
     api.close_run(run)
-    api.print_table(run.data)
+    api.print_table(data)
     if args.csv is not None:
-        runs.write_csv(run.data, args.csv)
-    if run.data["environment"]["device_type"] == "cpu":
+        runs.write_csv(data, args.csv)
+    if data["environment"]["device_type"] == "cpu":
         say("On a CPU: wall time only; GPU times, memory, and peers that need a GPU are left out.")
-    counts = {status: sum(row["status"] == status for row in run.data["rows"]) for status in runs.STATUSES}
+    counts = {status: sum(row["status"] == status for row in data["rows"]) for status in runs.STATUSES}
     say(", ".join(f"{count} {status}" for status, count in counts.items() if count))
     for path in (args.output, args.csv):
         if path is not None:

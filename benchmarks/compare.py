@@ -183,9 +183,7 @@ def compare_runs(
     allow_different: compare runs of different devices or versions. Raises ValueError when they may not be compared, or
     have no timed measurement in common.
     """
-    if a["kind"] != b["kind"]:
-        raise ValueError(f"A is a run of {a['kind']}, B of {b['kind']}: only runs of one kind compare")
-    different = runs.machine_differences(a, b)
+    different = runs.differences(a, b)
     if different and not allow_different:
         raise ValueError(
             f"A and B differ in {'; '.join(different)}: pass --allow-different to compare them all the same"
@@ -492,11 +490,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_files(args: argparse.Namespace, a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Verdict], str | None]:
     given = {name: share for name, share in (("gpu_us", args.noise), ("wall_us", args.wall_noise)) if share is not None}
-    noise, unsure = _noise(args), set()
-    if a["kind"] == b["kind"]:
-        found = margins(a, b)
-        noise = noise | {which: margin.share for which, margin in found.items()} | given
-        unsure = {which for which, margin in found.items() if margin.stated} - given.keys()
+    noise = _noise(args)
+    found = margins(a, b)
+    noise = noise | {which: margin.share for which, margin in found.items()} | given
+    unsure = {which for which, margin in found.items() if margin.stated} - given.keys()
     verdicts = compare_runs(a, b, noise, args.allow_different, unsure)
     return verdicts, shift(a, b, NOISE | given)
 
@@ -521,10 +518,13 @@ def _turn_lines(verdicts: Sequence[Verdict]) -> list[str]:
 
 def _confirm(a: dict[str, Any], b: dict[str, Any], doubtful: Sequence[Verdict]) -> str:
     """How to make sure of what two files say."""
-    commits = [run["environment"]["commit"] for run in (a, b)]
+    commits = [run["sessions"][-1]["commit"] for run in (a, b)]
     named = [c[:12] for c in commits] if all(commits) and commits[0] != commits[1] else ["REVISION_A", "REVISION_B"]
-    asked = ["python", "-m", "benchmarks", "compare", *named, "--kind", a["kind"]]
-    asked += [f"--case={case}" for case in list(dict.fromkeys(v.case for v in doubtful))[:LISTED]]
+    kinds = {row["case"]: row["kind"] for row in a["rows"]}
+    cases = list(dict.fromkeys(v.case for v in doubtful))
+    kind = kinds[cases[0]] if cases else a["rows"][0]["kind"]
+    asked = ["python", "-m", "benchmarks", "compare", *named, "--kind", kind]
+    asked += [f"--case={case}" for case in cases if kinds[case] == kind][:LISTED]
     return f"Two files may differ by more than the code does. By turns, here: {shlex.join(asked)}"
 
 

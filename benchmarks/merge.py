@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output.exists():
         raise runs.RunError(f"merge: --output {args.output} exists, expected a new file")
     runs.check_writable(args.output)
-    merged = runs.Run(runs.merge(*map(runs.read, args.files)), args.output)
-    merged.save()
-    say(f"{len(merged.data['rows'])} rows of {len(args.files)} files. Written: {args.output}")
+    merged = runs.merge(*map(runs.read, args.files))
+    runs.write(merged, args.output)
+    say(f"{len(merged['rows'])} rows of {len(args.files)} files. Written: {args.output}")
     return 0

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import fits, runs
+from benchmarks import fits, runs, sources
 from benchmarks import rows as reading
 from benchmarks.fits import PowerLaw, largest_sizes
 from benchmarks.rows import MEASURES, NOISE, Stats
@@ -55,6 +56,8 @@ STYLE = {
     "legend.fontsize": "small",
     "lines.markersize": 5,
     "savefig.dpi": 120,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "svg.fonttype": "none",  # text stays text, which takes half the space of its outlines
     "svg.hashsalt": "hdit-kernels",  # the same data make the same file
 }
 LABEL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # the box of a text over lines
@@ -72,16 +75,26 @@ PASSES = {"forward": "forward pass", "step": "training step"}
 WIDEST = 0.3  # interval of an exponent that counts as determined
 
 
-def digest(run: dict[str, Any]) -> str:
-    """sha256 of a run, this file and what else it draws by: ties a picture to the JSON that it shows and to how."""
-    sources = [Path(file).read_bytes() for file in (__file__, fits.__file__, reading.__file__)]
-    return hashlib.sha256(b"".join([json.dumps(run, sort_keys=True).encode(), *sources])).hexdigest()
+def digest(run: dict[str, Any], name: str) -> str:
+    """sha256 of the rows of the kind that one of pictures(run) shows, this file and what else it draws by: ties a
+    picture to the JSON that it shows and to how."""
+    shown = runs.of_kind(run, "scaling" if name in ("scaling", "time", "attention") else "kernels")
+    drawing = sources.syntax(*(Path(module) for module in (__file__, fits.__file__, reading.__file__)))
+    return hashlib.sha256(f"{json.dumps(shown, sort_keys=True)}{drawing}".encode()).hexdigest()
 
 
-def save(run: dict[str, Any], stem: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:
-    """Writes all pictures of a run, `<stem>-<name><suffix>` for each name of pictures(run); returns the files."""
+def save(
+    run: dict[str, Any],
+    stem: Path,
+    suffixes: Sequence[str] = (".png", ".svg"),
+    names: Collection[str] | None = None,
+) -> list[Path]:
+    """Writes the pictures of a run, `<stem>-<name><suffix>` for each name of pictures(run), or those of the names that
+    it has; returns the files."""
     written = []
     for name in pictures(run):
+        if names is not None and name not in names:
+            continue
         paths = [stem.with_name(f"{stem.name}-{name}{suffix}") for suffix in suffixes]
         save_picture(run, name, *paths)
         written += paths
@@ -89,34 +102,43 @@ def save(run: dict[str, Any], stem: Path, suffixes: Sequence[str] = (".png", ".s
 
 
 def save_picture(run: dict[str, Any], name: str, *paths: Path) -> None:
-    """Writes one of pictures(run), as PNG or SVG by each path's suffix; their "Description" is the run's digest."""
+    """Writes one of pictures(run), as PNG or SVG by each path's suffix; their "Description" is its digest."""
     with require("matplotlib", "bench").rc_context(STYLE):
         figure = pictures(run)[name]()
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-            metadata = {"Description": digest(run)} | ({"Date": None} if path.suffix == ".svg" else {})
+            metadata = {"Description": digest(run, name)} | ({"Date": None} if path.suffix == ".svg" else {})
             figure.savefig(path, metadata=metadata)
+            if path.suffix == ".svg":
+                path.write_text(_compact(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _compact(svg: str) -> str:
+    """Without indentation, and what is drawn, not what is written, to hundredths of a point."""
+
+    def rounded(tag: re.Match[str]) -> str:
+        return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag[0])
+
+    return re.sub(r"\s*\n\s*", "\n", re.sub(r"<[^>]+>", rounded, svg))
 
 
 def pictures(run: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """The pictures that a run has data for, by name: functions that draw a matplotlib Figure."""
-    rows = run["rows"]
     found: dict[str, Callable[[], Any]] = {}
-    if run["kind"] == "scaling":
-        models, attention = ([row for row in rows if row["family"] == name] for name in ("model", "attention"))
-        if models:
-            found["scaling"] = partial(scaling, run, models)
-            if time_panel(models):
-                found["time"] = partial(time, run, models)
-        if reading.best(attention, reading.measure(attention)):
-            found["attention"] = partial(attention_grids, run, attention)
-    if run["kind"] == "kernels":
-        for operator in reading.distinct(rows, lambda row: row["operator"]):
-            own = [row for row in rows if row["operator"] == operator]
-            if any(reading.ratio_to_floor(row, reading.measure(own)) for row in own):
-                found[operator.replace("_", "-")] = partial(ratios, run, own)
-        if _on_roofline(run):
-            found["roofline"] = partial(roofline, run)
+    run, growth = runs.of_kind(run, "kernels"), runs.of_kind(run, "scaling")
+    models, attention = ([row for row in growth["rows"] if row["family"] == name] for name in ("model", "attention"))
+    if models:
+        found["scaling"] = partial(scaling, growth, models)
+        if time_panel(models):
+            found["time"] = partial(time, growth, models)
+    if reading.best(attention, reading.measure(attention)):
+        found["attention"] = partial(attention_grids, growth, attention)
+    for operator in reading.distinct(run["rows"], lambda row: row["operator"]):
+        own = [row for row in run["rows"] if row["operator"] == operator]
+        if any(reading.ratio_to_floor(row, reading.measure(own)) for row in own):
+            found[operator.replace("_", "-")] = partial(ratios, run, own)
+    if _on_roofline(run):
+        found["roofline"] = partial(roofline, run)
     return found
 
 
@@ -433,7 +455,7 @@ def _on_roofline(run: dict[str, Any]) -> list[tuple[Row, float, float]]:
 def _ceilings(run: dict[str, Any]) -> dict[str, float]:
     """The highest of each rate that the run's sessions measured."""
     found: dict[str, float] = {}
-    for session in runs.sessions(run):
+    for session in run["sessions"]:
         rates = {name: rate for name, rate in session["ceilings"].items() if isinstance(rate, (int, float))}
         found |= {name: max(rate, found.get(name, 0.0)) for name, rate in rates.items()}
     return found
@@ -501,4 +523,4 @@ def _figure(width: float, height: float) -> Any:
 
 def _machine(run: dict[str, Any]) -> str:
     environment = run["environment"]
-    return f"{environment['device']}, torch {environment['torch']}, {environment['date']}"
+    return f"{environment['device']}, torch {environment['torch']}, {runs.date(run)}"

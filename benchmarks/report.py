@@ -2,10 +2,11 @@
 
     python -m benchmarks report FOLDER [--output DIR]   a folder of run JSON (SCHEMA.md) becomes DIR/report.md
     python -m benchmarks report                         the measured parts of README.md and docs/ anew
+    python -m benchmarks report --check                 whether they are due, and which rows are of other sources
 
-The first draws pictures as PNG and SVG. The second writes everything between `<!-- generated: NAME -->` and its end
-mark anew, and docs/pictures (SVG, which a repository stores small). It is due after a new measurement, and after a
-change of the sources, which makes the old ones "measured on an earlier version"; tests/test_docs.py says when.
+The first draws pictures as PNG and SVG. The second, due after a new measurement, writes everything between
+`<!-- generated: NAME -->` and its end mark anew, and docs/pictures (SVG, which a repository stores small). Nothing in
+them depends on the present sources: a page says at which commit it was measured, --check whether that has changed.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ import argparse
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, results, runs
+from benchmarks import plots, results, runs, sources
 from benchmarks import rows as reading
 from benchmarks.fits import PowerLaw
 from benchmarks.rows import MEASURES, NOISE, UNDECIDED
 from benchmarks.runs import Row
 
-EARLIER = "measured on an earlier version of the sources"
 NOTHING = "No run is recorded yet."
 PICTURES = Path("docs") / "pictures"
+SHOWN = ("scaling", "time", "attention", "na2d", "roofline")  # of each record's pictures, those that the documents show
 PAGE = "report.md"
 TITLES = {
     "machines": "Machines",
@@ -72,48 +74,37 @@ class Column:
 class Records:
     """What was recorded, seen from a document.
 
-    runs: run files by path, those of a GPU first, of them those of the present sources by name, then the newest.
-    gpu_tests: files of `pytest -m gpu --record`. pictures: the folder that holds the runs' pictures. root: the clone
-    whose sources are "the present ones".
+    runs: run files by path, those of a GPU first, of them the newest. pictures: the folder that holds the runs'
+    pictures. root: the clone that they are told of in. shown: the names of the pictures that there are, None for all.
     """
 
     runs: dict[Path, dict[str, Any]]
-    gpu_tests: dict[Path, dict[str, Any]]
     pictures: Path
     document: Path
     root: Path
+    shown: Sequence[str] | None = None
 
     def of(self, kind: str, family: str | None = None) -> list[tuple[Path, dict[str, Any]]]:
-        """The runs of a kind, those with rows of a family if one is given."""
-        found = [(path, run) for path, run in self.runs.items() if run["kind"] == kind]
-        return [(p, run) for p, run in found if family is None or any(row["family"] == family for row in run["rows"])]
+        """What runs have of a kind, those with rows of a family if one is given."""
+        found = [(path, runs.of_kind(run, kind)) for path, run in self.runs.items()]
+        return [(path, run) for path, run in found if any(family in (None, row["family"]) for row in run["rows"])]
 
     def link(self, path: Path) -> str:
         return Path(os.path.relpath(path, self.document.parent)).as_posix()
 
 
-def load(folder: Path, pictures: Path, document: Path, root: Path = results.ROOT) -> Records:
-    """Reads a folder's JSON files; those that are neither runs nor GPU tests are left out.
+def load(
+    folder: Path, pictures: Path, document: Path, root: Path = results.ROOT, shown: Sequence[str] | None = None
+) -> Records:
+    """Reads a folder's JSON files; those that are no runs are left out.
 
     Raises OSError when the folder can't be read, ValueError on a file that is no JSON or no run of this schema.
     """
-    found, gpu_tests = {}, {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix == ".json"):
-        data = _json(path)
-        if "schema" in data:
-            found[path] = runs.read(path)
-        elif "operators" in data:
-            gpu_tests[path] = data
-    present = results.source_hash(root)
-
-    def date_if_earlier(item: tuple[Path, dict[str, Any]]) -> str:
-        return "" if item[1]["source_sha256"] == present else item[1]["environment"]["date"]
-
-    def rank(item: tuple[Path, dict[str, Any]]) -> tuple[bool, bool]:
-        return item[1]["environment"]["device_type"] == "cpu", item[1]["source_sha256"] != present
-
-    ordered = sorted(sorted(found.items(), key=date_if_earlier, reverse=True), key=rank)
-    return Records(dict(ordered), gpu_tests, pictures, document, root)
+    paths = sorted(path for path in folder.iterdir() if path.suffix == ".json")
+    found = {path: runs.read(path) for path in paths if "schema" in _json(path)}
+    newest = sorted(found, key=lambda path: runs.date(found[path]), reverse=True)
+    ordered = sorted(newest, key=lambda path: found[path]["environment"]["device_type"] == "cpu")
+    return Records({path: found[path] for path in ordered}, pictures, document, root, shown)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -149,23 +140,61 @@ def documents(root: Path = results.ROOT) -> list[Path]:
 
 def recorded(document: Path, root: Path = results.ROOT) -> Records:
     """The clone's own records, seen from one of its documents."""
-    return load(root / "benchmarks" / "results", root / PICTURES, document, root)
+    return load(root / "benchmarks" / "results", root / PICTURES, document, root, SHOWN)
 
 
 def write_documents(root: Path = results.ROOT) -> list[Path]:
     """Writes the generated blocks of README.md and docs/ anew, and docs/pictures; returns the files written."""
-    written = []
-    for document in documents(root):
-        old = document.read_text(encoding="utf-8")
-        new = render(old, recorded(document, root))
-        if new != old:
-            document.write_text(new, encoding="utf-8")
-            written.append(document)
     records = recorded(root / "README.md", root)
+    due = _due_documents(records)
+    for document, text in due.items():
+        document.write_text(text, encoding="utf-8")
     pictures = save_pictures(records, [".svg"])
     for stale in set((root / PICTURES).glob("*")) - set(pictures):
         stale.unlink()
-    return written + pictures
+    return [*due, *pictures]
+
+
+def _due_documents(records: Records) -> dict[Path, str]:
+    """The documents that are to be written anew, with what they are to become."""
+    due = {}
+    for document in documents(records.root):
+        old = document.read_text(encoding="utf-8")
+        new = render(old, replace(records, document=document))
+        due |= {document: new} if new != old else {}
+    return due
+
+
+def differences(root: Path = results.ROOT) -> list[str]:
+    """The documents and pictures of the clone that are not what write_documents would make of its records."""
+    records = recorded(root / "README.md", root)
+    digests = {
+        records.pictures / f"{path.stem}-{name}.svg": plots.digest(run, name)
+        for path, run in records.runs.items()
+        for name in plots.pictures(run)
+        if name in SHOWN
+    }
+    there = set(records.pictures.glob("*"))
+    wrong = [path for path in there | digests.keys() if path not in there or path not in digests]
+    wrong += [path for path in there & digests.keys() if digests[path] not in path.read_text(encoding="utf-8")]
+    wrong += _due_documents(records)
+    return sorted(path.relative_to(root).as_posix() for path in wrong)
+
+
+def old_rows(root: Path = results.ROOT) -> list[str]:
+    """A line for each operator or network of a record, of which rows, or the GPU tests, ran other sources than the
+    present."""
+    present, found = sources.present(root), Counter[tuple[str, str]]()
+    for path, run in recorded(root / "README.md", root).runs.items():
+        ran = [(row["kind"], runs.subject(row), row["session"]) for row in run["rows"]]
+        if tests := run.get("gpu_tests"):
+            ran += [("GPU tests", name, tests["session"]) for name in tests.get("operators", {}) if name in present]
+        for kind, name, place in ran:
+            session = run["sessions"][place]
+            if (then := session["sources"].get(name)) != (now := present.get(name)):
+                when = f"{session['date']}, commit {_commit(session['commit'])}"
+                found[f"{path.name}, {kind}, {name}", f"sources {then} of {when}, now {now}"] += 1
+    return [f"{where}: {count} rows are old: {why}" for (where, why), count in found.items()]
 
 
 def write_page(folder: Path, output: Path) -> list[Path]:
@@ -178,10 +207,10 @@ def write_page(folder: Path, output: Path) -> list[Path]:
         raise ValueError(
             f"{folder} holds no run: a run is a JSON file that `python -m benchmarks kernels` or the like wrote"
         )
-    kinds = {run["kind"] for run in records.runs.values()}
+    kinds = {row["kind"] for run in records.runs.values() for row in run["rows"]}
     needs = {"scaling-details": "scaling", "attention": "scaling", "models": "model", "training": "train"}
     names = [name for name in TITLES if needs.get(name, name) in kinds or name in ("machines", "measurements")]
-    names += ["gpu-tests"] if records.gpu_tests else []
+    names += ["gpu-tests"] if any("gpu_tests" in run for run in records.runs.values()) else []
     parts = [f"## {TITLES[name]}\n\n{BLOCKS[name](records)}\n" for name in names]
     output.mkdir(parents=True, exist_ok=True)
     records.document.write_text("\n".join(["# Benchmarks\n", *parts]), encoding="utf-8")
@@ -189,7 +218,9 @@ def write_page(folder: Path, output: Path) -> list[Path]:
 
 
 def save_pictures(records: Records, suffixes: Sequence[str]) -> list[Path]:
-    saved = [plots.save(run, records.pictures / path.stem, suffixes) for path, run in records.runs.items()]
+    saved = [
+        plots.save(run, records.pictures / path.stem, suffixes, records.shown) for path, run in records.runs.items()
+    ]
     return [path for paths in saved for path in paths]
 
 
@@ -197,22 +228,29 @@ def save_pictures(records: Records, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _machines(records: Records) -> str:
-    """A line for each run, with what its sessions measured as ranges."""
-    head = ["run", "device", "versions", "ceilings", "clocks before timing", "commit", "sources"]
+    """A line for each kind of each run, with what its sessions measured as ranges."""
+    head = ["run", "of", "device", "versions", "ceilings", "clocks before timing", "measured"]
     body = []
-    for path, run in records.runs.items():
-        environment, sessions = run["environment"], runs.sessions(run)
+    parts = [(path, kind, runs.of_kind(run, kind)) for path, run in records.runs.items() for kind in runs.KINDS]
+    for path, kind, run in parts:
+        if not run["rows"]:
+            continue
+        environment, sessions = run["environment"], run["sessions"]
         ceilings = [session["ceilings"] for session in sessions]
         rates = [_range("copy", ceilings, "copy_tb_s", ".2f", "TB/s")]
         rates += [_range("bf16", ceilings, "matmul_bf16_tflop_s", ".3g", "TFLOP/s")]
         clocks = [session["clocks"] or {} for session in sessions]
         seen = "; after it ".join(filter(None, (_clocks(clocks), _clocks(clocks, "_end"))))
-        commits = ", ".join(dict.fromkeys(_commit(session["commit"]) for session in sessions))
         cards = {session.get("gpu_uuid") for session in sessions} - {None}
         device = environment["device"] + (f" ({len(cards)} cards)" if len(cards) > 1 else "")
-        row = [f"[{path.name}]({records.link(path)})", device, ", ".join(_versions(environment))]
-        body.append([*row, ", ".join(filter(None, rates)), seen, commits, _sources(records, run)])
+        row = [f"[{path.name}]({records.link(path)})", kind, device, ", ".join(_versions(environment))]
+        body.append([*row, ", ".join(filter(None, rates)), seen, _measured(run)])
     return _table(head, body, left=len(head)) if body else NOTHING
+
+
+def _measured(run: dict[str, Any]) -> str:
+    commits = dict.fromkeys(_commit(session["commit"]) for session in run["sessions"])
+    return f"{runs.date(run)}, commit {', '.join(commits)}"
 
 
 def _commit(commit: str | None) -> str:
@@ -461,8 +499,7 @@ def _attention(records: Records) -> str:
         rows = [row for row in run["rows"] if row["family"] == "attention"]
         names = reading.contestants(rows)
         parts.append(_device_line(run))
-        if "attention" in plots.pictures(run):
-            parts.append(_picture(records, path, run, "attention", "Time of attention alone as the grid grows"))
+        parts.append(_picture(records, path, run, "attention", "Time of attention alone as the grid grows"))
         for direction in reading.distinct(rows, lambda row: row["pass"]):
             own = [row for row in rows if row["pass"] == direction]
             which = reading.measure(own)
@@ -526,14 +563,11 @@ def _kernels(records: Records) -> str:
         rows = run["rows"]
         where = f", {run['environment']['device']}" if several else ""
         parts.append(_device_line(run))
-        if "roofline" in plots.pictures(run):
-            parts.append(_picture(records, path, run, "roofline", "Roofline of the operators that multiply"))
+        parts.append(_picture(records, path, run, "roofline", "Roofline of the operators that multiply"))
         for operator in reading.distinct(rows, lambda row: row["operator"]):
             own = [row for row in rows if row["operator"] == operator]
-            name = operator.replace("_", "-")
             parts.append(f"### `{operator}`{where}")
-            if name in plots.pictures(run):
-                parts.append(_picture(records, path, run, name, f"Time of {operator} over its floor"))
+            parts.append(_picture(records, path, run, operator.replace("_", "-"), f"Time of {operator} over its floor"))
             parts += [_kernel_table(own), *_others(own), "\n".join(filter(None, (_notes(own), _lost(own))))]
         parts.append(_source(records, path, run))
     return _joined(parts)
@@ -683,18 +717,19 @@ def _measurements(records: Records) -> str:
 
 
 def _gpu_tests(records: Records) -> str:
-    found = [_gpu_test(records, path, data) for path, data in records.gpu_tests.items()]
-    return "\n\n".join(found) or "No run on a GPU is recorded yet."
+    found = [(path, run) for path, run in records.runs.items() if "gpu_tests" in run]
+    return "\n\n".join(_gpu_test(records, *each) for each in found) or "No run on a GPU is recorded yet."
 
 
-def _gpu_test(records: Records, path: Path, data: dict[str, Any]) -> str:
-    """One file of `pytest -m gpu --record`, whose sections are {operator: {dtype: value}}; a section may be missing."""
-    operators = data["operators"]
+def _gpu_test(records: Records, path: Path, run: dict[str, Any]) -> str:
+    """What `pytest -m gpu --record` kept, sections of {operator: {dtype: value}}; a section may be missing."""
+    data = run["gpu_tests"]
+    operators = data.get("operators", {})
     dtypes = sorted({dtype for found in operators.values() for dtype in found})  # workers finish in any order
     body = [[f"`{name}`", *(_worst(found.get(dtype)) for dtype in dtypes)] for name, found in sorted(operators.items())]
     cases = sum(found["cases"] for found in _values(operators))
     intro = (
-        f"Kernels against the float64 reference on {data['environment']['device']}, {cases:,} random cases: the worst "
+        f"Kernels against the float64 reference on {run['environment']['device']}, {cases:,} random cases: the worst "
         "error of an output or gradient, as a share of what is allowed (more than 1 fails), and where it was."
     )
     facts = [f"- GPU tests: {data['tests']['passed']} passed, {data['tests']['failed']} failed."]
@@ -718,7 +753,8 @@ def _gpu_test(records: Records, path: Path, data: dict[str, Any]) -> str:
         ]
         said = "The model's error beside the recorded one of the reference implementation, in some of its networks:"
         parts += [said, _table(["network", "computed in", *heads], lines, left=2)]
-    return _joined([*parts, f"Recorded: {_source(records, path, data)}"])
+    tested = run | {"sessions": [run["sessions"][data["session"]]]}
+    return _joined([*parts, f"Recorded: {_source(records, path, tested)}"])
 
 
 def _values(section: dict[str, dict[str, Any]]) -> list[Any]:
@@ -870,6 +906,9 @@ def _device_line(run: dict[str, Any]) -> str:
 
 
 def _picture(records: Records, path: Path, run: dict[str, Any], name: str, words: str) -> str:
+    """Empty where there is none."""
+    if name not in plots.pictures(run) or records.shown is not None and name not in records.shown:
+        return ""
     return f"![{words}, {run['environment']['device']}]({records.link(records.pictures / f'{path.stem}-{name}.svg')})"
 
 
@@ -880,18 +919,12 @@ def _versions(environment: dict[str, Any]) -> list[str]:
     return [f"{key} {version}" for key, version in named.items() if version]
 
 
-def _source(records: Records, path: Path, data: dict[str, Any]) -> str:
-    """Which file, machine, versions and sources a figure comes from, and whether the sources have changed since."""
+def _source(records: Records, path: Path, run: dict[str, Any]) -> str:
+    """Which file and machine a figure comes from, and when and at which commit it was measured."""
     inside = path.is_relative_to(records.root)
     name = path.relative_to(records.root).as_posix() if inside else path.name
-    environment = data["environment"]
-    words = [f"[{name}]({records.link(path)})", environment["device"], *_versions(environment), environment["date"]]
-    return f"{', '.join(words)}, sources {_sources(records, data)}."
-
-
-def _sources(records: Records, data: dict[str, Any]) -> str:
-    digest = data["source_sha256"]
-    return digest[:12] + ("" if digest == results.source_hash(records.root) else f" ({EARLIER})")
+    words = [f"[{name}]({records.link(path)})", run["environment"]["device"], *_versions(run["environment"])]
+    return f"{', '.join([*words, _measured(run)])}."
 
 
 # The command
@@ -903,12 +936,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help=f"where {PAGE} and its pictures go (default: FOLDER)"
     )
+    help_check = "write nothing: exit status 1 if those are not what the records make; and name rows of other sources"
+    parser.add_argument("--check", action="store_true", help=help_check)
 
 
 def run(args: argparse.Namespace) -> int:
     try:
         if args.folder is None and args.output is not None:
             raise ValueError("--output needs a FOLDER: without one the clone's own documents are written")
+        if args.check:
+            return _check(args)
         written = write_documents() if args.folder is None else write_page(args.folder, args.output or args.folder)
     except OSError as error:
         raise runs.RunError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
@@ -917,3 +954,14 @@ def run(args: argparse.Namespace) -> int:
     for path in written:
         print(f"Written: {path}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    if args.folder is not None:
+        raise ValueError(f"--check is of the clone's own documents, got the folder {args.folder}")
+    for line in old_rows() or ["every row is of the present sources"]:
+        print(line)
+    wrong = differences()
+    for path in wrong:
+        print(f"{path} is not what the records make of it: run python -m benchmarks report")
+    return 1 if wrong else 0

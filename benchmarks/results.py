@@ -1,12 +1,10 @@
-"""What every recorded measurement carries: the machine, the versions, and which sources were measured.
+"""What every recorded measurement carries: the machine, its versions, and the session that measured.
 
-Records are JSON files in the folder of the same name; tests/test_docs.py fails when a document quotes one whose
-`source_sha256` is not the present one without saying so.
+Records are JSON files in the folder of the same name, one a GPU: SCHEMA.md.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,7 +13,6 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,35 +20,23 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "benchmarks" / "results"
+from benchmarks import sources
+from benchmarks.sources import ROOT
+from hdit_kernels import testing
+
 # Of benchmarks/, what a row depends on beside the sources: whose times are taken, of what, how, and for how long.
 MEASURING = ("ceilings", "copy_triton", "correctness", "measure", "model", "networks", "scaling", "timing")
 MEASURING += ("kernels/*", "peers/*")
 
 
-def source_hash(root: Path = ROOT) -> str:
-    """sha256 over the Python sources of hdit_kernels and hdit: sorted relative paths, each followed by its contents."""
-    return _hash(root, [path for name in ("hdit_kernels", "hdit") for path in (root / name).rglob("*.py")])
+def measuring_hash() -> str:
+    """Of the syntax of the files that measure."""
+    return sources.syntax(*measuring_files())
 
 
-def measuring_hash(root: Path = ROOT) -> str:
-    """The same over the files of benchmarks/ that measure."""
-    return _hash(root, measuring_files(root))
-
-
-def measuring_files(root: Path = ROOT) -> list[Path]:
-    return [path for name in MEASURING for path in (root / "benchmarks").glob(f"{name}.py")]
-
-
-def _hash(root: Path, paths: Iterable[Path]) -> str:
-    files = {path.relative_to(root).as_posix(): path for path in paths}
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        content = files[name].read_bytes()
-        digest.update(f"{name}\n{len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
+def measuring_files() -> list[Path]:
+    own = [path for name in MEASURING for path in (ROOT / "benchmarks").glob(f"{name}.py")]
+    return [*sorted(own), Path(testing.__file__)]
 
 
 def environment() -> dict[str, Any]:
@@ -60,7 +45,6 @@ def environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {torch.get_num_threads()} threads",
         "device_type": "cuda" if on_gpu else "cpu",
-        "gpu_uuid": str(torch.cuda.get_device_properties().uuid) if on_gpu and torch.version.cuda else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -71,8 +55,16 @@ def environment() -> dict[str, Any]:
         if on_gpu
         else None,
         "peers": _peers(),
+    }
+
+
+def origin() -> dict[str, Any]:
+    """When, at which commit and on which card."""
+    nvidia = torch.cuda.is_available() and torch.version.cuda
+    return {
         "commit": _commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "gpu_uuid": str(torch.cuda.get_device_properties().uuid) if nvidia else None,
     }
 
 
@@ -94,7 +86,18 @@ def write(path: Path | str, data: dict[str, Any]) -> None:
 
 
 def as_json(data: dict[str, Any]) -> str:
-    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+    """Compact: a line for each entry, and for each item of one that is a list."""
+
+    def line(value: Any) -> str:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+    def text(value: Any) -> str:
+        return f"[\n{_lines(map(line, value))}\n]" if isinstance(value, list) and value else line(value)
+
+    return f"{{\n{_lines(f'{line(name)}:{text(value)}' for name, value in data.items())}\n}}\n"
+
+
+_lines = ",\n".join
 
 
 def write_text(path: Path | str, text: str) -> None:

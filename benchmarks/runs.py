@@ -1,7 +1,8 @@
 """Run files: what `python -m benchmarks kernels|model|train|scaling --output FILE` writes. SCHEMA.md describes them.
 
 A file is written anew, atomically, after every case, so an interrupted run is taken up by giving the same file again.
-Rows are only ever put together when device, versions and sources are the same.
+Rows are only ever put together when device and versions are the same; each row says which session measured it, and
+that one what it measured.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import results, sources
 
 Row = dict[str, Any]
 
-SCHEMA = 1
+SCHEMA = 2
 KINDS = ("kernels", "model", "train", "scaling")
 PASSES = ("forward", "backward", "forward+backward", "step")
 STATUSES = ("ok", "failed", "unavailable", "out of memory", "not measured")
 UNFINISHED = ("unavailable", "not measured")  # a run that is taken up tries these again
 
-# What must be equal for rows to stand in one file: of the environment, and source_sha256 beside it.
+# What of the environment must be equal for rows to stand in one file.
 SAME = ("device", "device_type", "python", "torch", "triton", "cuda", "hip", "driver")
 
 _NUMBER, _NULL = (int, float), type(None)
 FIELDS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "session": (int,),
     "case": (str,),
     "family": (str,),
     "operator": (str,),
@@ -53,25 +56,25 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "images_per_s": (*_NUMBER, _NULL),
 }
 OPTIONAL = ("host_us", "first_call_s", "parameters", "kernels", "images_per_s")
+TIMES = ("gpu_us", "wall_us", "host_us")
 STATS = {"median": _NUMBER, "p20": _NUMBER, "p80": _NUMBER, "repeats": (int,)}
 HEADER: dict[str, tuple[type, ...]] = {
     "schema": (int,),
-    "kind": (str,),
     "environment": (dict,),
-    "source_sha256": (str,),
-    "measuring_sha256": (str,),
+    "sessions": (list,),
+    "rows": (list,),
+    "gpu_tests": (dict,),
+}
+SESSION: dict[str, tuple[type, ...]] = {
     "command": (list,),
+    "commit": (str, _NULL),
+    "date": (str,),
+    "gpu_uuid": (str, _NULL),
+    "sources": (dict,),
+    "measuring": (str,),
     "clocks": (dict,),
     "ceilings": (dict,),
-    "rows": (list,),
-    "continued": (list,),
 }
-ADDED = ("continued", "measuring_sha256")  # fields of HEADER that a run may lack
-LATER: dict[str, tuple[type, ...]] = {"command": (list,), "commit": (str, _NULL), "date": (str,)}
-LATER |= {name: HEADER[name] for name in ("clocks", "ceilings")}
-"""What a later session, in "continued", is told of."""
-CARD: dict[str, tuple[type, ...]] = {"gpu_uuid": (str, _NULL)}
-"""And since which card it was is recorded, that."""
 
 
 class RunError(ValueError):
@@ -79,7 +82,7 @@ class RunError(ValueError):
 
 
 def row(case: str, contestant: str, direction: str, status: str, **fields: Any) -> Row:
-    """A row with null in every field not given; direction: its "pass"."""
+    """A row with null in every field not given; direction: its "pass". Run.put gives it its kind and session."""
     found: Row = {name: None for name in FIELDS if name not in OPTIONAL}
     found |= {"case": case, "contestant": contestant, "pass": direction, "status": status}
     found |= {"family": "", "operator": "", "settings": {}}
@@ -90,28 +93,39 @@ def key(row: Row) -> tuple[str, str, str]:
     return row["case"], row["contestant"], row["pass"]
 
 
+def subject(row: Row) -> str:
+    """Which of sources.ENTRIES a row, or the contestant beside it, runs."""
+    if row["family"] != "model":
+        return str(row["operator"])
+    return sources.STEP if row["pass"] == "step" else sources.NETWORK
+
+
 def validate(data: Any) -> None:
     """Raises ValueError, naming the place, unless data is a run as SCHEMA.md has it."""
-    _fields("the run", data, HEADER, required=[name for name in HEADER if name not in ADDED])
-    for i, session in enumerate(data.get("continued", [])):
-        _fields(f"continued {i}", session, LATER | CARD, required=LATER)
-    _fields("environment", data["environment"], CARD | {"peers": (dict,)}, required=[*SAME, "commit", "date"])
+    _fields("the run", data, HEADER, required=[name for name in HEADER if name != "gpu_tests"])
     _expect(data["schema"] == SCHEMA, f"schema {data['schema']!r}, expected {SCHEMA}")
-    _expect(data["kind"] in KINDS, f"kind {data['kind']!r}, expected one of {KINDS}")
+    _fields("environment", data["environment"], {"peers": (dict,)}, required=SAME)
+    for i, session in enumerate(data["sessions"]):
+        _fields(f"session {i}", session, SESSION, required=SESSION)
     for i, found in enumerate(data["rows"]):
         where = f"row {i}"
         _fields(where, found, FIELDS, required=[name for name in FIELDS if name not in OPTIONAL])
         _expect(set(found) <= set(FIELDS), f"{where}: unknown fields {sorted(set(found) - set(FIELDS))}")
+        _expect(found["kind"] in KINDS, f"{where}: kind {found['kind']!r}, expected one of {KINDS}")
+        _expect(found["session"] in range(len(data["sessions"])), f"{where}: there is no session {found['session']}")
         _expect(found["pass"] in PASSES, f"{where}: pass {found['pass']!r}, expected one of {PASSES}")
         _expect(found["status"] in STATUSES, f"{where}: status {found['status']!r}, expected one of {STATUSES}")
         timed = False
-        for name in ("gpu_us", "wall_us", "host_us"):
+        for name in TIMES:
             if found.get(name) is not None:
                 timed = True
-                _fields(f"{where}, {name}", found[name], STATS, required=STATS)
+                _fields(f"{where}, {name}", found[name], STATS | {"samples": (list,)}, required=STATS)
         ok = found["status"] == "ok"
         _expect(ok == timed, f"{where}: {'a' if timed else 'no'} time, though its status is {found['status']!r}")
         _expect(ok or bool(found["reason"]), f"{where}: status {found['status']!r} without a reason")
+    if "gpu_tests" in data:
+        place = data["gpu_tests"].get("session")
+        _expect(place in range(len(data["sessions"])), f"gpu_tests: there is no session {place}")
     keys = [key(found) for found in data["rows"]]
     twice = next((k for k in keys if keys.count(k) > 1), None) if len(set(keys)) < len(keys) else None
     _expect(twice is None, f"two rows of {twice}")
@@ -161,17 +175,7 @@ def check_writable(path: Path | str) -> None:
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Why the rows of two runs can't stand in one file; empty if they can."""
-    kind = _unequal("kind", first["kind"], second["kind"])
-    sources = _unequal("sources", first["source_sha256"][:12], second["source_sha256"][:12])
-    if "measuring_sha256" in first and "measuring_sha256" in second:
-        name = "what measures, benchmarks/,"
-        sources += _unequal(name, first["measuring_sha256"][:12], second["measuring_sha256"][:12])
-    return kind + machine_differences(first, second) + sources
-
-
-def machine_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """The part of it about devices and versions."""
+    """Why the rows of two runs can't stand in one file: devices and versions; empty if they can."""
     found = []
     for name in SAME:
         found += _unequal(name, first["environment"].get(name), second["environment"].get(name))
@@ -191,46 +195,67 @@ def with_peers(environment: dict[str, Any], other: dict[str, Any]) -> dict[str, 
 
 
 def merge(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
-    """One run with the rows of all: of two rows of a case, contestant and pass, the later one that was measured.
+    """One run with the rows of all: of two rows of a case, contestant and pass, the later one that was measured, and
+    of GPU tests the last. Peers and sessions are those of all.
 
-    The header is the first's, with the peers of all; the others' commands and ceilings follow in "continued". Raises
-    RunError unless kind, device, versions and sources are equal.
+    Raises RunError unless device and versions are equal.
     """
+    merged = first | {"sessions": list(first["sessions"])}
     rows = {key(found): found for found in first["rows"]}
-    environment, continued = first["environment"], sessions(first)[1:]
     for other in others:
         if unequal := differences(first, other):
             raise RunError(f"these runs can't be merged: {', '.join(unequal)}")
-        environment = with_peers(environment, other["environment"])
-        continued += [session for session in sessions(other) if session not in (sessions(first)[0], *continued)]
+        merged["environment"] = with_peers(merged["environment"], other["environment"])
+        merged["sessions"] += [session for session in other["sessions"] if session not in merged["sessions"]]
+        places = [{"session": merged["sessions"].index(session)} for session in other["sessions"]]
         for found in other["rows"]:
             if key(found) not in rows or found["status"] not in UNFINISHED:
-                rows[key(found)] = found
-    merged = {**first, "environment": environment, "rows": list(rows.values())}
-    return merged | ({"continued": continued} if continued else {})
+                rows[key(found)] = found | places[found["session"]]
+        if tests := other.get("gpu_tests"):
+            merged["gpu_tests"] = tests | places[tests["session"]]
+    return _pruned(merged | {"rows": list(rows.values())})
 
 
-def sessions(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """What LATER and CARD name, of the session that began a run and of those that continued it."""
-    environment = run["environment"]
-    first = {name: run[name] if name in run else environment[name] for name in LATER}
-    return [first | {name: environment[name] for name in CARD if name in environment}, *run.get("continued", [])]
+def _pruned(run: dict[str, Any]) -> dict[str, Any]:
+    """Without the sessions that nothing is left of."""
+    tests = {name: run[name] for name in ("gpu_tests",) if name in run}
+    used = sorted({found["session"] for found in [*run["rows"], *tests.values()]})
+    places = {session: {"session": place} for place, session in enumerate(used)}
+    pruned = run | {"sessions": [run["sessions"][session] for session in used]}
+    pruned["rows"] = [found | places[found["session"]] for found in run["rows"]]
+    return pruned | {name: found | places[found["session"]] for name, found in tests.items()}
+
+
+def date(run: dict[str, Any]) -> str:
+    """That of the newest session."""
+    return max((session["date"] for session in run["sessions"]), default="")
+
+
+def of_kind(run: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A run with the rows of a kind, and the sessions that measured them."""
+    rows = [found for found in run["rows"] if found["kind"] == kind]
+    return _pruned({name: run[name] for name in run if name != "gpu_tests"} | {"rows": rows})
 
 
 def write_csv(data: dict[str, Any], path: Path | str) -> None:
     """A line a row; a Stats is four columns (gpu_us_median, …), settings are JSON. Raises RunError if it can't."""
-    nested = ("gpu_us", "wall_us", "host_us")
-    columns = [c for name in FIELDS for c in ([f"{name}_{part}" for part in STATS] if name in nested else [name])]
+    columns = [c for name in FIELDS for c in ([f"{name}_{part}" for part in STATS] if name in TIMES else [name])]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for found in data["rows"]:
-        line = {name: value for name, value in found.items() if name not in nested}
+        line = {name: value for name, value in found.items() if name not in TIMES}
         line["settings"] = json.dumps(found["settings"])
-        for name in nested:
-            line |= {f"{name}_{part}": value for part, value in (found.get(name) or {}).items()}
+        for name in TIMES:
+            line |= {f"{name}_{part}": found[name][part] for part in STATS if found.get(name)}
         writer.writerow(line)
     _write(path, text.getvalue())
+
+
+def write(data: dict[str, Any], path: Path | str) -> None:
+    """Raises ValueError unless data is a run, RunError if it can't be written."""
+    validate(data)
+    _write(path, results.as_json(data))
 
 
 def _write(path: Path | str, text: str) -> None:
@@ -240,46 +265,56 @@ def _write(path: Path | str, text: str) -> None:
         raise RunError(f"can't write {path}: {error.strerror or error}") from error
 
 
+def _recorded(row: Row) -> Row:
+    """With samples of the time that it is judged by alone, and numbers to six digits."""
+    others = [name for name in TIMES[1 if row["gpu_us"] else 2 :] if row.get(name)]
+    row = row | {name: {part: row[name][part] for part in STATS} for name in others}
+    return {name: _rounded(value) for name, value in row.items()}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 class Run:
     """A run in the making, and its file if it has one. timed: whether it was given a time since it was opened.
 
-    session: where this session's ceilings and clocks go: the data itself, or for a run that is continued what `put`
-    adds to its "continued" with the first time.
+    kind: of the rows that it is given. session: where this session's ceilings and clocks go, the last of the data's.
     """
 
-    def __init__(self, data: dict[str, Any], path: Path | None = None, session: dict[str, Any] | None = None) -> None:
-        self.data, self.path, self.timed = data, path, False
-        self.session = data if session is None else session
+    def __init__(self, data: dict[str, Any], kind: str, session: dict[str, Any], path: Path | None = None) -> None:
+        self.kind, self.path, self.timed = kind, path, False
+        self.session = session
+        self.data = data | {"sessions": [*data["sessions"], session]}
         self._rows = {key(found): found for found in data["rows"]}
 
     @classmethod
     def open(cls, path: Path | str | None, kind: str, command: Sequence[str]) -> Run:
         """A new run; or the one that path already holds, to be continued.
 
-        Raises RunError if path can't be written or holds something else: another kind, device, versions or sources.
+        Raises RunError if path can't be written or holds something else: another device, other versions.
         """
-        data = {
-            "schema": SCHEMA,
-            "kind": kind,
-            "environment": results.environment(),
-            "source_sha256": results.source_hash(),
-            "measuring_sha256": results.measuring_hash(),
-            "command": list(command),
-            "clocks": {"sm_mhz": None, "memory_mhz": None, "seen": None},
-            "ceilings": {},
-            "rows": [],
-        }
+        data = {"schema": SCHEMA, "environment": results.environment(), "sessions": [], "rows": []}
+        session = {"command": list(command), **results.origin()}
+        session |= {"sources": sources.present(), "measuring": results.measuring_hash()}
+        session |= {"clocks": {"sm_mhz": None, "memory_mhz": None, "seen": None}, "ceilings": {}}
         if path is None:
-            return cls(data)
+            return cls(data, kind, session)
         path = Path(path)
         check_writable(path)
         if path.exists() and path.stat().st_size:
             old = read(path)
             if unequal := differences(old, data):
                 raise RunError(f"{path} can't be continued, choose another --output: {', '.join(unequal)}")
-            (session,) = sessions(data)
-            return cls(old | {"environment": with_peers(old["environment"], data["environment"])}, path, session)
-        return cls(data, path)
+            data = old | {"environment": with_peers(old["environment"], data["environment"])}
+        return cls(data, kind, session, path)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The data with the rows of its kind."""
+        return of_kind(self.data, self.kind)
 
     def name_peer(self, name: str, version: str) -> None:
         """Records the version of a peer that is found by an option. Raises RunError if the run has rows of another."""
@@ -290,22 +325,28 @@ class Run:
             )
 
     def done(self, case: str, contestant: str, direction: str) -> bool:
-        """Whether this has been measured, or has failed: what a run that is taken up leaves out."""
+        """Whether this has been measured, or has failed, as it is now: what a run that is taken up leaves out."""
         found = self._rows.get((case, contestant, direction))
-        return found is not None and found["status"] not in UNFINISHED
+        return found is not None and found["status"] not in UNFINISHED and self._present(found)
+
+    def _present(self, row: Row) -> bool:
+        """Whether neither what a row runs nor what measures it has changed."""
+        then, what = self.data["sessions"][row["session"]], subject(row)
+        same = then["sources"].get(what) == self.session["sources"].get(what)
+        return bool(same and then["measuring"] == self.session["measuring"])
 
     def put(self, *rows: Row) -> None:
         """Adds rows, in place of those of the same case, contestant and pass. save() writes them."""
-        for found in rows:
-            self._rows[key(found)] = found
-            if found["status"] == "ok" and not self.timed:
-                self.timed = True
-                if self.session is not self.data:
-                    self.data["continued"] = [*self.data.get("continued", []), self.session]
+        mine = {"kind": self.kind, "session": len(self.data["sessions"]) - 1}
+        self._rows |= {key(found): _recorded(found) | mine for found in rows}
+        self.timed = self.timed or any(found["status"] == "ok" for found in rows)
         self.data["rows"] = list(self._rows.values())
+
+    def put_tests(self, seen: dict[str, Any]) -> None:
+        """Keeps what the GPU tests saw."""
+        self.data["gpu_tests"] = {"session": len(self.data["sessions"]) - 1} | seen
 
     def save(self) -> None:
         """Raises RunError if the file can't be written (any more)."""
-        validate(self.data)
         if self.path is not None:
-            _write(self.path, results.as_json(self.data))
+            write(_pruned(self.data), self.path)

@@ -158,7 +158,7 @@ def measure_models(
 
 def _singles(run: runs.Run) -> list[runs.Row]:
     """The rows of models at batch 1."""
-    return [row for row in run.data["rows"] if row["family"] == "model" and not row["settings"]["largest"]]
+    return [row for row in run.own["rows"] if row["family"] == "model" and not row["settings"]["largest"]]
 
 
 def _expected(run: runs.Run, row: runs.Row) -> float:
@@ -446,8 +446,8 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         measure_grids()  # last, since a model's first call can take half of the time
     status = command.finish(found, args)
-    if any(row["family"] == "model" for row in found.data["rows"]):
-        print_summary(found.data)
+    if any(row["family"] == "model" for row in found.own["rows"]):
+        print_summary(found.own)
     return status
 
 

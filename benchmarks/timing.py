@@ -24,19 +24,21 @@ import torch
 Call = Callable[[], Any]
 
 GRAPH = "CUDA graph"
+KEPT = 20  # samples of a measurement
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Median and quantiles of the single samples, microseconds."""
+    """Median and quantiles of the samples, microseconds; and at most KEPT of them, spread over all, as measured."""
 
     median: float
     p20: float
     p80: float
     repeats: int
+    samples: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"samples": list(self.samples)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ WALL = Effort(width=0.03, most=200, seconds=0.3)
 def stats(samples: Sequence[float]) -> Stats:
     ordered = sorted(samples)
     median, p20, p80 = (_quantile(ordered, q) for q in (0.5, 0.2, 0.8))
-    return Stats(median, p20, p80, len(ordered))
+    step = max(len(samples) / KEPT, 1)
+    kept = [samples[int(i * step)] for i in range(min(len(samples), KEPT))]
+    return Stats(median, p20, p80, len(ordered), tuple(float(f"{sample:.4g}") for sample in kept))
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float]:

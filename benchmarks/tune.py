@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import api, command, results, runs, timing
+from benchmarks import api, command, results, runs, sources, timing
 from benchmarks.command import say
 from benchmarks.rows import Stats, verdict
 from hdit_kernels.neighborhood_attention import triton_configs_hopper
@@ -359,8 +359,8 @@ def run(args: argparse.Namespace) -> int:
         if path is not None:
             runs.check_writable(path)
     header: dict[str, Any] = {
-        "environment": results.environment(),
-        "source_sha256": results.source_hash(),
+        "environment": results.environment() | results.origin(),
+        "sources": sources.present()["na2d"],
         "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
     }
 

@@ -3,6 +3,7 @@ test_interpreter.py in processes of their own), ahead-of-time compilation (test_
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch._inductor.config
 
-from benchmarks import results
+from benchmarks import runs
 from hdit_kernels import testing
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,10 +46,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 SEED = pytest.StashKey[int]()
 RECORD = pytest.StashKey[dict[str, Any]]()
+RUN = pytest.StashKey[runs.Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", type=Path, help="write what the GPU tests saw to this JSON file")
+    parser.addoption("--record", type=Path, help="write what the GPU tests saw to this record, or a new one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,6 +58,15 @@ def pytest_configure(config: pytest.Config) -> None:
     torch._inductor.config.force_disable_caches = True
     config.stash[RECORD] = {}
     config.stash[SEED] = int(os.environ.setdefault("HDIT_TEST_SEED", str(random.randrange(2**31))))
+    path = config.getoption("--record")
+    if path and torch.cuda.is_available() and HAS_TRITON:
+        note_launches(lambda file, kernel: kept(config, "launched", file, kernel, True))
+    if path and not hasattr(config, "workerinput"):
+        command = ["python", "-m", "pytest", *config.invocation_params.args]
+        try:  # now, rather than when all tests have run
+            config.stash[RUN] = runs.Run.open(path, "gpu_tests", command)
+        except runs.RunError as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -74,12 +85,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(config, "workeroutput"):  # a worker of pytest-xdist hands over what it saw
         config.workeroutput["record"] = json.dumps(seen)
         return
-    path = config.getoption("--record")
-    if path is not None and seen:
+    run = config.stash.get(RUN, None)
+    if run is not None and seen:
         stats = config.pluginmanager.get_plugin("terminalreporter").stats
         counts = {outcome: len(stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")}
-        header = {"environment": results.environment(), "source_sha256": results.source_hash(), "tests": counts}
-        results.write(path, header | {"seed": config.stash[SEED]} | seen)
+        run.put_tests({"tests": counts, "seed": config.stash[SEED]} | seen)
+        run.save()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -110,10 +121,26 @@ def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
 def record(request: pytest.FixtureRequest) -> Callable[[str, str, str, Any], None]:
     """record(section, operator, dtype, value) keeps a figure for the file that --record names."""
 
-    def keep(section: str, operator: str, dtype: str, value: Any) -> None:
-        request.config.stash[RECORD].setdefault(section, {}).setdefault(operator, {})[dtype] = value
+    return functools.partial(kept, request.config)
 
-    return keep
+
+def kept(config: pytest.Config, section: str, operator: str, dtype: str, value: Any) -> None:
+    config.stash[RECORD].setdefault(section, {}).setdefault(operator, {})[dtype] = value
+
+
+def note_launches(note: Callable[[str, str], None]) -> None:
+    """From now on, file and name of every kernel that is launched are told of."""
+    from hdit_kernels import launch
+
+    run = launch.run
+
+    def noting(*launches: launch.Launch) -> None:
+        run(*launches)
+        for each in launches:
+            function = each.function.fn
+            note(f"{function.__module__.replace('.', '/')}.py", function.__name__)
+
+    launch.run = noting
 
 
 @pytest.fixture

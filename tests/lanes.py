@@ -51,13 +51,16 @@ def kernels_only() -> Iterator[None]:
 
 
 class Compilation(NamedTuple):
-    """Of one kernel launch: what Triton would compile for it."""
+    """Of one kernel launch: what Triton would compile for it, its grid, and the values of its arguments (of tensors
+    where they lie)."""
 
     kernel: JITFunction
     signature: dict[str, str]
     constants: dict[str, Any]
     attributes: dict[tuple[int], list[list[Any]]]
     options: dict[str, int]
+    grid: Any
+    values: list[Any]
 
     def compile(self, target: str) -> Any:
         make = GluonASTSource if self.kernel.is_gluon() else ASTSource
@@ -74,17 +77,19 @@ def recorded(family: str) -> Iterator[list[Compilation]]:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         bound = inspect.signature(self.fn).bind(*args, **kwargs)
         bound.apply_defaults()
-        signature, constants, attributes = {}, {}, {}
+        signature, constants, attributes, values = {}, {}, {}, []
         for position, parameter in enumerate(self.params):
             value = bound.arguments[parameter.name]
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + TYPES[value.dtype]
+                values.append((tuple(value.shape), value.stride(), value.storage_offset()))
                 attributes[(position,)] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
-        launches.append(Compilation(self, signature, constants, attributes, options))
+                values.append(value)
+        launches.append(Compilation(self, signature, constants, attributes, options, grid, values))
 
     with (
         mock.patch.object(JITFunction, "run", record),

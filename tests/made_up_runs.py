@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from benchmarks import sources
+
 ENVIRONMENT = {
     "device": "Made-up GPU",
     "device_type": "cuda",
@@ -15,8 +17,6 @@ ENVIRONMENT = {
     "cuda": "13.0",
     "hip": None,
     "driver": "580.1",
-    "commit": "0" * 40,
-    "date": "2026-11-23",
 }
 COPY, MATMUL = 4.0, 750.0  # TB/s, TFLOP/s
 
@@ -27,7 +27,7 @@ def stats(median: float, spread: float = 0.01) -> dict[str, Any]:
 
 
 def row(case: str, contestant: str, gpu: float | None, wall: float | None, **changes: Any) -> dict[str, Any]:
-    """A row whose status is ok where there is a time; gpu, wall: medians in microseconds or the Stats themselves."""
+    """A row, its kind aside, whose status is ok where there is a time; gpu, wall: medians in microseconds or Stats."""
     found: dict[str, Any] = {
         "case": case,
         "family": "norms",
@@ -54,17 +54,20 @@ def row(case: str, contestant: str, gpu: float | None, wall: float | None, **cha
     return found
 
 
-def run(kind: str, rows: list[dict[str, Any]], source: str = "0" * 64, **environment: Any) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "kind": kind,
-        "environment": ENVIRONMENT | environment,
-        "source_sha256": source,
+def run(kind: str, rows: list[dict[str, Any]], date: str = "2026-11-23", **environment: Any) -> dict[str, Any]:
+    """Of one session, of sources that are no longer."""
+    session = {
         "command": ["python", "-m", "benchmarks", kind],
+        "commit": "0" * 40,
+        "date": date,
+        "gpu_uuid": "one",
+        "sources": dict.fromkeys(sources.ENTRIES, "0" * 16),
+        "measuring": "0" * 16,
         "clocks": {"sm_mhz": 1980, "memory_mhz": 3201, "seen": "nvidia-smi while timing"},
         "ceilings": {"copy_tb_s": COPY, "matmul_bf16_tflop_s": MATMUL},
-        "rows": rows,
     }
+    rows = [{"kind": kind, "session": 0} | row for row in rows]
+    return {"schema": 2, "environment": ENVIRONMENT | environment, "sessions": [session], "rows": rows}
 
 
 def kernels() -> dict[str, Any]:
@@ -157,7 +160,7 @@ def models(kind: str = "model") -> dict[str, Any]:
     for preset, batch in (("flowers-256", 32), ("imagenet-256", 16)):
         for direction, factor in (("step", 3),) if kind == "train" else (("forward", 1), ("forward+backward", 3)):
             common = {
-                "family": kind,
+                "family": "model",
                 "operator": preset,
                 "settings": {"preset": preset, "batch": batch, "precision": "bfloat16 autocast"},
                 "pass": direction,

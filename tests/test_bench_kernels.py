@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import __main__, api, ceilings, command, measure, results, runs, timing
+from benchmarks import __main__, api, ceilings, command, measure, results, runs, sources, timing
 from benchmarks.kernels import FAMILIES, PASSES, Case, all_cases
 from benchmarks.kernels.geglu import geglu
 from benchmarks.kernels.neighborhood_attention import na2d
@@ -287,7 +287,7 @@ def test_clocks_are_read_before_and_after(tmp_path: Path, monkeypatch: pytest.Mo
     api.run_cases([case()], [contestant("broken", raising(ValueError("no")))], output=path)
     for name in ("right", "right", "more"):  # in the second there is nothing left to measure
         api.run_cases([case()], [contestant(name)], output=path)
-    found = [session["clocks"] for session in runs.sessions(runs.read(path))]
+    found = [session["clocks"] for session in runs.read(path)["sessions"]]
     ends = [(1900, 1755), (1880, 1700)]
     timed = [{"sm_mhz": a, "memory_mhz": 1, "seen": "here", "sm_mhz_end": b, "memory_mhz_end": 1} for a, b in ends]
     assert found == [{"sm_mhz": 1980, "memory_mhz": 1, "seen": "here"}, *timed]
@@ -316,7 +316,7 @@ def test_budget_ends_the_run_and_another_one_goes_on(tmp_path: Path) -> None:
     rows = api.run_cases(cases, [contestant("a"), contestant("b")], output=path, on_line=lines.append)["rows"]
     assert [row["status"] for row in rows] == ["ok"] * 24
     assert all({runs.key(row): row["wall_us"] for row in rows}[name] == wall for name, wall in kept.items())
-    assert lines[0] == f"{path} holds 24 rows: what is missing is measured"
+    assert lines[0] == f"{path} holds 24 rows: what is missing, or of other sources, is measured"
 
 
 def test_the_file_is_whole_after_every_contestant(tmp_path: Path) -> None:
@@ -595,8 +595,9 @@ def test_quick_from_end_to_end(tmp_path: Path) -> None:
     assert {row["operator"] for row in data["rows"]} == {c.operator for c in all_cases()}
     assert {row["status"] for row in data["rows"]} <= {"ok", "unavailable", "not measured"}
     assert any(row["status"] == "ok" and row["contestant"] == "ours" for row in data["rows"])
-    assert len(data["source_sha256"]) == 64 and data["command"][3:] == arguments
-    assert data["ceilings"]["copy_tb_s"] > 0 and data["environment"]["device_type"] == "cpu"
+    (session,) = data["sessions"]
+    assert session["sources"] == sources.present() and session["command"][3:] == arguments
+    assert session["ceilings"]["copy_tb_s"] > 0 and data["environment"]["device_type"] == "cpu"
     assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + len(data["rows"])
     assert "On a CPU: wall time only" in found.stdout and f"Written: {output}" in found.stdout
     assert "it needs a GPU" in found.stdout

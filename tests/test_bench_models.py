@@ -39,7 +39,7 @@ CEILINGS = {"copy_tb_s": 0.01, "matmul_bf16_tflop_s": 0.05, "matmul_fp32_tflop_s
 
 def new_run(kind: str, path: Path | None = None) -> runs.Run:
     run = runs.Run.open(path, kind, ["test"])
-    run.data["ceilings"] = dict(CEILINGS)
+    run.session["ceilings"] = dict(CEILINGS)
     return run
 
 
@@ -295,7 +295,7 @@ def test_measured_row(tmp_path: Path) -> None:
     assert row["images_per_s"] == pytest.approx(2e6 / median) and row["first_call_s"] > 0
     assert row["floor_us"] == pytest.approx(row["flops"] / 0.05e6)
     assert row["ratio_to_floor"] == pytest.approx(median / row["floor_us"])
-    assert runs.read(tmp_path / "run.json")["rows"] == [row]
+    assert runs.read(tmp_path / "run.json")["rows"] == run.data["rows"] and runs.key(row) in by_name(run)
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_a_pass_that_would_go_beyond_the_budget_is_left_after_one_call(
 
 def test_a_pass_whose_flops_alone_go_beyond_the_budget_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run("model")
-    run.data["ceilings"]["matmul_fp32_tflop_s"] = 1e-12  # one FLOP a second
+    run.session["ceilings"]["matmul_fp32_tflop_s"] = 1e-12  # one FLOP a second
     monkeypatch.setattr(networks, "prepare", lambda *_: pytest.fail("it was tried"))
     options: dict[str, Any] = {"device": CPU, "configs": TINY, "contestants": ["ours"]}
     model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 60)
@@ -643,8 +643,9 @@ def test_commands(kind: str, tiny_presets: None, tmp_path: Path, capsys: pytest.
     command = [kind, "--quick", "--contestant", "ours", "--output", str(output), "--csv", str(csv)]
     assert __main__.main(command) == 0
     data = runs.read(output)
-    assert data["kind"] == kind and data["ceilings"] == CEILINGS
-    assert data["clocks"] == dict.fromkeys(("sm_mhz", "memory_mhz", "seen", "sm_mhz_end", "memory_mhz_end"))
+    (session,) = data["sessions"]
+    assert {row["kind"] for row in data["rows"]} == {kind} and session["ceilings"] == CEILINGS
+    assert session["clocks"] == dict.fromkeys(("sm_mhz", "memory_mhz", "seen", "sm_mhz_end", "memory_mhz_end"))
     passes = ["forward", "forward+backward"] if kind == "model" else ["step"]
     assert [(row["contestant"], row["pass"], row["status"]) for row in data["rows"]] == [
         ("ours", direction, "ok") for direction in passes
@@ -932,7 +933,8 @@ def test_attention_by_all_that_can_run() -> None:
         }  # fmt: skip
         keys = 8 * 8 if name == "sdpa" else 7 * 7
         assert row["flops"] == 4 * 8 * 8 * keys * 2 * 64 * (7 if direction == "forward+backward" else 2) // 2
-        assert row["floor_us"] == ceilings.floor_us(run.session["ceilings"], row["bytes"], row["flops"], "float32")
+        floor = ceilings.floor_us(run.session["ceilings"], row["bytes"], row["flops"], "float32")
+        assert row["floor_us"] == pytest.approx(floor, rel=1e-5)
         if row["status"] == "ok":
             assert row["error"] <= row["allowed_error"] and row["wall_us"]["repeats"] >= 3
     before = run.data["rows"]
@@ -980,7 +982,7 @@ def test_report_writes_and_prints(
     assert "12.3 ms" in printed and "2.50 s" in printed and "not measured" in printed
     assert "At 1024² HDiT-B/4 takes 0.86% of the FLOPs (counted)" in printed and "our reading" in printed
     with Image.open(tmp_path / "new" / "scaling.png") as image:
-        assert image.width > 1000 and image.text["Description"] == plots.digest(data)
+        assert image.width > 1000 and image.text["Description"] == plots.digest(data, "scaling")
         assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 20
 
 

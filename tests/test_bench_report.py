@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from benchmarks import api, fits, plots, report, results, rows, runs
+from benchmarks import api, fits, plots, report, results, rows, runs, sources
 from benchmarks.__main__ import main
 from tests import made_up_runs
 from tests.made_up_runs import row, stats
@@ -242,14 +243,15 @@ def test_no_ratio_of_models_is_told_where_times_may_be_equal(time: rows.Stats, w
 def test_no_ratio_of_kernels_is_told_where_times_may_be_equal() -> None:
     found = [row("geglu 1", "ours", 100, 120), row("geglu 1", "liger", 102, 130), row("geglu 1", "eager", 300, 330)]
     found += [row("geglu 2", "ours", stats(100) | {"repeats": 1}, 120), row("geglu 2", "liger", 700, 800)]
+    found = made_up_runs.run("kernels", found)["rows"]
     _, table = report._others(found)
     assert "| 1 | forward | 3.00x | same within noise |" in table and "| 2 | forward |  | too few samples |" in table
     assert "| too few samples |" in report._kernel_table(found) and "7.00x" not in report._kernel_table(found)
     path, run = Path("kernels.json"), made_up_runs.run("kernels", found)
-    records = report.Records({path: run}, {}, Path(), Path("page.md"), Path())
+    records = report.Records({path: run}, Path(), Path("page.md"), Path())
     line = "| `geglu` | forward | 2 | 1.00 | 1 same within noise, 1 too few samples |"
     assert line in report._kernels_summary(records)
-    found[0]["gpu_us"] = stats(50)
+    run["rows"][0]["gpu_us"] = stats(50)
     line = "| `geglu` | forward | 2 | 0.50 to 1.00 | 2.04x as fast, 1 too few samples |"
     assert line in report._kernels_summary(records)
 
@@ -293,24 +295,33 @@ def test_many_cases_and_passes_make_a_picture_of_the_first() -> None:
     assert len(figure.axes[0].patches) == plots.MOST_CASES and "(10 of 14 cases)" in figure.get_suptitle()
 
 
+def add(run: dict[str, Any], found: rows.Row) -> None:
+    run["rows"] += made_up_runs.run("kernels", [found])["rows"]
+
+
 def test_roofline_points_and_roofs() -> None:
     run = made_up_runs.kernels()
     work = {"flops": 10**9, "bytes": 10**7, "settings": {"dtype": "float32"}, "family": "tokens"}
-    run["rows"].append(row("token_merge 1 float32", "ours", 100, 120, **work))
-    run["ceilings"]["matmul_fp32_tflop_s"] = 50.0
+    add(run, row("token_merge 1 float32", "ours", 100, 120, **work))
+    ceilings = run["sessions"][0]["ceilings"]
+    ceilings["matmul_fp32_tflop_s"] = 50.0
     (axes,) = plots.pictures(run)["roofline"]().axes
     points = {tuple(map(float, p)) for found in axes.collections for p in found.get_offsets()}
     assert any(p == pytest.approx((100, 1e13)) for p in points)
     expected = {(24.5, 24.5 * made_up_runs.COPY * 1e12 / ratio) for ratio in (1.3, 6.1, 5.2, 12.5, 41.0)}
     assert all(any(p == pytest.approx(e, rel=1e-3) for p in points) for e in expected)
     assert {round(max(line.get_ydata()) / 1e12) for line in axes.get_lines()} == {750, 50}
-    del run["ceilings"]["matmul_bf16_tflop_s"], run["ceilings"]["matmul_fp32_tflop_s"]
+    del ceilings["matmul_bf16_tflop_s"], ceilings["matmul_fp32_tflop_s"]
     assert "roofline" not in plots.pictures(run)
 
 
 def test_the_roofline_shows_its_slope_where_all_intensities_are_high() -> None:
     run = made_up_runs.kernels()
-    run["ceilings"] = {"copy_tb_s": 1e-2, "matmul_bf16_tflop_s": 1e-2, "matmul_fp32_tflop_s": 1e-1}  # a processor's
+    run["sessions"][0]["ceilings"] = {
+        "copy_tb_s": 1e-2,
+        "matmul_bf16_tflop_s": 1e-2,
+        "matmul_fp32_tflop_s": 1e-1,
+    }  # a processor's
     (axes,) = plots.pictures(run)["roofline"]().axes
     knees = [line.get_xdata()[1] for line in axes.get_lines()]
     assert knees and all(axes.get_xlim()[0] < knee < axes.get_xlim()[1] for knee in knees)
@@ -318,12 +329,12 @@ def test_the_roofline_shows_its_slope_where_all_intensities_are_high() -> None:
 
 def test_no_ceiling_s_label_covers_a_point() -> None:
     run = made_up_runs.kernels()
-    run["ceilings"]["matmul_fp32_tflop_s"] = 50.0
+    run["sessions"][0]["ceilings"]["matmul_fp32_tflop_s"] = 50.0
     work = {"bytes": 10**7, "settings": {"dtype": "float32"}, "family": "tokens"}
     for case in range(40):  # all along the roofs, up to the last intensity
         flops = int(10 ** (6 + case / 10))
         fastest = max(flops / 50e6, 10**7 / (made_up_runs.COPY * 1e6))
-        run["rows"].append(row(f"token_merge {case}", "ours", fastest, fastest, flops=flops, **work))
+        add(run, row(f"token_merge {case}", "ours", fastest, fastest, flops=flops, **work))
     figure = plots.pictures(run)["roofline"]()
     figure.draw_without_rendering()
     (axes,) = figure.axes
@@ -371,40 +382,46 @@ def test_every_picture_is_written_and_shows_something(page: tuple[Path, list[Pat
     )
     assert sorted(output.iterdir()) == sorted(written)
     for name in names:
-        digest = plots.digest(KINDS[name.partition("-")[0]]())
+        kind, _, short = name.partition("-")
+        digest = plots.digest(runs.read(output.parent.parent / f"{kind}.json"), short)
         with Image.open(output / f"{name}.png") as image:
             assert image.text["Description"] == digest and min(image.size) > 250
             colors = image.convert("RGB").getcolors(maxcolors=10**6)
             assert len(colors) > 20 and max(count for count, _ in colors) < 0.97 * image.width * image.height
         svg = (output / f"{name}.svg").read_text()
-        assert digest in svg and svg.count("<path") > 20 and "<dc:date>" not in svg
+        assert digest in svg and svg.count("<path") > 10 and "<dc:date>" not in svg
+    assert "(arXiv 2401.11605):" in (output / "scaling-scaling.svg").read_text()  # what is written is not rounded
 
 
 def test_the_page_shows_the_clocks_of_before_and_after(tmp_path: Path) -> None:
     run = made_up_runs.kernels()
-    run["clocks"] |= {"sm_mhz_end": 1755, "memory_mhz_end": 3201}
+    (session,) = run["sessions"]
+    session["clocks"] |= {"sm_mhz_end": 1755, "memory_mhz_end": 3201}
     runs.validate(run)
     assert "| SM 1980 MHz, memory 3201 MHz; after it SM 1755 MHz, memory 3201 MHz |" in machines(run, tmp_path)
-    run["clocks"] = dict.fromkeys(run["clocks"])
+    session["clocks"] = dict.fromkeys(session["clocks"])
     assert "TFLOP/s |  |" in machines(run, tmp_path)
 
 
 def test_the_sessions_of_a_run_are_one_line(tmp_path: Path) -> None:
     run = made_up_runs.kernels()
-    later = {"command": [], "commit": "1" * 40, "date": "2026-11-24", "clocks": {"sm_mhz": 1530, "memory_mhz": 3201}}
-    ceilings = {"copy_tb_s": 4.001, "matmul_bf16_tflop_s": 738.4}
-    run["continued"] = [later | {"ceilings": ceilings}, later | {"ceilings": {}, "clocks": {}}]
+    clocks, ceilings = {"sm_mhz": 1530, "memory_mhz": 3201}, {"copy_tb_s": 4.001, "matmul_bf16_tflop_s": 738.4}
+    (first,) = run["sessions"]
+    later = first | {"commit": "1" * 40, "date": "2026-11-24", "clocks": clocks, "ceilings": ceilings}
+    run["sessions"] += [later, later | {"clocks": {}, "ceilings": {}}]
+    for session, found in enumerate(run["rows"][:3]):
+        found["session"] = session
     _, _, line = machines(run, tmp_path).splitlines()
     assert "| copy 4.00 TB/s, bf16 738–750 TFLOP/s | SM 1530–1980 MHz, memory 3201 MHz |" in line
-    assert f"| {'0' * 12}, {'1' * 12} |" in line
+    assert f"| 2026-11-24, commit {'0' * 12}, {'1' * 12} |" in line
 
 
 def test_machines_tell_of_several_cards(tmp_path: Path) -> None:
-    run = made_up_runs.kernels()
-    run["environment"]["gpu_uuid"] = "one"
-    (later,) = runs.sessions(run)
-    assert "cards" not in machines(run | {"continued": [later]}, tmp_path)
-    assert "(2 cards)" in machines(run | {"continued": [later | {"gpu_uuid": "two"}]}, tmp_path)
+    for card, said in (("one", False), ("two", True)):
+        run = made_up_runs.kernels()
+        run["sessions"] += [session | {"gpu_uuid": card} for session in run["sessions"]]
+        run["rows"][0]["session"] = 1
+        assert ("(2 cards)" in machines(run, tmp_path)) == said
 
 
 def machines(run: dict[str, Any], folder: Path) -> str:
@@ -445,7 +462,6 @@ def test_the_page_has_every_part(page: tuple[Path, list[Path]]) -> None:
     assert "| flowers-256 batch 32 | forward | k-diffusion | 10.6 ms | 30.0 ms | 521 | 5.00 GiB |" in text
     assert "2.64x faster (GPU time), 7.14x faster (wall time) |" in text
     assert "SM 1980 MHz, memory 3201 MHz" in text and "copy 4.00 TB/s, bf16 750 TFLOP/s" in text
-    assert f"({report.EARLIER})" in text  # made up of no sources
     assert "87.1 µs [86.2 µs, 88.0 µs]" in text
 
 
@@ -521,7 +537,8 @@ def test_the_floor_shown_is_that_of_our_own_session(clone: Path) -> None:
 
 def test_the_summary_takes_each_operator_from_the_newest_run_that_timed_it(clone: Path) -> None:
     old, new = made_up_runs.kernels(), made_up_runs.kernels()
-    new["environment"] |= {"date": "2099-01-01T00:00:00+00:00", "device": "a newer GPU"}
+    new["environment"]["device"] = "a newer GPU"
+    new["sessions"][0]["date"] = "2099-01-01"
     for found in new["rows"]:
         if found["operator"] != "na2d":
             found.update(status="not measured", reason="the budget is spent", gpu_us=None, wall_us=None)
@@ -638,8 +655,6 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    (tmp_path / "hdit").mkdir()
-    (tmp_path / "hdit" / "a.py").write_text("1")
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("Nothing generated\n")
@@ -655,7 +670,7 @@ def block(name: str) -> str:
 
 
 GPU_TESTS = {
-    "environment": {"device": "Some GPU", "torch": "2.11.0", "triton": "3.6.0", "cuda": None, "date": "2026-11-23"},
+    "session": 0,
     "operators": {
         "na2d": {
             "bfloat16": {"cases": 200, "worst_ratio": 0.512, "worst_tensor": "key.grad"},
@@ -683,16 +698,14 @@ def test_blocks_without_records(clone: Path) -> None:
 
 
 def test_blocks_of_records(clone: Path) -> None:
-    digest = results.source_hash(clone)
-    put(clone, "gpu_tests_some.json", GPU_TESTS | {"source_sha256": digest})
-    for kind, make in KINDS.items():
-        put(clone, f"{kind}.json", make() | {"source_sha256": digest})
+    whole = runs.merge(*(make() for make in KINDS.values())) | {"gpu_tests": GPU_TESTS}
+    put(clone, "gpu.json", whole)
     document = clone / "docs" / "page.md"
     text = "".join(map(block, report.BLOCKS))
     found = report.render(text, report.recorded(document, clone))
-    assert report.EARLIER not in found and report.NOTHING not in found
+    assert report.NOTHING not in found
     assert report.render(found, report.recorded(document, clone)) == found
-    assert "500 random cases" in found and "on Some GPU" in found
+    assert "500 random cases" in found and "on Made-up GPU" in found
     assert "| `geglu` | 0.75 (out) |  |" in found and "| `na2d` | 0.51 (key.grad) | 0.25 (out) |" in found
     for fact in [
         "- GPU tests: 61 passed, 2 failed.",
@@ -702,36 +715,68 @@ def test_blocks_of_records(clone: Path) -> None:
         "| A | float32 | 1.2e-06 | 2e-05 |",
     ]:
         assert f"{fact}\n" in found
-    assert "[benchmarks/results/gpu_tests_some.json](../benchmarks/results/gpu_tests_some.json), Some GPU" in found
-    assert f"triton 3.6.0, 2026-11-23, sources {digest[:12]}." in found
-    assert "![Cost of HDiT-B/4 and DiT-B/4 as images grow, Made-up GPU](pictures/scaling-scaling.svg)" in found
+    assert "[benchmarks/results/gpu.json](../benchmarks/results/gpu.json), Made-up GPU" in found
+    assert f"driver 580.1, 2026-11-23, commit {'0' * 12}." in found
+    assert "![Cost of HDiT-B/4 and DiT-B/4 as images grow, Made-up GPU](pictures/gpu-scaling.svg)" in found
+    pictures = {name for name in plots.pictures(whole) if f"pictures/gpu-{name}.svg" in found}
+    assert pictures == set(report.SHOWN) < set(plots.pictures(whole))
     assert "| `na2d` | forward | 2 | 1.30 | 4.00x as fast |" in found
     assert "| `rms_norm` | forward | 1 | 1.06 | 1 same within noise |" in found
 
-    (clone / "hdit" / "a.py").write_text("2")
-    stale = report.render(found, report.recorded(document, clone))
-    assert stale.count(report.EARLIER) == found.count(f"sources {digest[:12]}") + len(
-        KINDS
-    )  # and the table of machines
 
-
-def test_a_gpu_s_run_of_the_present_sources_comes_first(clone: Path) -> None:
-    present = results.source_hash(clone)
-    for name, device_type, date, source in [
-        ("a", "cpu", "2027-01-01", present),
-        ("b", "cuda", "2026-06-01", "0" * 64),
-        ("c", "cuda", "2026-06-02", "0" * 64),
-        ("d", "cuda", "2026-01-01", present),
-        ("e", "cuda", "2026-01-02", present),  # on another day: the order of a machine's runs is no news
+def test_a_gpu_s_newest_run_comes_first(clone: Path) -> None:
+    for name, device_type, date in [
+        ("a", "cpu", "2027-01-01"),
+        ("b", "cuda", "2026-06-01"),
+        ("c", "cuda", "2026-06-02"),
+        ("d", "cuda", "2026-06-02"),
     ]:
         made = made_up_runs.scaling(device=f"device {name}", device_type=device_type, date=date)
-        put(clone, f"{name}.json", made | {"source_sha256": source})
+        put(clone, f"{name}.json", made)
     records = report.recorded(clone / "README.md", clone)
-    assert "".join(path.stem for path in records.runs) == "decba"
+    assert "".join(path.stem for path in records.runs) == "cdba"
     readme = report.render(block("scaling"), records)
-    assert "device d" in readme and not any(f"device {name}" in readme for name in "abce")
+    assert "device c" in readme and not any(f"device {name}" in readme for name in "abd")
     details = report.render(block("scaling-details"), records)
-    assert all(f"device {name}" in details for name in "abcde")
+    assert all(f"device {name}" in details for name in "abcd")
+
+
+def test_a_changed_source_makes_rows_old_and_no_page(clone: Path) -> None:
+    present, entry = sources.present(), "na2d"
+    run = runs.merge(made_up_runs.kernels(), made_up_runs.models("train"))
+    run["rows"] = [found for found in run["rows"] if found["operator"] != "na2d"]  # which has pictures
+    run["gpu_tests"] = GPU_TESTS
+    for session in run["sessions"]:
+        session["sources"] = present | {entry: "a" * 16}
+    put(clone, "gpu.json", run)
+    for package in sources.OURS:
+        shutil.copytree(results.ROOT / package, clone / package, dirs_exist_ok=True)
+    (clone / "README.md").write_text("".join(map(block, report.BLOCKS)))
+    report.write_documents(clone)
+    at = f"2026-11-23, commit {'0' * 12}"
+    tested = f"gpu.json, GPU tests, na2d: 1 rows are old: sources {'a' * 16} of {at}, now {present['na2d']}"
+    assert report.differences(clone) == [] and report.old_rows(clone) == [tested]
+    ema = clone / "hdit" / "ema.py"
+    ema.write_text(ema.read_text().replace("def ema_update(", "def ema_update(a, "))
+    sources.present.cache_clear()
+    line, _ = report.old_rows(clone)
+    then, now = present[sources.STEP], sources.present(clone)[sources.STEP]
+    assert line == f"gpu.json, train, training step: 6 rows are old: sources {then} of {at}, now {now}"
+    assert report.differences(clone) == []
+    run["rows"][0]["gpu_us"]["median"] += 1000
+    put(clone, "gpu.json", run)
+    assert report.differences(clone) == ["README.md"]
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_check_tells_what_is_old_and_fails_where_a_page_is_due(
+    due: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "old_rows", lambda: [] if due else ["geglu is old"])
+    monkeypatch.setattr(report, "differences", lambda: ["README.md"] if due else [])
+    assert main(["report", "--check"]) == due
+    printed = capsys.readouterr().out
+    assert ("geglu is old" in printed) != due == ("README.md is not what the records make of it" in printed)
 
 
 @pytest.mark.parametrize(
@@ -757,18 +802,22 @@ def test_writes_documents_and_pictures(clone: Path) -> None:
     written = report.write_documents(clone)
     picture, front = (clone / "docs" / "pictures" / f"some-{name}.svg" for name in ("scaling", "time"))
     assert written == [clone / "docs" / "page.md", picture, front]
-    assert plots.digest(run) in picture.read_text() and sorted(picture.parent.iterdir()) == [picture, front]
+    assert sorted(picture.parent.iterdir()) == [picture, front] and report.differences(clone) == []
     assert "pictures/some-scaling.svg" in (clone / "docs" / "page.md").read_text()
     before = picture.read_bytes()
     assert report.write_documents(clone) == [picture, front]
     assert picture.read_bytes() == before  # the same data make the same file
+    picture.write_text("another")
+    (picture.parent / "gone.svg").touch()
+    assert report.differences(clone) == ["docs/pictures/gone.svg", "docs/pictures/some-scaling.svg"]
 
 
 def test_a_changed_measurement_changes_its_digest() -> None:
     run = made_up_runs.kernels()
     other = copy.deepcopy(run)
     other["rows"][0]["gpu_us"] = stats(1)
-    assert plots.digest(run) == plots.digest(copy.deepcopy(run)) != plots.digest(other)
+    assert plots.digest(run, "na2d") == plots.digest(copy.deepcopy(run), "na2d") != plots.digest(other, "na2d")
+    assert plots.digest(run, "scaling") == plots.digest(other, "scaling")
 
 
 def test_whose_attention_is_told() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import __main__, results, runs
+from benchmarks import __main__, results, runs, sources
 
 TIME = {"median": 10.0, "p20": 9.5, "p80": 11.0, "repeats": 20}
 
@@ -29,7 +29,7 @@ def row(status: str = "ok", **changes: Any) -> runs.Row:
 def data(*rows: runs.Row) -> dict[str, Any]:
     run = runs.Run.open(None, "kernels", ["python", "-m", "benchmarks", "kernels"])
     run.put(*rows)
-    return run.data
+    return run.own
 
 
 def test_valid_rows_pass() -> None:
@@ -41,9 +41,10 @@ def test_valid_rows_pass() -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda d: d.pop("clocks"), "clocks"),
-        (lambda d: d.update(schema=2), "schema 2"),
-        (lambda d: d.update(kind="speed"), "speed"),
+        (lambda d: d["sessions"][0].pop("clocks"), r"session 0: \['clocks'\] missing"),
+        (lambda d: d.update(schema=1), "schema 1"),
+        (lambda d: d["rows"][0].update(kind="speed"), "speed"),
+        (lambda d: d["rows"][0].update(session=1), "there is no session 1"),
         (lambda d: d["rows"].append(d["rows"][0]), "two rows"),
         (lambda d: d["rows"][0].pop("error"), "error"),
         (lambda d: d["rows"][0].update(surprise=1), "surprise"),
@@ -66,11 +67,12 @@ def test_what_is_wrong_is_named(wrong: Callable[[dict[str, Any]], Any], words: s
 
 def test_schema_names_every_field() -> None:
     text = (Path(runs.__file__).parent / "SCHEMA.md").read_text(encoding="utf-8")
-    named = [*runs.HEADER, *runs.FIELDS, *runs.STATS, *runs.KINDS, *runs.PASSES, *runs.STATUSES, *runs.SAME]
+    named = [*runs.HEADER, *runs.SESSION, *runs.FIELDS, *runs.STATS, *runs.KINDS, *runs.PASSES, *runs.STATUSES]
+    named += [*runs.SAME, *sources.ENTRIES.keys() - sources.OPERATORS]
     assert [name for name in named if f"`{name}`" not in text] == []
     assert f"schema {runs.SCHEMA}" in text
     optional = [line.split("`")[1] for line in text.splitlines() if ", optional |" in line]
-    assert optional == ["continued", *runs.OPTIONAL]
+    assert optional == ["gpu_tests", *runs.OPTIONAL, "samples"]
 
 
 def test_a_run_is_taken_up(tmp_path: Path) -> None:
@@ -79,7 +81,6 @@ def test_a_run_is_taken_up(tmp_path: Path) -> None:
     run.put(row(), row("failed", contestant="other"), row("not measured", contestant="third"))
     run.save()
     again = runs.Run.open(path, "kernels", ["second"])
-    assert again.data["command"] == ["first"]
     where = ("geglu 8x2x4 float32", "forward")
     done = {name: again.done(where[0], name, where[1]) for name in ("ours", "other", "third", "fourth")}
     assert done == {"ours": True, "other": True, "third": False, "fourth": False}
@@ -91,51 +92,109 @@ def test_a_run_is_taken_up(tmp_path: Path) -> None:
         ("other", "failed"),
         ("third", "ok"),
     ]
+    first, second = found["sessions"]
+    assert first["command"] == ["first"] and second["command"] == ["second"]
+    assert [r["session"] for r in found["rows"]] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("what", ["sources", "measures", "device", "torch", "kind"])
-def test_another_run_is_not_taken_up(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["device", "torch"])
+def test_another_machine_s_run_is_not_taken_up(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
     run = runs.Run.open(path, "kernels", [])
     run.save()
     before = path.read_bytes()
-    if what == "sources":
-        monkeypatch.setattr(results, "source_hash", lambda: "f" * 64)
-    elif what == "measures":
-        monkeypatch.setattr(results, "measuring_hash", lambda: "f" * 64)
-    elif what != "kind":
-        changed = results.environment() | {what: "another"}
-        monkeypatch.setattr(results, "environment", lambda: changed)
+    changed = results.environment() | {what: "another"}
+    monkeypatch.setattr(results, "environment", lambda: changed)
     with pytest.raises(runs.RunError, match=f"choose another --output.*{what}"):
-        runs.Run.open(path, "model" if what == "kind" else "kernels", [])
+        runs.Run.open(path, "kernels", [])
     assert path.read_bytes() == before
 
 
-def test_a_run_from_before_the_hash_of_what_measures_is_taken_up(tmp_path: Path) -> None:
-    run = runs.Run.open(tmp_path / "run.json", "kernels", [])
-    del run.data["measuring_sha256"]
+def network(direction: str) -> runs.Row:
+    return row(family="model", operator="flowers-256", case="flowers-256 batch 1", **{"pass": direction})
+
+
+ROWS = {"geglu": row(), "network": network("forward"), "training step": network("step")}
+
+
+@pytest.mark.parametrize("what", ["geglu", "na2d", "network", "training step", "what measures"])
+def test_what_has_changed_since_is_measured_again(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    run = runs.Run.open(path, "kernels", [])
+    run.put(*ROWS.values())
     run.save()
-    assert "measuring_sha256" not in runs.Run.open(tmp_path / "run.json", "kernels", []).data
+    if what == "what measures":
+        monkeypatch.setattr(results, "measuring_hash", lambda: "another")
+    else:
+        changed = sources.present() | {what: "another"}
+        monkeypatch.setattr(sources, "present", lambda: changed)
+    again = runs.Run.open(path, "kernels", [])
+    kept = [name for name, found in ROWS.items() if again.done(*runs.key(found))]
+    assert kept == [name for name in ROWS if what not in (name, "what measures")]
 
 
-def test_what_measures_is_hashed(tmp_path: Path) -> None:
-    names = {path.relative_to(results.ROOT / "benchmarks").as_posix() for path in results.measuring_files()}
-    assert {"timing.py", "networks.py", "model.py", "scaling.py", "peers/dit.py", "kernels/norms.py"} <= names
-    assert not names & {"report.py", "plots.py", "compare.py", "test_kernels.py"}
-    (tmp_path / "benchmarks" / "peers").mkdir(parents=True)
-    found = {results.measuring_hash(tmp_path)}
-    for name in ("timing.py", "report.py", "peers/dit.py"):
-        (tmp_path / "benchmarks" / name).write_text("x = 1")
-        found.add(results.measuring_hash(tmp_path))
-    assert len(found) == 3
+def test_a_session_of_which_nothing_is_left_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    for command in ("first", "second", "third"):
+        run = runs.Run.open(path, "kernels", [command])
+        run.put(row(), *([row(contestant="b")] if command == "second" else []))
+        run.save()
+    found = runs.read(path)
+    assert [session["command"] for session in found["sessions"]] == [["second"], ["third"]]
+    assert [(r["contestant"], r["session"]) for r in found["rows"]] == [("ours", 1), ("b", 0)]
+
+
+def test_one_file_holds_all_kinds(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    for kind, found in (("kernels", row()), ("train", network("step"))):
+        run = runs.Run.open(path, kind, [kind])
+        run.put(found)
+        run.save()
+        assert [r["kind"] for r in run.own["rows"]] == [kind] and len(run.own["sessions"]) == 1
+    assert [r["kind"] for r in runs.read(path)["rows"]] == ["kernels", "train"]
+
+
+def test_numbers_are_kept_to_six_digits() -> None:
+    (found,) = data(row(wall_us=TIME | {"median": 100 / 3}, floor_us=2e9 / 3, bytes=123456789))["rows"]
+    assert (found["wall_us"]["median"], found["floor_us"], found["bytes"]) == (33.3333, 666667000.0, 123456789)
+
+
+def test_gpu_tests_are_kept_beside_rows(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    for command in ("first", "second"):
+        run = runs.Run.open(path, "kernels", [command])
+        run.put_tests({"tests": {"passed": 1}, "operators": {}})
+        run.save()
+    run = runs.Run.open(path, "kernels", ["third"])
+    run.put(row())
+    run.save()
+    found = runs.read(path)
+    assert found["gpu_tests"] == {"session": 0, "tests": {"passed": 1}, "operators": {}}
+    assert [session["command"] for session in found["sessions"]] == [["second"], ["third"]]
+    with pytest.raises(ValueError, match="gpu_tests: there is no session 2"):
+        runs.validate(found | {"gpu_tests": {"session": 2}})
+
+
+def test_samples_are_kept_of_the_time_that_counts() -> None:
+    times = {name: TIME | {"samples": [1.0]} for name in runs.TIMES}
+    on_gpu, on_cpu = data(row(**times), row(**times | {"gpu_us": None}, contestant="b"))["rows"]
+    assert "samples" in on_gpu["gpu_us"] and "samples" not in {*on_gpu["wall_us"], *on_gpu["host_us"]}
+    assert "samples" in on_cpu["wall_us"] and "samples" not in on_cpu["host_us"]
+
+
+def test_what_measures_is_hashed() -> None:
+    names = {path.relative_to(results.ROOT).as_posix() for path in results.measuring_files()}
+    own = ("timing", "networks", "model", "scaling", "peers/dit", "kernels/norms")
+    assert {"hdit_kernels/testing.py", *(f"benchmarks/{name}.py" for name in own)} <= names
+    assert not names & {f"benchmarks/{name}.py" for name in ("report", "plots", "compare", "test_kernels")}
 
 
 def test_another_day_and_commit_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
     runs.Run.open(path, "kernels", []).save()
-    changed = results.environment() | {"date": "2001-01-01", "commit": "0" * 40}
-    monkeypatch.setattr(results, "environment", lambda: changed)
-    assert runs.Run.open(path, "kernels", []).data["environment"]["date"] != "2001-01-01"
+    changed = results.origin() | {"date": "2001-01-01", "commit": "0" * 40}
+    monkeypatch.setattr(results, "origin", lambda: changed)
+    assert runs.Run.open(path, "kernels", []).session["date"] == "2001-01-01"
 
 
 def test_a_peer_may_come_later_but_not_in_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +215,7 @@ def test_a_peer_may_come_later_but_not_in_another_version(tmp_path: Path, monkey
 
 
 def test_a_wrong_environment_is_refused() -> None:
-    with pytest.raises(ValueError, match="environment: .*'date'.* missing"):
+    with pytest.raises(ValueError, match="environment: .*'device'.* missing"):
         runs.validate(data() | {"environment": {}})
     with pytest.raises(ValueError, match="environment: peers is None"):
         runs.validate(data() | {"environment": results.environment() | {"peers": None}})
@@ -165,6 +224,7 @@ def test_a_wrong_environment_is_refused() -> None:
 def test_merge_takes_the_later_measurement() -> None:
     first = data(row(), row("not measured", contestant="b"), row("failed", contestant="c"))
     second = data(row("not measured"), row(contestant="b"), row(contestant="c"), row("unavailable", contestant="d"))
+    second["sessions"][0]["command"] = ["another"]
     merged = runs.merge(first, second)
     assert [(r["contestant"], r["status"]) for r in merged["rows"]] == [
         ("ours", "ok"),
@@ -173,43 +233,22 @@ def test_merge_takes_the_later_measurement() -> None:
         ("d", "unavailable"),
     ]
     runs.validate(merged)
-    assert len(first["rows"]) == 3  # as it was
-
-
-def test_later_sessions_are_told_of(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    run = runs.Run.open(path, "kernels", ["first"])
-    assert run.session is run.data
-    run.session["ceilings"] = {"copy_tb_s": 1.0}
-    run.put(row())
-    run.save()
-    idle = runs.Run.open(path, "kernels", ["idle"])  # times nothing, so it is not told of
-    idle.put(row("not measured", contestant="b"))
-    idle.save()
-    assert "continued" not in runs.read(path)
-    again = runs.Run.open(path, "kernels", ["second"])
-    again.session |= {"ceilings": {"copy_tb_s": 2.0}, "gpu_uuid": "another card"}
-    again.put(row(contestant="b"), row(contestant="c"))
-    again.session["clocks"] |= {"sm_mhz_end": 1980}
-    again.save()
-    data = runs.read(path)
-    first, second = runs.sessions(data)
-    assert first["command"] == ["first"] and first["ceilings"] == data["ceilings"] == {"copy_tb_s": 1.0}
-    assert second["command"] == ["second"] and second["ceilings"] == {"copy_tb_s": 2.0}
-    assert first["gpu_uuid"] == data["environment"]["gpu_uuid"] and second["gpu_uuid"] == "another card"
-    assert second["date"] == data["environment"]["date"] and second["clocks"]["sm_mhz_end"] == 1980
-    with pytest.raises(ValueError, match=r"continued 0: \['commit'\] missing"):
-        runs.validate(data | {"continued": [{n: value for n, value in second.items() if n != "commit"}]})
+    assert len(first["rows"]) == 3 and len(first["sessions"]) == 1  # as it was
+    assert [r["session"] for r in merged["rows"]] == [0, 1, 1, 1]
+    tested = second | {"gpu_tests": {"session": 0, "tests": {"passed": 1}}}
+    assert runs.merge(first, tested)["gpu_tests"]["session"] == 1
 
 
 def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [tmp_path / f"{name}.json" for name in "abc"]
     for path, contestant in zip(paths, ("a", "b"), strict=False):
-        runs.Run(data(row(contestant=contestant)) | {"command": [contestant]}, path).save()
+        made = data(row(contestant=contestant))
+        made["sessions"][0]["command"] = [contestant]
+        runs.write(made, path)
     assert __main__.main(["merge", str(paths[0]), str(paths[1]), "--output", str(paths[2])]) == 0
     merged = runs.read(paths[2])
     assert [found["contestant"] for found in merged["rows"]] == ["a", "b"]
-    assert [session["command"] for session in runs.sessions(merged)] == [["a"], ["b"]]
+    assert [session["command"] for session in merged["sessions"]] == [["a"], ["b"]]
     assert "2 rows of 2 files" in capsys.readouterr().out
     assert runs.merge(merged, runs.read(paths[1])) == merged  # nothing is told of twice
     assert __main__.main(["merge", str(paths[0]), str(paths[1]), "--output", str(paths[2])]) == 2
@@ -217,10 +256,9 @@ def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     new = str(tmp_path / "new.json")
     assert __main__.main(["merge", str(paths[0]), "--output", new]) == 2
     assert "expected two run files or more, got 1" in capsys.readouterr().err
-    other = data(row()) | {"source_sha256": "e" * 64}
-    runs.Run(other, paths[1]).save()
+    runs.write(merged | {"environment": merged["environment"] | {"torch": "another"}}, paths[1])
     assert __main__.main(["merge", str(paths[0]), str(paths[1]), "--output", new]) == 2
-    assert "can't be merged: sources" in capsys.readouterr().err
+    assert "can't be merged: torch" in capsys.readouterr().err
     assert runs.read(paths[2]) == merged  # as it was
 
 
@@ -229,10 +267,6 @@ def test_merge_refuses_what_differs(name: str) -> None:
     first, second = data(row()), data(row(contestant="b"))
     second["environment"] = second["environment"] | {name: "another"}
     with pytest.raises(runs.RunError, match=f"can't be merged: {name} .* and another"):
-        runs.merge(first, second)
-    second["environment"] = first["environment"]
-    second["source_sha256"] = "e" * 64
-    with pytest.raises(runs.RunError, match="sources .* and eeeeeeeeeeee"):
         runs.merge(first, second)
 
 

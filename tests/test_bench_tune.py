@@ -177,7 +177,7 @@ def loaded(path: Path) -> dict[str, Any]:
 
 def test_the_module_gives_back_what_was_chosen(tmp_path: Path) -> None:
     rows = [measured({ONE: 80})]
-    history = tune.last_run(made_up_runs.ENVIRONMENT, rows)
+    history = tune.last_run(made_up_runs.ENVIRONMENT | {"date": "2026-11-23"}, rows)
     path = tmp_path / "configs.py"
     path.write_text(tune.source(tune.updated(rows), history), encoding="utf-8")
     assert loaded(path) == tune.updated(rows) != tune.TABLES
@@ -202,7 +202,7 @@ def test_the_command_writes_module_and_log(
     module, log = tmp_path / "new" / "configs.py", tmp_path / "log.json"
     assert main(["tune", "--case", "head_dim 64 window 9", "--output", str(module), "--log", str(log)]) == 0
     data = json.loads(log.read_text())
-    assert set(data) == {"environment", "source_sha256", "command", "entries"} and len(data["entries"]) == 6
+    assert set(data) == {"environment", "sources", "command", "entries"} and len(data["entries"]) == 6
     assert loaded(module) == tune.updated(data["entries"])
     said = capsys.readouterr().out
     assert "changed: forward bfloat16 head_dim 64 window 9: tile 8x8, block 4x16" in said

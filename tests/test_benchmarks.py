@@ -13,38 +13,17 @@ import torch
 from benchmarks import results
 
 
-def sources(root: Path, files: dict[str, str]) -> str:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return results.source_hash(root)
-
-
-def test_source_hash_is_that_of_names_and_contents(tmp_path: Path) -> None:
-    files = {"hdit_kernels/a.py": "1", "hdit_kernels/deep/b.py": "2", "hdit/c.py": "3"}
-    digest = sources(tmp_path / "one", files)
-    assert sources(tmp_path / "same", dict(reversed(files.items()))) == digest
-    assert sources(tmp_path / "content", files | {"hdit/c.py": "4"}) != digest
-    assert sources(tmp_path / "more", files | {"hdit/d.py": ""}) != digest
-    renamed = {"hdit_kernels/a.py": "1", "hdit_kernels/deep/b.py": "2", "hdit/z.py": "3"}
-    assert sources(tmp_path / "renamed", renamed) != digest
-    moved = files | {"hdit_kernels/a.py": "12", "hdit_kernels/deep/b.py": ""}
-    assert sources(tmp_path / "moved", moved) != digest
-
-
-def test_source_hash_is_not_that_of_other_files(tmp_path: Path) -> None:
-    files = {"hdit_kernels/a.py": "1", "hdit/c.py": "3"}
-    digest = sources(tmp_path / "one", files)
-    others = {"hdit/py.typed": "", "tests/a.py": "", "benchmarks/b.py": "", "hdit/__pycache__/c.cpython-311.pyc": ""}
-    assert sources(tmp_path / "two", files | others) == digest
-
-
 def test_environment_names_the_machine() -> None:
     environment = json.loads(json.dumps(results.environment()))
     assert environment["torch"] == torch.__version__
     assert environment["device"]
     assert environment["device_type"] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_file_has_a_line_for_each_item(tmp_path: Path) -> None:
+    results.write(tmp_path / "a.json", {"rows": [{"µs": 0.5, "bytes": 123}, {"samples": [2.0, 3]}], "none": []})
+    text = '{\n"rows":[\n{"µs":0.5,"bytes":123},\n{"samples":[2.0,3]}\n],\n"none":[]\n}\n'
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == text
 
 
 def test_write_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-# make demo, make test, make lint: each does all its own set-up, from a fresh clone, in .venv.
+# make demo, make test, make lint, make docs: each does all its own set-up, from a fresh clone, in .venv.
 # make records-check: which published figures are of other sources than the present.
 # make test-oldest: as make test, with the oldest versions that pyproject.toml allows, in .venv-oldest.
 #   PYTHON=python3.12   the Python (>= 3.10) that the environment is made with; remove it to change that
@@ -24,11 +24,11 @@ endif
 cpu_tests := -m pytest -n 2 --dist worksteal -m "not gpu" --durations 10
 pip_install = -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable
 
-.PHONY: demo test test-oldest lint records-check
+.PHONY: demo test test-oldest lint docs records-check
 .NOTPARALLEL:
 
 demo: $(call installed,demo)
-	$(run) -m hdit.demo
+	$(run) -m benchmarks.demo
 
 test: $(call installed,test)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(run) $(cpu_tests)
@@ -44,6 +44,9 @@ lint: $(call installed,lint)
 	$(run) -m ruff format --check .
 	$(run) -m mypy
 	$(run) -m tests.documented_code
+
+docs: $(call installed,docs)
+	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build --strict --quiet
 
 .venv/created .venv-oldest/created:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"Python >= 3.10 is needed and {sys.executable} is {sys.version.split()[0]}: name another with make PYTHON=...")'

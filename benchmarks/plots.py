@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ WIDEST = 0.3  # interval of an exponent that counts as determined
 def digest(run: dict[str, Any], name: str) -> str:
     """sha256 of the rows of the kind that one of pictures(run) shows, this file and what else it draws by: ties a
     picture to the JSON that it shows and to how."""
-    shown = runs.of_kind(run, "scaling" if name in ("scaling", "attention") else "kernels")
+    shown = runs.of_kind(run, "scaling" if name in ("scaling", "time", "attention") else "kernels")
     drawing = sources.syntax(*(Path(module) for module in (__file__, fits.__file__, reading.__file__)))
     return hashlib.sha256(f"{json.dumps(shown, sort_keys=True)}{drawing}".encode()).hexdigest()
 
@@ -129,6 +129,8 @@ def pictures(run: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     models, attention = ([row for row in growth["rows"] if row["family"] == name] for name in ("model", "attention"))
     if models:
         found["scaling"] = partial(scaling, growth, models)
+        if time_panel(models):
+            found["time"] = partial(time, growth, models)
     if reading.best(attention, reading.measure(attention)):
         found["attention"] = partial(attention_grids, growth, attention)
     for operator in reading.distinct(run["rows"], lambda row: row["operator"]):
@@ -263,6 +265,26 @@ def scaling(run: dict[str, Any], rows: Sequence[Row]) -> Any:
         "and 2 deep, in front.",
         fontsize="small",
     )
+    return figure
+
+
+def time_panel(rows: Sequence[Row]) -> tuple[str, list[Curve]] | None:
+    """Of scaling_panels the forward pass's time, as (title, curves)."""
+    panels = scaling_panels(rows).items()
+    return next(((title, curves) for title, (_, curves) in panels if title.endswith("time, forward pass")), None)
+
+
+def time(run: dict[str, Any], rows: Sequence[Row]) -> Any:
+    """What a newcomer sees: the measured time of a forward pass against the image's size, and nothing extrapolated."""
+    found = time_panel(rows)
+    assert found is not None
+    title, curves = found
+    figure = _figure(7, 4)
+    (axes,) = figure.subplots(1, 1, squeeze=False).flat
+    sizes = sorted({size for one in curves for size, _ in one.measured})
+    _lines(axes, [replace(one, extrapolated=[], law=None) for one in curves], sizes, "image, pixels")
+    axes.set(title=f"{title} of one image\n{_machine(run)}", ylabel="seconds")
+    _annotate(axes, curves)
     return figure
 
 

@@ -29,7 +29,7 @@ from benchmarks.runs import Row
 
 NOTHING = "No run is recorded yet."
 PICTURES = Path("docs") / "pictures"
-SHOWN = ("scaling", "attention", "na2d", "roofline")  # of each record's pictures, those that the documents show
+SHOWN = ("scaling", "time", "attention", "na2d", "roofline")  # of each record's pictures, those that the documents show
 PAGE = "report.md"
 TITLES = {
     "machines": "Machines",
@@ -41,6 +41,19 @@ TITLES = {
     "gpu-tests": "Correctness on a GPU",
     "measurements": "Every measurement",
 }
+FRONT = [  # of the README: (case, pass); two of na2d's windows, the rest at shapes of the presets
+    ("na2d 4x256x256x2x64 k7 bfloat16", "forward+backward"),
+    ("na2d 4x256x256x2x64 k7 bfloat16", "forward"),
+    ("na2d 1x256x256x2x64 k13 bfloat16", "forward+backward"),
+    ("na2d 4x128x128x4x96 k7 bfloat16", "forward"),
+    ("qk_norm_rope 4x256x256x2x64 bfloat16", "forward+backward"),
+    ("ada_rms_norm 32x256x512 bfloat16", "forward+backward"),
+    ("rms_norm 32768x512 bfloat16", "forward+backward"),
+    ("geglu 32768x2x768 bfloat16", "forward+backward"),
+    ("token_merge 32x256x256x3 p4 to 128 bfloat16", "forward+backward"),
+    ("token_split 4x64x64x384 p2 to 256 skip bfloat16", "forward+backward"),
+]
+GRID = ("batch", "height", "width", "heads", "head_dim")
 _BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end of \1 -->\n", re.DOTALL)
 
 
@@ -255,6 +268,62 @@ def _range(name: str, sessions: Sequence[dict[str, Any]], key: str, digits: str,
     values = [session[key] for session in sessions if session.get(key)]
     ends = [format(value, digits) for value in (min(values), max(values))] if values else []
     return f"{name} {'–'.join(dict.fromkeys(ends))} {unit}" if ends else ""
+
+
+def _front_case(records: Records) -> tuple[Path, dict[str, Any], list[tuple[Row, Row]]]:
+    """The first run of operators that has cases of FRONT, and these: ours beside the fastest other."""
+    for path, run in records.of("kernels"):
+        pairs = []
+        for case, direction in FRONT:
+            rows = [row for row in run["rows"] if (row["case"], row["pass"]) == (case, direction)]
+            ours = next((row for row in rows if row["contestant"] == "ours" and row["status"] == "ok"), None)
+            if ours and (rival := _rival(rows, ours, reading.measure(rows))):
+                pairs.append((ours, rival))
+        if pairs:
+            return path, run, pairs
+    return Path(), {}, []
+
+
+def _front_sentence(records: Records) -> str:
+    """One number and its conditions: the first case's."""
+    _, run, pairs = _front_case(records)
+    if not pairs:
+        return NOTHING
+    ours, rival = pairs[0]
+    which = reading.measure(pairs[0])
+    batch, height, width, heads, dim = (ours["settings"][name] for name in GRID)
+    window, dtype = ours["settings"]["kernel_size"], ours["settings"]["dtype"]
+    gain = rival[which]["median"] / ours[which]["median"]
+    return (
+        f"On an {run['environment']['device']}, in {dtype}, its `na2d` takes {_time(ours, which)} forward and backward "
+        f"for {batch} grids of {height}x{width} tokens with {heads} heads of {dim} and windows of {window}x{window}: "
+        f"**{gain:.1f} times as fast as the fastest other** ({rival['contestant']}, {_time(rival, which)})."
+    )
+
+
+def _front_table(records: Records) -> str:
+    """The cases of FRONT, those that lose, too."""
+    path, run, pairs = _front_case(records)
+    if not pairs:
+        return NOTHING
+    body = []
+    for ours, rival in pairs:
+        which = reading.measure([ours, rival])
+        word = _beside(ours, rival, which)
+        gain = word if word in UNDECIDED else f"{rival[which]['median'] / ours[which]['median']:.2f}x"
+        times = [_time(ours, which), f"{_time(rival, which)} ({rival['contestant']})"]
+        body.append([f"`{ours['operator']}` {_short(ours)}", ours["pass"], *times, gain])
+    head = ["operator and case", "pass", "ours", "fastest other", "times as fast"]
+    return _joined([_table(head, body, left=2), _source(records, path, run)])
+
+
+def _front_picture(records: Records) -> str:
+    found = [(path, run) for path, run in records.of("scaling", "model") if "time" in plots.pictures(run)]
+    return (
+        _picture(records, *found[0], "time", "Measured time of HDiT-B/4 and DiT-B/4 as images grow")
+        if found
+        else NOTHING
+    )
 
 
 def _scaling_picture(records: Records) -> str:
@@ -699,6 +768,9 @@ def _worst(found: dict[str, Any] | None) -> str:
 
 
 BLOCKS: dict[str, Callable[[Records], str]] = {
+    "front-sentence": _front_sentence,
+    "front-table": _front_table,
+    "front-picture": _front_picture,
     "machines": _machines,
     "scaling-picture": _scaling_picture,
     "scaling": _scaling,

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("hdit", "hdit_kernels", "benchmarks")
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+EITHER = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:^    .*\n|^\n)+", re.MULTILINE)
 
 
@@ -27,6 +28,11 @@ def in_document(path: Path) -> list[str]:
     """The Python blocks of a Markdown file, each below empty lines, so that its lines have the file's numbers."""
     text = path.read_text(encoding="utf-8")
     return ["\n" * text.count("\n", 0, found.start(1)) + found[1] for found in FENCED.finditer(text)]
+
+
+def in_order(path: Path) -> list[tuple[str, str]]:
+    """The Python and shell blocks of a Markdown file, as ("python" or "sh", code)."""
+    return EITHER.findall(path.read_text(encoding="utf-8"))
 
 
 def in_docstrings(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from benchmarks import sources
@@ -73,10 +74,13 @@ def kernels() -> dict[str, Any]:
     """na2d with two cases and every peer, one of which fails and one of which is missing; rms_norm with one case."""
     found = []
     for case, gigabytes in (("na2d 4x256x256x2x64 k7 bfloat16", 0.268), ("na2d 32x32x32x12x64 k7 bfloat16", 0.201)):
+        sides = map(int, re.findall(r"\d+", case)[1:6])
+        shape = dict(zip(("batch", "height", "width", "heads", "head_dim"), sides, strict=True))
         for direction, factor in (("forward", 1), ("forward+backward", 3)):
             floor = factor * gigabytes * 1e9 / (COPY * 1e6)
             work = {
                 "family": "neighborhood_attention",
+                "settings": shape | {"kernel_size": 7, "dtype": "bfloat16"},
                 "pass": direction,
                 "floor_us": floor,
                 "bytes": int(factor * gigabytes * 1e9),

@@ -369,7 +369,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 
 def test_every_picture_is_written_and_shows_something(page: tuple[Path, list[Path]]) -> None:
     output, written = page
-    names = ["kernels-na2d", "kernels-rms-norm", "kernels-roofline", "scaling-scaling", "scaling-attention"]
+    names = [
+        "kernels-na2d",
+        "kernels-rms-norm",
+        "kernels-roofline",
+        "scaling-scaling",
+        "scaling-time",
+        "scaling-attention",
+    ]
     assert sorted(p.name for p in written) == sorted(
         ["report.md", *(f"{n}.{s}" for n in names for s in ("png", "svg"))]
     )
@@ -480,6 +487,27 @@ def test_the_summary_spans_the_cases(clone: Path) -> None:
     put(clone, "kernels.json", run)
     found = report.render(block("kernels-summary"), report.recorded(clone / "README.md", clone))
     assert "| `na2d` | forward | 2 | 1.30 to 3.00 | 0.87x to 4.00x as fast |" in found
+
+
+def test_the_front_shows_one_number_and_rows_that_lose_too(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loses = row("geglu 32768x2x768 bfloat16", "ours", 100, 120, **{"pass": "forward+backward"})
+    rival = loses | {"contestant": "liger", "gpu_us": stats(80)}
+    put(clone, "kernels.json", made_up_runs.run("kernels", [*made_up_runs.kernels()["rows"], loses, rival]))
+    put(clone, "scaling.json", made_up_runs.scaling())
+    names = ("front-sentence", "front-table", "front-picture")
+    found = report.render("".join(map(block, names)), report.recorded(clone / "README.md", clone))
+    assert "for 4 grids of 256x256 tokens with 2 heads of 64 and windows of 7x7: **4.0 times as fast as" in found
+    assert "the fastest other** (natten cutlass-fna," in found and "Made-up GPU, in bfloat16" in found
+    body = re.findall(r"^\| `.*", found, re.MULTILINE)
+    assert [line.split(" | ")[-1] for line in body] == ["4.00x |", "4.00x |", "0.80x |"] and len(report.FRONT) <= 10
+    assert "(docs/pictures/scaling-time.svg)" in found
+
+
+def test_the_front_picture_shows_what_was_measured_only() -> None:
+    (axes,) = plots.pictures(made_up_runs.scaling())["time"]().axes
+    assert all(line.get_linestyle() == "-" for line in axes.get_lines())
+    assert {len(line.get_xdata()) for line in axes.get_lines()} == {7}  # DiT-B/4: NaN where it was not measured
+    assert axes.get_legend_handles_labels()[1] == ["HDiT-B/4", "DiT-B/4"]
 
 
 def test_a_run_s_part_of_a_block_starts_with_its_device(clone: Path) -> None:
@@ -786,12 +814,12 @@ def test_writes_documents_and_pictures(clone: Path) -> None:
     (clone / "docs" / "pictures").mkdir()
     (clone / "docs" / "pictures" / "gone-scaling.svg").touch()
     written = report.write_documents(clone)
-    picture = clone / "docs" / "pictures" / "some-scaling.svg"
-    assert written == [clone / "docs" / "page.md", picture]
-    assert list(picture.parent.iterdir()) == [picture] and report.differences(clone) == []
+    picture, front = (clone / "docs" / "pictures" / f"some-{name}.svg" for name in ("scaling", "time"))
+    assert written == [clone / "docs" / "page.md", picture, front]
+    assert sorted(picture.parent.iterdir()) == [picture, front] and report.differences(clone) == []
     assert "pictures/some-scaling.svg" in (clone / "docs" / "page.md").read_text()
     before = picture.read_bytes()
-    assert report.write_documents(clone) == [picture]
+    assert report.write_documents(clone) == [picture, front]
     assert picture.read_bytes() == before  # the same data make the same file
     picture.write_text("another")
     (picture.parent / "gone.svg").touch()

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks import demo as clone_demo
 from hdit import _runtime, demo
 from hdit.checkpoint import read_details
 from hdit.data import Digits
@@ -59,18 +60,26 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         assert budget_seconds <= 60
         Image.new("L", (8, 8)).save(directory / "scaling.png")
 
-    monkeypatch.setitem(sys.modules, "benchmarks.scaling", SimpleNamespace(report=report))
+    monkeypatch.setattr(clone_demo, "report", report)
     monkeypatch.setattr(demo, "ON_CPU", TINY)
     monkeypatch.setattr(demo, "pick_device", lambda: torch.device("cpu"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "demo_output"
 
 
-def test_main_fails_on_unreadable_digits(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("program", "pictures"),
+    [(main, ("samples.png", "loss.png")), (clone_demo.main, ("scaling.png", "samples.png", "loss.png"))],
+    ids=["hdit", "benchmarks"],
+)
+def test_main_fails_on_unreadable_digits(
+    program: Callable[..., None], pictures: tuple[str, ...], quick: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match=r"only \d+% of the samples are recognised, 80% are expected"):
-        main([])
+        program([])
+    assert {path.name for path in quick.glob("*.png")} == set(pictures)
     printed = capsys.readouterr().out
-    for name in ("scaling.png", "samples.png", "loss.png"):
+    for name in pictures:
         assert str(quick / name) in printed and (quick / name).is_file()
     assert f"torch   {torch.__version__}" in printed
 
@@ -87,26 +96,33 @@ def test_main_succeeds_on_readable_digits(quick: Path, monkeypatch: pytest.Monke
     main([])
 
 
-@pytest.mark.parametrize("package", ["safetensors", "PIL", "tqdm", "numpy", "rich", "matplotlib", "sklearn"])
+@pytest.mark.parametrize("package", ["safetensors", "PIL", "tqdm", "numpy", "matplotlib", "sklearn", "rich"])
 def test_a_missing_package_is_named_before_anything_is_measured(
     quick: Path, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit, match="2"):
-        main([])
-    out, err = capsys.readouterr()
-    assert err == f'hdit.demo: error: {package} is needed here: pip install "hdit-kernels[demo]"\n'
-    assert not out and not quick.exists()
+    for program in [clone_demo.main, *([main] if package != "rich" else [])]:
+        with pytest.raises(SystemExit, match="2"):
+            program([])
+        out, err = capsys.readouterr()
+        assert err.endswith(f'.demo: error: {package} is needed here: pip install "hdit-kernels[demo]"\n')
+        assert not out and not quick.exists()
 
 
 def test_an_output_that_cant_be_written_is_named_before_anything_is_measured(
     quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (quick / "loss.png").mkdir(parents=True)
+    for program, name in ((main, "hdit"), (clone_demo.main, "benchmarks")):
+        with pytest.raises(SystemExit, match="2"):
+            program([])
+        assert capsys.readouterr() == ("", f"{name}.demo: error: can't write demo_output/loss.png: it is a folder\n")
+    (quick / "loss.png").rmdir()
+    (quick / "scaling.png").mkdir()
     with pytest.raises(SystemExit, match="2"):
-        main([])
-    assert capsys.readouterr() == ("", "hdit.demo: error: can't write demo_output/loss.png: it is a folder\n")
+        clone_demo.main([])
+    assert "can't write demo_output/scaling.png: it is a folder" in capsys.readouterr().err
 
 
 # What is said about the machine

@@ -45,7 +45,7 @@ def test_the_documents_are_what_the_records_make_of_them() -> None:
 def test_records_and_pictures_stay_small() -> None:
     records = list((results.ROOT / "benchmarks" / "results").glob("*.json"))
     pictures = list((results.ROOT / report.PICTURES).iterdir())
-    assert len(pictures) <= 8
+    assert len(pictures) <= 10
     assert max(path.stat().st_size for path in records) < 1.5e6 and max(p.stat().st_size for p in pictures) < 1e5
 
 
@@ -55,24 +55,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 CODE = documented_code.everywhere()  # which make lint has mypy check
-README_EXAMPLES = [code for where, code in CODE.items() if where.startswith("README.md ")]
 NOTEBOOKS = ["docs/benchmarks.md 1", "benchmarks/api.py 1"]  # calls the benchmarks as functions
-
-
-def test_the_readme_has_two_examples() -> None:
-    assert len(README_EXAMPLES) == 2
-    assert "hdit_kernels" in README_EXAMPLES[0] and "from hdit " in README_EXAMPLES[1]
-
-
-@pytest.mark.parametrize("code", README_EXAMPLES, ids=["kernel", "model"])
-def test_the_readme_s_examples_run(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # here they run on the CPU wherever they are run
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    shown = [line.partition("# prints ")[2] for line in code.splitlines() if "# prints " in line]
-    assert shown and capsys.readouterr().out.splitlines() == shown
 
 
 def test_an_example_in_a_docstring_runs() -> None:

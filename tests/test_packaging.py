@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email.message
 import email.parser
 import importlib.metadata
@@ -12,9 +13,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -31,24 +35,35 @@ KNOWN_HOLES = [
 ]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
-HIDDEN = "triton numpy einops safetensors PIL tqdm sklearn matplotlib rich scipy hypothesis benchmarks".split()
+HIDDEN = "triton numpy einops safetensors PIL tqdm sklearn matplotlib rich scipy hypothesis benchmarks tests".split()
+CLONE_ONLY = ["benchmarks", "tests"]
+DEPENDENCIES = {
+    "torch",
+    "triton",
+    "safetensors",
+    "PIL",
+    "tqdm",
+    "numpy",
+    "matplotlib",
+    "sklearn",
+}  # of the wheel's parts
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # the second: hdit.demo would restart itself
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 # Run in a process of its own: every import of a hidden package finds nothing, as on a machine that never had it.
-BARE = f"""
+BARE = """
 import importlib.machinery, importlib.util, sys, warnings
 
 class Hiding(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, fullname, path=None, target=None):
-        if fullname.partition(".")[0] in {HIDDEN}:
+        if fullname.partition(".")[0] in HIDDEN:
             return None
         return super().find_spec(fullname, path, target)
 
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Hiding
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's own words about a missing NumPy
-assert not any(map(importlib.util.find_spec, {HIDDEN}))
+assert not any(map(importlib.util.find_spec, HIDDEN))
 
 import torch
 import hdit, hdit_kernels
@@ -115,11 +130,11 @@ def needs(wheel: Path) -> list[Requirement]:
     return [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist", [])]
 
 
-def run_bare(code: str, wheel: Path, tmp_path: Path) -> list[str]:
-    """Runs code with both packages of the wheel imported; returns what it prints."""
+def run_bare(code: str, wheel: Path, tmp_path: Path, hidden: Sequence[str] = HIDDEN) -> list[str]:
+    """Runs code with both packages of the wheel imported and others hidden; returns what it prints."""
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "site")
-    program = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n{BARE}{code}"
+    program = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); HIDDEN = {hidden}\n{BARE}{code}"
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True
     )
@@ -266,8 +281,9 @@ for package in (hdit, hdit_kernels):
     assert all(module.startswith("hdit_kernels.") for module, _ in found)
 
 
-def test_what_is_missing_names_its_extra(wheel: Path, tmp_path: Path) -> None:
+def test_a_wheel_says_what_there_is_and_what_is_missing(wheel: Path, tmp_path: Path) -> None:
     code = """
+import hdit.__main__
 x, sigmas = torch.zeros(1, 3, 8, 8), torch.tensor([1.0, 0.0])
 uses = {
     "tqdm": lambda: hdit.sampling.sample_euler(lambda x, sigma: x, x, sigmas, disable=False),
@@ -279,25 +295,68 @@ for package, use in uses.items():
         print(package, "was not asked for")
     except ModuleNotFoundError as error:
         print(error)
+hdit.__main__.main([])
 """
     (tmp_path / "model.safetensors").touch()
-    assert run_bare(code, wheel, tmp_path) == [
-        'tqdm is needed here: pip install "hdit-kernels[train]"',
-        'safetensors is needed here: pip install "hdit-kernels[train]"',
-    ]
+    tqdm, safetensors, *lines = run_bare(code, wheel, tmp_path)
+    assert tqdm == 'tqdm is needed here: pip install "hdit-kernels[train]"'
+    assert safetensors == 'safetensors is needed here: pip install "hdit-kernels[train]"'
+    programs = {line.split()[2] for line in lines if line.startswith("python -m ")}
+    assert programs == {"hdit.demo", "hdit.train", "hdit.sample"}
+    assert f"torch   {torch.__version__}" in lines
 
 
-def test_the_demo_says_that_it_needs_the_repository(wheel: Path, tmp_path: Path) -> None:
+def test_the_demo_runs_from_a_wheel(wheel: Path, tmp_path: Path) -> None:
+    """The whole of it, tiny, where there is no clone: exit status 1, as two steps teach nothing."""
     code = """
-import contextlib, io, hdit.demo
-said = io.StringIO()
+import dataclasses, pathlib, hdit.demo
+levels = (hdit.Level(1, 16, attention=hdit.NoAttention()), hdit.Level(1, 16, attention=hdit.GlobalAttention(8)))
+config = dataclasses.replace(hdit.demo.ON_CPU.config, levels=levels, image_size=(8, 8))
+hdit.demo.ON_CPU = hdit.demo.Settings(config, 2, 4, 1e-3, 1.0, sampling_steps=1, per_class=1)
+hdit.demo.pick_device = lambda: torch.device("cpu")
 try:
-    with contextlib.redirect_stderr(said):
-        hdit.demo.main([])
+    hdit.demo.main([])
 except SystemExit as error:
     print(error.code)
-print(said.getvalue(), end="")
+print(sorted(path.name for path in pathlib.Path("demo_output").glob("*.png")))
 """
-    status, line = run_bare(code, wheel, tmp_path)
-    assert status == "2"
-    assert "runs in a clone of the repository" in line and 'pip install -e ".[demo]"' in line
+    *_, error, pictures = run_bare(code, wheel, tmp_path, CLONE_ONLY)
+    assert "of the samples are recognised, 80% are expected" in error
+    assert pictures == "['loss.png', 'samples.png']"
+
+
+def test_nothing_in_a_wheel_imports_what_it_does_not_bring() -> None:
+    for package in ("hdit", "hdit_kernels"):
+        for path in (ROOT / package).rglob("*.py"):
+            names = set()
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                match node:
+                    case ast.Import():
+                        names |= {alias.name for alias in node.names}
+                    case ast.ImportFrom(module=str(name)):
+                        names.add(name)
+                    case ast.Call(func=ast.Name("require"), args=[ast.Constant(str(name)), *_]):  # of hdit._extras
+                        names.add(name)
+            others = {name.partition(".")[0] for name in names} - {"hdit", "hdit_kernels"} - sys.stdlib_module_names
+            assert others <= DEPENDENCIES, f"{path}: {others - DEPENDENCIES}"
+
+
+# What stands beside the code
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {hdit.__version__}\n" in text and "arXiv:2401.11605" in text
+
+
+def test_the_workflows_run_what_there_is() -> None:
+    """Each is YAML, and what it runs of this repository is there: make's targets and .ci/run."""
+    targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    commands = []
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        commands += [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+        assert {need for job in jobs.values() for need in [job.get("needs")] if need} <= set(jobs)
+    assert {"bash .ci/run", "make docs", "make test-oldest", "python -m hdit"} <= set(commands)
+    assert {command.split()[1] for command in commands if command.startswith("make ")} <= set(targets)
+    assert (ROOT / ".ci" / "run").is_file()

@@ -3,7 +3,7 @@
 A program walks down a strip of tiles, 8x8 queries each. Rows of 16 keys and values come by asynchronous copies into two
 slots of eight rows: a tile sees its own slot and the first rows of the next, so neighbours share what is read. All of a
 tile's logits are in registers at once, hence a softmax without a running maximum. Least traffic: q, k, v read once, out
-written once. docs/performance.md says what each of these brought.
+written once. docs/kernel-log.md says what each of these brought.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@
     api.close_run(run)
     scaling.print_summary(run.data)
     run = api.open_run("model")
-    model.measure(run, {"flowers-256": (1,)}, device=api.device())
+    model.measure_networks(run, {"flowers-256": (1,)}, device=api.device())
     api.close_run(run)
     api.print_table(run.data)
 
@@ -38,7 +38,7 @@ import torch
 from benchmarks import ceilings, results, runs, timing
 from benchmarks import rows as reading
 from benchmarks.kernels import PASSES, Case, all_cases
-from benchmarks.measure import DeviceLost, Session, left_out, measure
+from benchmarks.measure import DeviceLost, Session, left_out, measure_case
 from benchmarks.peers import Contestant, all_contestants, case_contestants
 from hdit._extras import require
 
@@ -201,7 +201,7 @@ def open_run(
         on_line(f"{run.path} holds {len(rows)} rows: what is missing, or of other sources, is measured")
     with timing.side_stream(device()):
         try:
-            run.session["ceilings"] = ceilings.measure(device(), on_line)
+            run.session["ceilings"] = ceilings.measure_ceilings(device(), on_line)
         except (MemoryError, RuntimeError) as error:
             if not timing.out_of_memory(error):
                 raise
@@ -222,7 +222,7 @@ def close_run(run: runs.Run) -> None:
 
 def _measured(case: Case, contestant: Contestant, session: Session, passes: Sequence[str]) -> list[runs.Row]:
     if session.left() > 0 or contestant.peer.available():  # why a peer can't run is told at no cost
-        return measure(case, contestant, session, passes)
+        return measure_case(case, contestant, session, passes)
     return left_out(case, contestant, session, passes, "the budget is spent")
 
 

@@ -22,7 +22,7 @@ MATMUL_SIZE_ON_CPU = {torch.bfloat16: 512, torch.float32: 1024}  # some processo
 KEY = {"bfloat16": "matmul_bf16_tflop_s", "float16": "matmul_bf16_tflop_s", "float32": "matmul_fp32_tflop_s"}
 
 
-def measure(device: torch.device, on_step: Callable[[str], None] = lambda message: None) -> Ceilings:
+def measure_ceilings(device: torch.device, on_step: Callable[[str], None] = lambda message: None) -> Ceilings:
     """copy_tb_s and how it was reached, matmul_bf16_tflop_s, matmul_fp32_tflop_s (IEEE); on a GPU also
     matmul_tf32_tflop_s and what the timer makes of little work, copy_32_mib_tb_s and one_kernel_us.
 

@@ -310,7 +310,7 @@ def measure_revisions(
             measured: dict[Path, list[dict[str, Any]]] = {tree_a: [], tree_b: []}
             revisions = {tree_a: a, tree_b: b}
 
-            def measure(trees: Sequence[Path], cases: Sequence[str], turn: int) -> None:
+            def take_turn(trees: Sequence[Path], cases: Sequence[str], turn: int) -> None:
                 asked = [*options, *(f"--case={pattern}" for pattern in cases)]
                 for i, tree in enumerate(trees):
                     seconds = (deadline - time.monotonic()) / (len(trees) - i)
@@ -319,9 +319,9 @@ def measure_revisions(
                     if found is not None:
                         measured[tree].append(found)
 
-            measure((tree_a, tree_b), cases, 0)
+            take_turn((tree_a, tree_b), cases, 0)
             if deadline - time.monotonic() >= 2 * SHORTEST:
-                measure((tree_b, tree_a), cases, 2)
+                take_turn((tree_b, tree_a), cases, 2)
             for tree, revision in revisions.items():
                 if not any(turn["rows"] for turn in measured[tree]):
                     raise ValueError(f"{revision}: no turn of it measured anything in the time that there is")
@@ -329,7 +329,7 @@ def measure_revisions(
                 changed = _differing(measured[tree_a], measured[tree_b], noise or NOISE)
                 if not changed or deadline - time.monotonic() < 2 * SHORTEST:
                     break
-                measure((tree_b, tree_a), changed, 4 + 2 * more)
+                take_turn((tree_b, tree_a), changed, 4 + 2 * more)
         return joined(measured[tree_a]), joined(measured[tree_b])
 
 

@@ -59,7 +59,9 @@ class Session:
         self._truths.clear()
 
 
-def measure(case: Case, contestant: Contestant, session: Session, passes: Sequence[str] = PASSES) -> list[runs.Row]:
+def measure_case(
+    case: Case, contestant: Contestant, session: Session, passes: Sequence[str] = PASSES
+) -> list[runs.Row]:
     """A row for each pass; to be called inside timing.side_stream.
 
     Raises nothing but DeviceLost: every other failure is a row with its reason.

@@ -30,7 +30,7 @@ PASSES = ("forward", "forward+backward")
 Batches = Mapping[str, Sequence[int]]
 
 
-def measure(
+def measure_networks(
     run: runs.Run,
     batches: Batches,
     passes: Sequence[str] = PASSES,
@@ -149,7 +149,7 @@ def run_passes(args: argparse.Namespace, kind: str, passes: Sequence[str], batch
     found = command.open_run(args, kind)
     if version := kdiffusion.version(args.k_diffusion):
         found.name_peer("k-diffusion", version)
-    measure(
+    measure_networks(
         found,
         chosen,
         passes,

@@ -347,7 +347,7 @@ class TooSlow(Exception):
         self.first_call_s = first_call_s
 
 
-def measure(
+def measure_call(
     call: Callable[[], object], device: torch.device, seconds: float, before: int = 0, patience: float = math.inf
 ) -> Measurement:
     """Measures a pass after its first call, which may compile kernels: about so many seconds of wall time, and on a GPU
@@ -423,7 +423,7 @@ def attempt(
     """Measures what blank names (it has the pass and the batch), and adds the row to the run; an error is its status.
 
     patience: seconds of a pass beyond which it stays "not measured": it isn't tried where a matrix product of as many
-    FLOPs would take longer, and left as `measure` has it.
+    FLOPs would take longer, and left as `measure_call` has it.
 
     Raises DeviceLost, the failed row added, when the GPU no longer answers.
     """
@@ -465,7 +465,7 @@ def _attempted(
     try:
         before = held(device)
         call = prepare(network, direction, batch, device)
-        measured = measure(call, device, seconds, before, patience)
+        measured = measure_call(call, device, seconds, before, patience)
     except TooSlow as slow:
         return found | {"status": "not measured", "reason": str(slow), "first_call_s": slow.first_call_s}
     except Exception as failure:  # of one measurement; the others go on
@@ -490,8 +490,8 @@ def _attempted(
 
 
 def fewest_calls(device: torch.device) -> int:
-    """How many passes measure() makes at least, after the first; on a GPU of those of a second or more two less, on a
-    CPU of LONG ones one."""
+    """How many passes measure_call() makes at least, after the first; on a GPU of those of a second or more two less,
+    on a CPU of LONG ones one."""
     return 8 if device.type == "cuda" else 3
 
 

@@ -131,11 +131,11 @@ def pictures(run: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         found["scaling"] = partial(scaling, growth, models)
         if time_panel(models):
             found["time"] = partial(time, growth, models)
-    if reading.best(attention, reading.measure(attention)):
+    if reading.best(attention, reading.judged_by(attention)):
         found["attention"] = partial(attention_grids, growth, attention)
     for operator in reading.distinct(run["rows"], lambda row: row["operator"]):
         own = [row for row in run["rows"] if row["operator"] == operator]
-        if any(reading.ratio_to_floor(row, reading.measure(own)) for row in own):
+        if any(reading.ratio_to_floor(row, reading.judged_by(own)) for row in own):
             found[operator.replace("_", "-")] = partial(ratios, run, own)
     if _on_roofline(run):
         found["roofline"] = partial(roofline, run)
@@ -233,7 +233,7 @@ def scaling_panels(rows: Sequence[Row]) -> dict[str, tuple[str, list[Curve]]]:
     memory = {}
     for key, direction in PASSES.items():
         own = [row for row in rows if row["pass"] == key]
-        which = reading.measure(own)
+        which = reading.judged_by(own)
         if reading.best(own, which):
             title = f"{MEASURES[which]}, {direction}"
             panels[title[0].upper() + title[1:]] = "seconds", [curve(name, own, which) for name in names]
@@ -293,7 +293,7 @@ def attention_panels(rows: Sequence[Row]) -> dict[str, tuple[str, list[Curve]]]:
     panels = {}
     for name in reading.distinct(rows, lambda row: row["pass"]):
         own = [row for row in rows if row["pass"] == name]
-        which = reading.measure(own)
+        which = reading.judged_by(own)
         if reading.best(own, which):
             curves = [curve(contestant, own, which, "grid") for contestant in reading.contestants(own)]
             panels[f"{MEASURES[which]}, {name}"] = "seconds", curves
@@ -387,7 +387,7 @@ def ratios(run: dict[str, Any], rows: Sequence[Row]) -> Any:
 
     Of many cases the first are shown, and of passes those that are not the sum of others.
     """
-    which = reading.measure(rows)
+    which = reading.judged_by(rows)
     timed = [row for row in rows if reading.ratio_to_floor(row, which)]
     every = reading.distinct(timed, lambda row: row["case"])
     cases = every[:MOST_CASES]
@@ -445,7 +445,7 @@ def _on_roofline(run: dict[str, Any]) -> list[tuple[Row, float, float]]:
     """(row, FLOPs a byte, FLOPs a second) of the timed rows that have FLOPs, bytes and a measured ceiling; without full
     attention, which does more work than its row's FLOPs.
     """
-    which, ceilings = reading.measure(run["rows"]), _ceilings(run)
+    which, ceilings = reading.judged_by(run["rows"]), _ceilings(run)
     timed = [row for row in run["rows"] if row["status"] == "ok" and row[which] and row["flops"] and row["bytes"]]
     timed = [row for row in timed if row["contestant"] != reading.FULL_ATTENTION]
     under = [row for row in timed if ceilings.get("copy_tb_s") and ceilings.get(_roof(row))]

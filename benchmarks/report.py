@@ -277,7 +277,7 @@ def _front_case(records: Records) -> tuple[Path, dict[str, Any], list[tuple[Row,
         for case, direction in FRONT:
             rows = [row for row in run["rows"] if (row["case"], row["pass"]) == (case, direction)]
             ours = next((row for row in rows if row["contestant"] == "ours" and row["status"] == "ok"), None)
-            if ours and (rival := _rival(rows, ours, reading.measure(rows))):
+            if ours and (rival := _rival(rows, ours, reading.judged_by(rows))):
                 pairs.append((ours, rival))
         if pairs:
             return path, run, pairs
@@ -290,7 +290,7 @@ def _front_sentence(records: Records) -> str:
     if not pairs:
         return NOTHING
     ours, rival = pairs[0]
-    which = reading.measure(pairs[0])
+    which = reading.judged_by(pairs[0])
     batch, height, width, heads, dim = (ours["settings"][name] for name in GRID)
     window, dtype = ours["settings"]["kernel_size"], ours["settings"]["dtype"]
     gain = rival[which]["median"] / ours[which]["median"]
@@ -308,7 +308,7 @@ def _front_table(records: Records) -> str:
         return NOTHING
     body = []
     for ours, rival in pairs:
-        which = reading.measure([ours, rival])
+        which = reading.judged_by([ours, rival])
         word = _beside(ours, rival, which)
         gain = word if word in UNDECIDED else f"{rival[which]['median'] / ours[which]['median']:.2f}x"
         times = [_time(ours, which), f"{_time(rival, which)} ({rival['contestant']})"]
@@ -374,7 +374,7 @@ def scaling_table(run: dict[str, Any]) -> list[list[str]]:
     """A scaling run's forward passes at batch 1 as a table, its head first: FLOPs and times by size, and what the first
     contestant takes of the second's."""
     rows = forward_rows(run)
-    which = reading.measure(rows)
+    which = reading.judged_by(rows)
     columns = [
         Column("GFLOP", lambda row: f"{row['flops'] / 1e9:,.0f}" if row["flops"] else "", lambda row: row["flops"]),
         *map(_time_column, dict.fromkeys((which, "wall_us"))),
@@ -397,7 +397,7 @@ def resource_tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     found = {}
     for direction, intro in (("forward", "Parameters and memory of a forward pass"), ("step", "A training step")):
         own = [row for row in single if row["pass"] == direction]
-        which = reading.measure(own)
+        which = reading.judged_by(own)
         times = [*map(_time_column, dict.fromkeys((which, "wall_us")))]
         columns = times if direction == "step" else [Column("parameters", _parameters)]
         columns += memory if any(row["peak_bytes"] for row in own) else []
@@ -439,7 +439,7 @@ def claim(rows: Sequence[Row]) -> str:
 
     Of times that can't be told apart there is no share, but the verdict. rows: as forward_rows gives them.
     """
-    names, which = reading.contestants(rows), reading.measure(rows)
+    names, which = reading.contestants(rows), reading.judged_by(rows)
     if len(names) != 2:
         return ""
     facts, undecided = [], []
@@ -503,7 +503,7 @@ def _attention(records: Records) -> str:
         parts.append(_picture(records, path, run, "attention", "Time of attention alone as the grid grows"))
         for direction in reading.distinct(rows, lambda row: row["pass"]):
             own = [row for row in rows if row["pass"] == direction]
-            which = reading.measure(own)
+            which = reading.judged_by(own)
             if reading.best(own, which) is None:
                 continue
             at = {(row["settings"]["grid"], row["contestant"]): row for row in own}
@@ -534,7 +534,7 @@ def _kernels_summary(records: Records) -> str:
         every = [row for row in run["rows"] if row["operator"] == operator]
         for direction in reading.distinct(every, lambda row: row["pass"]):
             own = [row for row in every if row["pass"] == direction]
-            which = reading.measure(own)
+            which = reading.judged_by(own)
             timed = [row for row in own if reading.is_ours(row["contestant"]) and row["status"] == "ok"]
             ratios = [ratio for row in timed if (ratio := reading.ratio_to_floor(row, which))]
             rivals = [(row, rival) for row in timed if (rival := _rival(own, row, which))]
@@ -577,7 +577,7 @@ def _kernels(records: Records) -> str:
 
 def _kernel_table(rows: Sequence[Row]) -> str:
     """A line for each case and pass: ours beside the fastest other."""
-    which, body = reading.measure(rows), []
+    which, body = reading.judged_by(rows), []
     for case, direction in reading.distinct(rows, lambda row: (row["case"], row["pass"])):
         own = [row for row in rows if (row["case"], row["pass"]) == (case, direction)]
         ours = next((row for row in own if reading.is_ours(row["contestant"])), None)
@@ -609,7 +609,7 @@ def _kernel_table(rows: Sequence[Row]) -> str:
 def _others(rows: Sequence[Row]) -> list[str]:
     """Every other contestant's time as a multiple of ours, where that can be told: a heading and a table. Empty where
     there is one other alone."""
-    which = reading.measure(rows)
+    which = reading.judged_by(rows)
     timed = {(r["case"], r["pass"], r["contestant"]): r for r in rows if r["status"] == "ok" and r[which]}
     names = [n for n in reading.contestants(rows) if not reading.is_ours(n) and any(key[2] == n for key in timed)]
     ours = next((name for name in reading.contestants(rows) if reading.is_ours(name)), "")

@@ -38,7 +38,7 @@ def contestants(rows: Iterable[Row]) -> list[str]:
     return sorted({row["contestant"] for row in rows}, key=lambda name: (not is_ours(name), name))
 
 
-def measure(rows: Iterable[Row]) -> str:
+def judged_by(rows: Iterable[Row]) -> str:
     """The time that all timed rows can be judged by: "gpu_us" where every one has it, else "wall_us"."""
     timed = [row for row in rows if row["status"] == "ok"]
     return "gpu_us" if timed and all(row["gpu_us"] for row in timed) else "wall_us"

@@ -317,7 +317,7 @@ def measure_attention(
             if session.left() > 0 or rival.peer.available():  # why a peer can't run is told at no cost
                 on_step(f"{grid_name(grid)}: {rival.name}")
                 with timing.side_stream(device):
-                    rows = operators.measure(case, rival, session, passes)
+                    rows = operators.measure_case(case, rival, session, passes)
             else:
                 rows = operators.left_out(case, rival, session, passes, "the budget is spent")
             names = {"case": grid_name(grid), "family": "attention", "settings": settings | {"grid": grid}}

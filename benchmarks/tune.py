@@ -218,7 +218,7 @@ def launcher(entry: Entry, device: torch.device) -> Callable[[Config], Call]:
     return make
 
 
-def measure(entry: Entry, prepare: Prepare, stopwatch: Stopwatch) -> Row:
+def measure_entry(entry: Entry, prepare: Prepare, stopwatch: Stopwatch) -> Row:
     """Tries the candidates of an entry, a printed line for each."""
     configs = candidates(*entry)
     calls = prepare(entry, configs)
@@ -277,7 +277,7 @@ def tune(
         if time.monotonic() >= deadline:
             say(f"The budget is spent: {len(entries) - len(rows)} entries are not measured, from {entry.name} on")
             break
-        rows.append(measure(entry, prepare, stopwatch))
+        rows.append(measure_entry(entry, prepare, stopwatch))
         write(rows)
     return rows
 

@@ -43,7 +43,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No GPU, ceilings and environment at no cost, three samples a time."""
     monkeypatch.setattr(results, "environment", lambda: dict(ENVIRONMENT))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(ceilings, "measure", lambda device, on_step: dict(RATES))
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda device, on_step: dict(RATES))
     monkeypatch.setattr(api, "Session", lambda *args, **kwargs: measure.Session(*args, **kwargs, gpu=FAST, wall=FAST))
     _available.cache_clear()
     yield
@@ -467,7 +467,7 @@ def main(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
 
 def test_nothing_measured_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(
-        "benchmarks.ceilings.measure",
+        "benchmarks.ceilings.measure_ceilings",
         lambda *_: {"copy_tb_s": 0.01, "matmul_bf16_tflop_s": 0.05, "matmul_fp32_tflop_s": 0.05},
     )
     status, out, _ = main(capsys, "kernels", "--case", "geglu 960x2x96 float32", "--contestant", "liger")
@@ -480,7 +480,7 @@ def test_no_memory_for_the_ceilings_is_one_line(
     def full(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 268435456 bytes.")
 
-    monkeypatch.setattr("benchmarks.ceilings.measure", full)
+    monkeypatch.setattr("benchmarks.ceilings.measure_ceilings", full)
     status, _, err = main(capsys, "kernels", "--case", "geglu", "--contestant", "ours")
     assert status == 2 and "no memory to measure the ceilings in" in err and "Traceback" not in err
 

@@ -310,7 +310,7 @@ def test_an_error_is_one_row(error: Exception, status: str, monkeypatch: pytest.
     def raises(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(networks, "measure", raises)
+    monkeypatch.setattr(networks, "measure_call", raises)
     own, run = networks.hdit(CONFIG), new_run("model")
     row = networks.attempt(model.blank("tiny", own, 1, "forward", CPU), own, Check(0.0, 1.0), run, CPU, 1)
     assert row["status"] == status and "\n" not in row["reason"] and row["wall_us"] is None
@@ -321,7 +321,7 @@ def test_a_gpu_that_is_lost_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> Non
     def dead(*_: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(networks, "measure", dead)
+    monkeypatch.setattr(networks, "measure_call", dead)
     monkeypatch.setattr(networks.timing, "synchronize", dead)
     own, run = networks.hdit(CONFIG), new_run("model")
     with pytest.raises(DeviceLost, match="tiny batch 1, ours: the GPU no longer answers"):
@@ -360,8 +360,10 @@ def test_a_slow_first_call_is_followed_by_others_on_a_cpu(monkeypatch: pytest.Mo
         called.append(1)
         time.sleep(0.05)
 
-    assert networks.measure(slow, CPU, 0.01).wall_us.repeats == networks.fewest_calls(CPU) == 3 and len(called) == 4
-    found = networks.measure(slow, CPU, 0.3)
+    assert (
+        networks.measure_call(slow, CPU, 0.01).wall_us.repeats == networks.fewest_calls(CPU) == 3 and len(called) == 4
+    )
+    found = networks.measure_call(slow, CPU, 0.3)
     assert found.wall_us.repeats >= 3 and found.wall_us.median == pytest.approx(5e4, rel=0.5)
 
     def cold() -> None:  # its first call only
@@ -369,12 +371,12 @@ def test_a_slow_first_call_is_followed_by_others_on_a_cpu(monkeypatch: pytest.Mo
         called.append(1)
 
     called.clear()
-    found = networks.measure(cold, CPU, 0.1)
+    found = networks.measure_call(cold, CPU, 0.1)
     assert found.wall_us.repeats >= 3 and found.wall_us.median < 5e4
 
     monkeypatch.setattr(networks, "LONG", 0.04)  # what takes minutes is not waited for so often
     called.clear()
-    assert networks.measure(slow, CPU, 0.01).wall_us.repeats == 2 and len(called) == 3
+    assert networks.measure_call(slow, CPU, 0.01).wall_us.repeats == 2 and len(called) == 3
 
 
 class Block:
@@ -458,7 +460,7 @@ def test_nothing_of_earlier_measurements_takes_a_network_s_memory(
         litter()
         networks.peak(own, "forward", 1, GPU)
         assert memory.held == 0
-        monkeypatch.setattr(networks, "measure", measure)
+        monkeypatch.setattr(networks, "measure_call", measure)
         litter()
         networks.attempt(model.blank("tiny", own, 1, "forward", CPU), own, Check(1e-7, 1e-6), run, GPU, 0.01)
     finally:
@@ -476,10 +478,10 @@ def test_a_gpu_s_first_pass_may_compile(steady: float, memory: Memory) -> None:
 
     if steady:
         with pytest.raises(networks.TooSlow, match=r"its second pass took 0\.2\d* s, more than the 0\.1 s allowed"):
-            networks.measure(call, GPU, 0.01, patience=0.1)
+            networks.measure_call(call, GPU, 0.01, patience=0.1)
         assert len(called) == 2
     else:
-        assert networks.measure(call, GPU, 0.01, patience=0.1).wall_us.median < 1e5
+        assert networks.measure_call(call, GPU, 0.01, patience=0.1).wall_us.median < 1e5
 
 
 def test_profile_sums_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,9 +534,9 @@ def test_whose_kernels_sdpa_ran(kernel: str, whose: str | None) -> None:
 def test_models_beside_their_peers(checkout: Path, small_dit: None, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run("model")
     options: dict[str, Any] = {"device": CPU, "seconds": 0.01, "configs": TINY, "k_diffusion": checkout}
-    model.measure(run, {"tiny": (1, 2)}, contestants=["ours", "DiT"], **options)
+    model.measure_networks(run, {"tiny": (1, 2)}, contestants=["ours", "DiT"], **options)
     assert len(by_name(run)) == 8
-    model.measure(run, {"tiny": (1, 2)}, **options)
+    model.measure_networks(run, {"tiny": (1, 2)}, **options)
     rows = by_name(run)
     assert rows.keys() == {
         (f"tiny batch {batch}", name, direction)
@@ -550,13 +552,13 @@ def test_models_beside_their_peers(checkout: Path, small_dit: None, monkeypatch:
     assert one["parameters"] == sum(p.numel() for p in HDiT(CONFIG).parameters())
 
     monkeypatch.setattr(networks, "check", None)  # nothing is left to do
-    model.measure(run, {"tiny": (1, 2)}, **options)
+    model.measure_networks(run, {"tiny": (1, 2)}, **options)
 
 
 def test_training_steps_and_what_is_unavailable(small_dit: None, tmp_path: Path) -> None:
     run = new_run("train", tmp_path / "train.json")
     options: dict[str, Any] = {"device": CPU, "seconds": 0.01, "configs": TINY, "k_diffusion": tmp_path}
-    model.measure(run, {"tiny": (2,)}, train.PASSES, **options)
+    model.measure_networks(run, {"tiny": (2,)}, train.PASSES, **options)
     found = {name: row["status"] for (_, name, _), row in by_name(run).items()}
     assert found == {"ours": "ok", "k-diffusion": "unavailable", "DiT-S/4": "ok"}
     assert "git clone" in by_name(run)["tiny batch 2", "k-diffusion", "step"]["reason"]
@@ -566,7 +568,7 @@ def test_training_steps_and_what_is_unavailable(small_dit: None, tmp_path: Path)
 
 def test_a_spent_budget_leaves_rows_not_measured(small_dit: None) -> None:
     run = new_run("model")
-    model.measure(run, {"tiny": (1,)}, device=CPU, configs=TINY, deadline=time.monotonic())
+    model.measure_networks(run, {"tiny": (1,)}, device=CPU, configs=TINY, deadline=time.monotonic())
     assert {row["contestant"]: row["reason"] for row in run.data["rows"] if row["status"] == "not measured"} == {
         "ours": "the budget is spent", "DiT-S/4": "the budget is spent"
     }  # fmt: skip
@@ -578,7 +580,7 @@ def test_quick_leaves_the_reference_out_since_it_compiles_for_long(
     run = new_run("model")
     monkeypatch.setattr("benchmarks.peers.kdiffusion.available", lambda path: None)
     monkeypatch.setattr("benchmarks.peers.kdiffusion.build", lambda *_: pytest.fail("it was built"))
-    model.measure(run, {"tiny": (1,)}, ["forward"], device=CPU, configs=TINY, compiling=False)
+    model.measure_networks(run, {"tiny": (1,)}, ["forward"], device=CPU, configs=TINY, compiling=False)
     assert {row["contestant"]: (row["status"], row["reason"]) for row in run.data["rows"]} == {
         "ours": ("ok", None),
         "k-diffusion": ("not measured", "left out: its first call compiles for long"),
@@ -592,11 +594,11 @@ def test_a_pass_that_would_go_beyond_the_budget_is_left_after_one_call(
     run = new_run("model")
     monkeypatch.setattr(timing, "seconds_of", lambda call, device: 3.0)
     options: dict[str, Any] = {"device": CPU, "configs": TINY, "contestants": ["ours"], "seconds": 0.0}
-    model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 10)
+    model.measure_networks(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 10)
     reasons = {row["reason"] for row in run.data["rows"]}
     assert {row["status"] for row in run.data["rows"]} == {"not measured"}
     assert all(re.fullmatch(r"its first pass took 3 s, more than the [012](\.\d+)? s allowed", r) for r in reasons)
-    model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 600)
+    model.measure_networks(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 600)
     assert {row["status"] for row in run.data["rows"]} == {"ok"}
 
 
@@ -605,7 +607,7 @@ def test_a_pass_whose_flops_alone_go_beyond_the_budget_is_not_tried(monkeypatch:
     run.session["ceilings"]["matmul_fp32_tflop_s"] = 1e-12  # one FLOP a second
     monkeypatch.setattr(networks, "prepare", lambda *_: pytest.fail("it was tried"))
     options: dict[str, Any] = {"device": CPU, "configs": TINY, "contestants": ["ours"]}
-    model.measure(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 60)
+    model.measure_networks(run, {"tiny": (1,)}, **options, deadline=time.monotonic() + 60)
     assert {row["status"] for row in run.data["rows"]} == {"not measured"}
     for row in run.data["rows"]:
         assert re.fullmatch(r"at least \S+ s a pass, more than the \d+(\.\d+)? s allowed", row["reason"])
@@ -634,7 +636,7 @@ def test_cases_are_selected_by_pattern() -> None:
 def tiny_presets(monkeypatch: pytest.MonkeyPatch, small_dit: None) -> None:
     """The commands measure the tiny model, as the smallest of presets, with ceilings made up."""
     monkeypatch.setitem(presets, "flowers-256", CONFIG)
-    monkeypatch.setattr("benchmarks.ceilings.measure", lambda *_: dict(CEILINGS))
+    monkeypatch.setattr("benchmarks.ceilings.measure_ceilings", lambda *_: dict(CEILINGS))
 
 
 @pytest.mark.parametrize("kind", ["model", "train"])
@@ -1062,7 +1064,7 @@ def test_measures_on_a_gpu(small_dit: None) -> None:
     run, device = new_run("model"), api.device()
     options: dict[str, Any] = {"device": device, "seconds": 0.2, "configs": {"small": config}}
     for passes in (model.PASSES, train.PASSES):
-        model.measure(run, {"small": (2,)}, passes, ["ours", "DiT"], **options)
+        model.measure_networks(run, {"small": (2,)}, passes, ["ours", "DiT"], **options)
     rows = by_name(run)
     assert len(rows) == 6
     for row in rows.values():

@@ -99,8 +99,8 @@ def test_a_power_law_needs_points(x: list[float], y: list[float]) -> None:
 def test_gpu_time_counts_where_all_have_it() -> None:
     both, wall = row("a 1", "ours", 10, 20), row("a 1", "eager", None, 30)
     lost = row("a 1", "quack", None, None, status="unavailable", reason="no")
-    assert rows.measure([both, lost]) == "gpu_us" and rows.measure([both, wall]) == "wall_us"
-    assert rows.measure([lost]) == "wall_us" and rows.best([lost], "wall_us") is None
+    assert rows.judged_by([both, lost]) == "gpu_us" and rows.judged_by([both, wall]) == "wall_us"
+    assert rows.judged_by([lost]) == "wall_us" and rows.best([lost], "wall_us") is None
     assert rows.best([both, wall, lost], "wall_us") is both
     assert rows.contestants([wall, lost, both]) == ["ours", "eager", "quack"]
     assert rows.ratio_to_floor(both, "gpu_us", "p80") == pytest.approx(0.101)

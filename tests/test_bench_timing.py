@@ -193,7 +193,7 @@ def test_ceilings_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "SIZES", (2**22,))
     steps: list[str] = []
     before = torch.get_float32_matmul_precision()
-    found = ceilings.measure(CPU, steps.append)
+    found = ceilings.measure_ceilings(CPU, steps.append)
     assert set(found) == {"copy_tb_s", "copy_way", "matmul_bf16_tflop_s", "matmul_fp32_tflop_s"}
     assert 1e-5 < found["copy_tb_s"] < 10 and found["copy_way"] == "copy_, 4 MiB"
     assert 1e-6 < found["matmul_fp32_tflop_s"] < 1000

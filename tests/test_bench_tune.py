@@ -55,7 +55,7 @@ def stopwatch(*times: Mapping[Config, Any]) -> Callable[[Any], Any]:
 
 
 def measured(*times: Mapping[Config, Any], results: Mapping[Config, Any] | None = None) -> tune.Row:
-    row = tune.measure(ENTRY, functools.partial(prepare, results=results), stopwatch(*times))
+    row = tune.measure_entry(ENTRY, functools.partial(prepare, results=results), stopwatch(*times))
     json.dumps(row, allow_nan=False)
     return row
 

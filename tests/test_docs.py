@@ -83,7 +83,7 @@ def test_the_benchmarks_examples_run(
     for module, name, effect in (
         *((api, "run_cases", run_cases), (api, "open_run", open_run)),
         *((module, name, None) for module, name in ((scaling, "measure_models"), (scaling, "measure_attention"))),
-        (model, "measure", None),
+        (model, "measure_networks", None),
     ):
         monkeypatch.setattr(module, name, mock.create_autospec(getattr(module, name), side_effect=effect))
     code = CODE[where]

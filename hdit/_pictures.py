@@ -183,9 +183,11 @@ class ImageExport:
         save(to_image(pixels), self.path / f"{number:05}.png", unfinished, pnginfo=info)
 
     def write_grid(self) -> None:
-        """Writes the grid beside the folder."""
+        """Writes the grid beside the folder, of as many of the first images as a picture takes."""
         numpy, image = require("numpy", "train"), require("PIL.Image", "train")
         count = min(self.count, IN_GRID)
+        while count > 1 and math.prod(Grid(count, *self.settings["size"]).size) > MOST_PIXELS:
+            count -= 1
         grid = Grid(count, *self.settings["size"])
         for number in range(count):
             with image.open(self.path / f"{number:05}.png", formats=["PNG"]) as opened:

@@ -312,26 +312,29 @@ class HDiTConfig:
         return _build(cls, config, "config")
 
 
-def require_memory(config: HDiTConfig, device: torch.device) -> None:
-    """ValueError if the memory of a device (or of this machine) can't hold the least that training a model needs.
+def memory(device: torch.device) -> float:
+    """Bytes of a GPU's memory, or of this machine's; infinity where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf"):  # not on Windows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
-    That is five float32 numbers a parameter (itself, its average and gradient, and AdamW's two moments), and one image
-    with its finest tokens: image_size is no size of a parameter, so a file can ask for any.
+
+def require_memory(name: str, config: HDiTConfig, device: torch.device, copies: int, images: int) -> None:
+    """ValueError if a device's memory can't hold the least that a model, called `name`, needs: so many float32 copies
+    of its parameters, and so many images at a time with their finest tokens.
+
+    (image_size is no size of a parameter: a file of a few bytes can ask for any.)
     """
     pixels = config.in_channels * math.prod(config.image_size)
     tokens = config.levels[0].width * math.prod(config.grids(*config.image_size)[0])
-    need = 20 * config.parameters + 4 * (pixels + tokens)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):  # not on Windows
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
+    need, total = 4 * (copies * config.parameters + images * (pixels + tokens)), memory(device)
     if need > total:
         height, width = config.image_size
         raise ValueError(
-            f"expected a model that {total / 2**30:.0f} GiB of memory can train, got {config.parameters:,} parameters "
-            f"and images of {height} x {width} pixels, which take at least {need / 2**30:.0f} GiB"
+            f"{name}: expected what {total / 2**30:.0f} GiB of memory can hold, got {config.parameters:,} parameters "
+            f"and {images:,} images of {height} x {width} pixels at a time, which take at least {need / 2**30:,.0f} GiB"
         )
 
 

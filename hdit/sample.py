@@ -38,7 +38,7 @@ from hdit._runtime import (
     writable,
 )
 from hdit.checkpoint import load_checkpoint, read_details
-from hdit.config import HDiTConfig
+from hdit.config import HDiTConfig, require_memory
 from hdit.data import MODES, seed_of
 from hdit.denoiser import Denoiser
 from hdit.model import HDiT
@@ -111,6 +111,7 @@ def generate_batches(
     checks.integer("steps", steps)
     checks.seed("seed", seed)
     checks.integer("batch_size", batch_size)
+    require_memory("model", config, next(model.parameters()).device, 1, min(batch_size, len(numbers)))
     return _batches(model, numbers, classes, guidance, sampler, steps, seed, batch_size)
 
 
@@ -240,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--no-ema: {args.checkpoint} holds one set of weights; leave it out")
         model = load_checkpoint(args.checkpoint, ema=not args.no_ema)
         config = model.config
+        require_memory(args.checkpoint, config, device, 1, min(args.batch_size, args.count))
         if config.in_channels not in MODES:
             raise ValueError(
                 f"{args.checkpoint}: its images have {config.in_channels} channels, only 1 or 3 can be saved"

@@ -143,7 +143,7 @@ def _train(
                 saver.save()
             if options.sample_every and (last or step % options.sample_every == 0):
                 with signals.at_rest():
-                    save_samples(ema_model, output / "samples" / f"{step:08}.png")
+                    save_samples(ema_model, output / "samples" / f"{step:08}.png", options.batch_size)
 
         for step, (pixels, labels) in enumerate(bar, details.step + 1):
             torch.manual_seed(seed_of(options.seed, "step", step))
@@ -204,7 +204,8 @@ def look_ahead(
             raise ValueError(
                 f"mapping_cond_dim: expected 0, since images have no such vector, got {config.mapping_cond_dim}"
             )
-        require_memory(config, device)
+    # of each parameter itself, its average and gradient, and AdamW's two moments
+    require_memory(source, config, device, 5, options.batch_size)
     needs("safetensors.torch", "numpy", "PIL.Image", "tqdm")
     if options.sample_every and config.in_channels not in MODES:
         raise ValueError(f"--sample-every: images of {config.in_channels} channels can't be saved, 1 or 3 can: pass 0")
@@ -234,10 +235,10 @@ def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
         yield batch
 
 
-def save_samples(model: HDiT, path: Path, count: int = 36) -> None:
-    """Writes a grid of samples, of each class in turn."""
+def save_samples(model: HDiT, path: Path, batch_size: int, count: int = 36) -> None:
+    """Writes a grid of samples, of each class in turn; batch_size at a time, since so many images fit into memory."""
     classes = [i % max(model.config.num_classes - 1, 1) for i in range(count)] if model.config.num_classes else None
-    grid = image_grid(generate(model, count, classes))
+    grid = image_grid(generate(model, count, classes, batch_size=batch_size))
     try:
         path.parent.mkdir(exist_ok=True)
         grid.save(path)

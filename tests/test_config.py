@@ -193,11 +193,20 @@ def test_numpy_integers_are_taken() -> None:
     assert config == HDiTConfig.from_dict(config.to_dict())
 
 
-def test_memory_for_training() -> None:
+def test_memory_for_a_model_and_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
     config = HDiTConfig((Level(1, 2**18),))  # 16 TiB
-    with pytest.raises(ValueError, match="^expected a model that .* GiB of memory can train, got 893,"):
-        require_memory(config, torch.device("cpu"))
+    with pytest.raises(ValueError, match="^it: expected what .* GiB of memory can hold, got 893,"):
+        require_memory("it", config, cpu, 5, 1)
     huge = HDiTConfig((Level(1, 64),), image_size=(2**20, 2**20))  # no parameter more, but an image of 12 TiB
-    with pytest.raises(ValueError, match="images of 1048576 x 1048576 pixels"):
-        require_memory(huge, torch.device("cpu"))
-    require_memory(presets["flowers-256"], torch.device("cpu"))
+    with pytest.raises(ValueError, match="1 images of 1048576 x 1048576 pixels at a time"):
+        require_memory("it", huge, cpu, 1, 1)
+    require_memory("it", presets["flowers-256"], cpu, 5, 64)
+
+    config = HDiTConfig((Level(1, 64),), image_size=(64, 64), in_channels=1)
+    need = 4 * (5 * config.parameters + 3 * (64 * 64 + 16 * 16 * 64))
+    monkeypatch.setattr("hdit.config.memory", lambda device: need)
+    require_memory("it", config, cpu, 5, 3)
+    for copies, images in ((6, 3), (5, 4)):
+        with pytest.raises(ValueError, match="^it: expected"):
+            require_memory("it", config, cpu, copies, images)

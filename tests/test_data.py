@@ -290,6 +290,11 @@ def test_digits() -> None:
     assert torch.equal(Digits((8, 8), 3)[1][0], Digits((8, 8), 1)[1][0].expand(3, 8, 8))
 
 
+def test_digits_beyond_the_memory_are_refused() -> None:
+    with pytest.raises(DataError, match="digits of 65536 x 131072 pixels take 28,752 GiB of memory, and there are "):
+        open_images("digits", (2**16, 2**17), 1)
+
+
 # Order
 
 

@@ -229,6 +229,14 @@ def test_the_grid_of_a_folder_is_bounded(checkpoint: Path, tmp_path: Path) -> No
         assert image.size == (8 * 9 - 1, 8 * 9 - 1)
 
 
+def test_the_grid_of_large_images_has_fewer(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hdit._pictures.MOST_PIXELS", 17 * 26)
+    run(checkpoint, tmp_path / "out", "--count", 9, "--sampler", "euler")
+    assert len(files(tmp_path / "out")) == 9
+    with Image.open(tmp_path / "out-grid.png") as image:
+        assert image.size == (3 * 9 - 1, 2 * 9 - 1)
+
+
 def interrupted(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Ctrl-C while the batch of that number is drawn."""
     euler, calls = SAMPLERS["euler"], iter(range(100))
@@ -445,6 +453,25 @@ def test_the_images_before_nan_are_kept(
         run(checkpoint, tmp_path / "out", "--count", 6, "--batch-size", 2, "--sampler", "euler")
     assert stop.value.code == 2 and "image 2 is NaN or infinite" in capsys.readouterr().err
     assert list(files(tmp_path / "out")) == ["00000.png", "00001.png"]
+
+
+def test_images_beyond_all_memory_are_refused_first(
+    tmp_path: Path, seed: int, nothing_drawn: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No tensor in a file has the size of an image: its metadata can ask for any."""
+    model = random_model()
+    model.config = replace(CONFIG, image_size=(2**17, 2**17))
+    checkpoint = write_checkpoint(tmp_path / "x.safetensors", model)
+    message = refused(capsys, checkpoint, tmp_path / "out", "--count", 3)
+    assert f"{checkpoint}: expected what " in message and "3 images of 131072 x 131072 pixels at a time" in message
+    with pytest.raises(ValueError, match="^model: expected what .*, got .* 2 images of 131072 x 131072 pixels"):
+        generate(model, 3, [0, 1, 2], batch_size=2)
+    model.config = CONFIG
+    monkeypatch.setattr("hdit.config.memory", lambda device: 4 * (CONFIG.parameters + 2 * (64 + 16 * 16)))
+    checkpoint = write_checkpoint(tmp_path / "x.safetensors", model)
+    assert "3 images of 8 x 8 pixels" in refused(capsys, checkpoint, tmp_path / "out", "--count", 3)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

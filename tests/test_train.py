@@ -110,6 +110,20 @@ def test_workers_and_sample_grids_change_nothing(tmp_path: Path, generator: torc
         assert image.size == (53, 53) and image.mode == "RGB"
 
 
+def test_samples_take_no_more_memory_than_training(
+    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def generate(model: HDiT, count: int, classes: Any, *, batch_size: int) -> Tensor:
+        sizes.append(batch_size)
+        return torch.zeros(count, 1, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(training, "generate", generate)
+    train(CONFIG, digits, replace(OPTIONS, steps=1, sample_every=1), tmp_path, CPU)
+    assert sizes == [OPTIONS.batch_size]
+
+
 def test_resume_after_a_crash_repeats_the_lost_steps(
     digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

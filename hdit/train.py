@@ -50,7 +50,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 def train(
     config: HDiTConfig,
-    images: Images,
+    images: Images | None,
     options: Options,
     output: Path,
     device: torch.device,
@@ -59,7 +59,8 @@ def train(
 ) -> HDiT:
     """Trains a model from its beginning, or from the checkpoint in output if resuming, until options.steps.
 
-    recipe: Recipe() if not given. Returns the averaged model; a run that has done its steps already is left as it is.
+    images: may be None for a run that has done its steps already, which is left as it is. recipe: Recipe() if not
+    given. Returns the averaged model.
     Options that differ from the checkpoint's are named on stderr. Raises ValueError or OSError, before anything is
     written, on what can't be trained; CheckpointError if output has a checkpoint and shouldn't, or the other way round,
     or one of another configuration or recipe; DataError if resuming with other images; RunError if another run is in
@@ -79,7 +80,7 @@ def train(
 def _train(
     config: HDiTConfig,
     recipe: Recipe,
-    images: Images,
+    images: Images | None,
     options: Options,
     output: Path,
     device: torch.device,
@@ -98,29 +99,32 @@ def _train(
     optimizer = recipe.optimizer(model.param_groups(lr), fused=device.type == "cuda")
     learning_rates = [group["lr"] for group in optimizer.param_groups]
     denoiser = Denoiser(model, config.sigma_data, recipe.loss_weighting)
-    details = Details(
-        config.to_dict(),
-        0,
-        asdict(options),
-        list(images.class_names),
-        list(images.excluded),
-        images.fingerprint,
-        recipe.to_dict(),
-    )
+    found = Details(config.to_dict(), 0)
     if resuming:
         found = resume(path, model, ema_model, optimizer)
         different = kept_recipe(path, found).difference(recipe)
         if different is not None:
             what = f"{path} is of another recipe ({different} here)"
             raise CheckpointError(f"{what}: leave the configuration as it was, or start another run")
-        if found.data != details.data:
-            raise DataError(f"{options.data} holds other images than those {path} was trained on: restore them")
         for change in changes(found.options, options):
             say(change)
         if found.step >= options.steps:
             say(f"{path} has done {found.step} of {options.steps} steps: nothing is left to do")
             return ema_model
-        details = replace(details, step=found.step, loss=found.loss)
+    if images is None:
+        raise TypeError("images: expected those to train on, since there are steps left to do, got None")
+    if resuming and found.data != images.fingerprint:
+        raise DataError(f"{options.data} holds other images than those {path} was trained on: restore them")
+    details = Details(
+        config.to_dict(),
+        found.step,
+        asdict(options),
+        list(images.class_names),
+        list(images.excluded),
+        images.fingerprint,
+        recipe.to_dict(),
+        found.loss,
+    )
 
     order = BatchOrder(len(images), options.batch_size, options.seed, details.step, options.steps)
     workers = 0 if isinstance(images, Digits) else options.workers  # the digits are in memory
@@ -368,10 +372,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # before the images, too, which take a while to look at
         source = f"--config {args['config']}" if "config" in args else str(output / CHECKPOINT)
         look_ahead(config, recipe, options, output, device, 0 if details is None else details.step, source)
-        excluded = details.excluded if details is not None else None
-        images = open_images(options.data, config.image_size, config.in_channels, excluded)
-        config = fit_classes(config, images, args.get("class_cond"))
-        print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
+        images = None
+        if details is None or details.step < options.steps:  # a finished run's may be gone
+            excluded = details.excluded if details is not None else None
+            images = open_images(options.data, config.image_size, config.in_channels, excluded)
+            config = fit_classes(config, images, args.get("class_cond"))
+            print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
         train(config, images, options, output, device, resuming, recipe)
         print(printable(str(output / CHECKPOINT)))
 

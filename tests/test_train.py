@@ -404,6 +404,31 @@ def test_a_finished_run_is_left_as_it_is(digits: Images, tmp_path: Path, capsys:
     assert contents(tmp_path) == before
 
 
+def test_a_finished_run_needs_no_data(
+    tmp_path: Path, generator: torch.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Schedulers start a finished run once more, perhaps when its data are gone."""
+    write_images(tmp_path / "images", generator)
+    config, run = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps(THREE.to_dict()))
+    small = ("--batch-size", 2, "--sample-every", 0, "--workers", 0, "--steps", 1)
+    command("--data", tmp_path / "images", "--config", config, "--output", run, *small)
+    shutil.rmtree(tmp_path / "images")
+    before = contents(run)
+    capsys.readouterr()
+    command("--resume", "--output", run)
+    done = f"hdit.train: {run / CHECKPOINT} has done 1 of 1 steps: nothing is left to do\n"
+    assert capsys.readouterr() == (f"{run / CHECKPOINT}\n", done) and contents(run) == before
+    config.write_text(json.dumps(replace(THREE, sigma_data=0.25).to_dict()))
+    message = error_of(capsys, "--resume", "--output", run, "--config", config)
+    assert "is of another configuration" in message  # also one of another run
+    assert "there is no folder" in error_of(capsys, "--resume", "--output", run, "--steps", 2)
+    options = replace(OPTIONS, data=str(tmp_path / "images"), steps=2, batch_size=2)
+    with pytest.raises(TypeError, match="images: expected those to train on"):
+        train(THREE, None, options, run, CPU, resuming=True)
+    assert contents(run) == before
+
+
 def test_a_checkpoint_of_another_run(digits: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     options = replace(OPTIONS, steps=1)

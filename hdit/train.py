@@ -40,7 +40,7 @@ from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
 from hdit.options import Options, changes, chosen_options, options_of
 from hdit.recipe import Recipe, batch_loss, recipe_from_kdiffusion
-from hdit.run import LOCK, LossLog, Saver, Signals, leave_group, only_run, say
+from hdit.run import LOCK, LossLog, Saver, Signals, leave_group, no_ctrl_c, only_run, say
 from hdit.run import NonFiniteLoss as NonFiniteLoss
 from hdit.run import RunError as RunError
 from hdit.sample import generate, image_grid
@@ -228,7 +228,8 @@ def look_ahead(
 
 def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
     """The loader's batches. The run may be stopped while it waits for one."""
-    iterator = iter(loader)
+    with no_ctrl_c():
+        iterator = iter(loader)
     signals.watch_workers()
     while True:
         with signals.at_rest():

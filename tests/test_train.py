@@ -340,18 +340,32 @@ def test_an_unknown_error_keeps_its_kind(
     assert step_of(tmp_path) == 2 and "(step 2), go on with --resume" in capsys.readouterr().err
 
 
-class ProcessGroups(torch.utils.data.Dataset):
+class OfItsWorker(torch.utils.data.Dataset):
+    """The process group, and whether Ctrl-C is held back; at last it crashes."""
+
     def __len__(self) -> int:
-        return 2
+        return 3
 
-    def __getitem__(self, index: int) -> int:
-        return os.getpgid(0)
+    def __getitem__(self, index: int) -> tuple[int, bool]:
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return os.getpgid(0), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_signals_to_the_group_do_not_reach_the_workers() -> None:
-    loader = torch.utils.data.DataLoader(ProcessGroups(), num_workers=2, worker_init_fn=training.leave_group)
-    groups = [int(group) for group in loader]
-    assert len({*groups, os.getpgid(0)}) == 3
+def test_signals_do_not_reach_the_workers(capfd: pytest.CaptureFixture[str]) -> None:
+    loader = torch.utils.data.DataLoader(
+        OfItsWorker(), batch_size=None, num_workers=2, worker_init_fn=training.leave_group
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with run.Signals() as signals:
+        items = training.batches(loader, signals)
+        found = [next(items), next(items)]
+        assert len({*(group for group, _ in found), os.getpgid(0)}) == 3
+        assert all(held_back for _, held_back in found)  # also before they left the group
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+        with pytest.raises(RuntimeError, match="killed by signal: Segmentation fault"):
+            next(items)
+    assert capfd.readouterr().err == ""
 
 
 def test_labels_are_dropped_now_and_then(digits: Images) -> None:
@@ -726,7 +740,8 @@ def test_ctrl_c_before_the_first_step(
 
 
 def test_ctrl_c_while_torch_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    loading = "import time, hdit._interrupt\nassert hdit._interrupt._is_program\nprint('loading', flush=True)\n"
+    (tmp_path / "torch.py").write_text(f"{loading}time.sleep(60)\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(training.__file__).parents[1]}"}
     command = [sys.executable, "-m", "hdit.train"]
     with subprocess.Popen(

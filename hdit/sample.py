@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def generate_batches(
     steps: int = 50,
     seed: int = 0,
     batch_size: int = 64,
-) -> Iterator[tuple[Sequence[int], Tensor]]:
+) -> Generator[tuple[Sequence[int], Tensor], None, None]:
     """Samples the images of these numbers as `generate` does, batch by batch, so that any number fits into memory.
 
     classes: class index of each of numbers. Yields (numbers, uint8 images [N, C, H, W] on the CPU). Raises as
@@ -124,7 +125,7 @@ def _batches(
     steps: int,
     seed: int,
     batch_size: int,
-) -> Iterator[tuple[Sequence[int], Tensor]]:
+) -> Generator[tuple[Sequence[int], Tensor], None, None]:
     config, device = model.config, next(model.parameters()).device
     denoise: Any = Denoiser(model, config.sigma_data)
     if guidance != 1 and config.null_class is not None:
@@ -286,10 +287,11 @@ def draw_folder(model: HDiT, export: ImageExport, overwrite: bool, **options: An
             batches = generate_batches(model, left, classes, **options)
         written = len(done)
         try:
-            for numbers, images in batches:
-                for number, image in zip(numbers, images, strict=True):
-                    export.write(number, image)
-                    written += 1
+            with closing(batches):  # the bar is gone before an error is told
+                for numbers, images in batches:
+                    for number, image in zip(numbers, images, strict=True):
+                        export.write(number, image)
+                        written += 1
         except KeyboardInterrupt:
             what = f"{written} of {export.count} images are in {export.path}, the same command goes on"
             tell(f"hdit.sample: interrupted; {what}")

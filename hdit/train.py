@@ -377,7 +377,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if details is None or details.step < options.steps:  # a finished run's may be gone
             excluded = details.excluded if details is not None else None
             images = open_images(options.data, config.image_size, config.in_channels, excluded)
-            config = fit_classes(config, images, args.get("class_cond"))
+            class_cond = args.get("class_cond")
+            if details is None or class_cond is not None:  # a run's own configuration has been made to fit
+                config = fit_classes(config, images, class_cond)
             print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
         train(config, images, options, output, device, resuming, recipe)
         print(printable(str(output / CHECKPOINT)))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from hdit import HDiT
-from hdit._pictures import FORMATS, alone_in, check_grid, picture_or_folder, save
+from hdit._pictures import FORMATS, ImageExport, alone_in, check_grid, picture_or_folder, save
 from hdit.checkpoint import Details, load_checkpoint, save_checkpoint
 from hdit.data import SUFFIXES
 from hdit.sample import SAMPLERS, class_indices, generate, generate_batches, image_grid, main, to_image
@@ -345,6 +345,18 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="x.png can't be written: No space left on device"):
         save(Image.new("L", (8, 8)), tmp_path / "x.png")
     assert files(tmp_path) == {"x.png": b"old"}
+
+
+def test_an_error_between_images_has_its_own_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ImageExport, "write", full)
+    with pytest.raises(SystemExit):
+        run(checkpoint, tmp_path / "out", "--count", 2, "--sampler", "euler")
+    assert capsys.readouterr().err.rpartition("\r")[2] == "hdit.sample: error: [Errno 28] No space left on device\n"
 
 
 def test_a_kill_leaves_images_only(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ class ImageFolder(Images):
         for package in ("numpy", "PIL.Image"):  # rather than once for each image
             require(package, "train")
         self.files = ZipFiles(Path(path)) if Path(path).is_file() else FolderFiles(Path(path))
-        self.size, self.channels = size, channels
+        self.size, self.channels = checks.pair("size", size), channels
         files = self.files.names()
         _report(f"left out of {path}", self.files.passed_over)
         names = sorted(name for name in files if is_image(name))
@@ -166,6 +166,7 @@ class Digits(Images):
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
         _check_channels(channels)
+        size = checks.pair("size", size)
         digits = require("sklearn.datasets", "demo").load_digits()
         need = 2 * len(digits.images) * channels * math.prod(size)  # one by one, and then stacked
         if need > (there := memory(torch.device("cpu"))):
@@ -223,7 +224,7 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 
 def _check_channels(channels: int) -> None:
-    if channels not in MODES:
+    if channels not in tuple(MODES):
         raise DataError(f"images are read with 1 or 3 channels, but the model takes {channels}: change its config")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hdit import sampling
+from hdit._files import quoted
 from hdit._pictures import (
     FORMATS,
     Grid,
@@ -42,7 +43,7 @@ from hdit.checkpoint import load_checkpoint, read_details
 from hdit.config import HDiTConfig, require_memory
 from hdit.data import MODES, seed_of
 from hdit.denoiser import Denoiser
-from hdit.model import HDiT
+from hdit.model import HDiT, dtype_of
 from hdit_kernels import checks
 
 __all__ = ["SAMPLERS", "class_indices", "generate", "generate_batches", "image_grid", "main", "to_image"]
@@ -94,8 +95,13 @@ def generate_batches(
     config = getattr(model, "config", None)  # torch.compile's wrapper has it too
     if not isinstance(config, HDiTConfig):
         raise TypeError(f"model: expected an HDiT, got {type(model).__name__}")
-    if isinstance(classes, Tensor):
+    device, dtype = next(model.parameters()).device, dtype_of(model, torch.float32)
+    if device.type == "meta" or (dtype != torch.float32 and device.type != "cuda"):  # which has autocast
+        raise TypeError(f"model: expected float32 weights, got {dtype} on {device}")
+    if isinstance(classes, Tensor) and not classes.is_meta:
         classes = classes.tolist()
+    if not isinstance(numbers, range):
+        checks.sizes("numbers", numbers)
     if (classes is None) == bool(config.num_classes):
         wanted = f"one of {config.num_classes - 1} for each image" if classes is None else "None, the model has none"
         raise ValueError(f"classes: expected {wanted}, got {checks.shown(classes)}")
@@ -107,12 +113,12 @@ def generate_batches(
             if checks.integer("classes", index, 0) >= config.num_classes:
                 raise ValueError(f"classes: expected indices below {config.num_classes}, got {index}")
     checks.choice("sampler", sampler, SAMPLERS)
-    if checks.number("guidance", guidance) != 1 and classes is None:
+    if sampling.check_guidance("guidance", guidance) != 1 and classes is None:
         raise ValueError(f"guidance: expected 1 for a model without classes, got {guidance:g}: leave it out")
-    checks.integer("steps", steps)
+    checks.integer("steps", steps, 1, sampling.MOST_STEPS)
     checks.seed("seed", seed)
     checks.integer("batch_size", batch_size)
-    require_memory("model", config, next(model.parameters()).device, 1, min(batch_size, len(numbers)))
+    require_memory("model", config, device, 1, min(batch_size, len(numbers)))
     return _batches(model, numbers, classes, guidance, sampler, steps, seed, batch_size)
 
 
@@ -186,11 +192,11 @@ def class_indices(words: Sequence[str], config: HDiTConfig, names: Sequence[str]
     for word in words:
         if word in names:
             indices.append(names.index(word))
-        elif word.isdecimal() and int(word) < count:
+        elif word.isdecimal() and len(word) < 10 and int(word) < count:
             indices.append(int(word))
         else:
             known = f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})" if names else ""
-            raise ValueError(f"--classes: there is no class {word!r}; pass some of 0…{count - 1}{known}")
+            raise ValueError(f"--classes: there is no class {quoted(word)}; pass some of 0…{count - 1}{known}")
     return indices
 
 
@@ -225,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     with one_line_errors("hdit.sample"):
-        checks.number("--guidance", args.guidance)
+        sampling.check_guidance("--guidance", args.guidance)
+        checks.integer("--steps", args.steps, 1, sampling.MOST_STEPS)
         checks.seed("--seed", args.seed)
         needs("numpy", "PIL.Image", "tqdm")
         output, is_folder = picture_or_folder(args.output)

@@ -44,6 +44,7 @@ from hdit.run import LOCK, LossLog, Saver, Signals, leave_group, no_ctrl_c, only
 from hdit.run import NonFiniteLoss as NonFiniteLoss
 from hdit.run import RunError as RunError
 from hdit.sample import generate, image_grid
+from hdit_kernels import checks
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -67,6 +68,10 @@ def train(
     output. Once it trains: NonFiniteLoss, keeping the last checkpoint; Stopped after a signal and RunError after an
     error from outside, with the finished steps saved.
     """
+    for name, value, kind in (("config", config, HDiTConfig), ("options", options, Options), ("output", output, Path)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, got {checks.shown(value)}")
+    device = checks.device("device", device)
     details = read_details(output / CHECKPOINT) if resuming else None
     recipe = recipe or Recipe()
     look_ahead(config, recipe, options, output, device, 0 if details is None else details.step)
@@ -113,6 +118,7 @@ def _train(
             return ema_model
     if images is None:
         raise TypeError("images: expected those to train on, since there are steps left to do, got None")
+    checks.shape("images", images[0][0], [config.in_channels, *config.image_size])
     if resuming and found.data != images.fingerprint:
         raise DataError(f"{options.data} holds other images than those {path} was trained on: restore them")
     details = Details(

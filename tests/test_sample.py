@@ -87,8 +87,9 @@ def test_class_and_guidance_matter(seed: int) -> None:
         ({"classes": 3}, "classes: expected one for each of 2 images, got 3"),
         *[({"classes": classes}, "classes: expected") for classes in ([0, 11], [-1, 0], [0, 1.5], [0, None], "ab")],
         *[({"sampler": name}, "sampler: expected one of") for name in ("magic", None, [])],
-        *[({"guidance": scale}, "guidance: expected") for scale in (math.nan, math.inf, "a", None)],
-        *[({"steps": steps}, "steps: expected") for steps in (0, 2.5, None)],
+        *[({"guidance": scale}, "guidance: expected") for scale in (math.nan, math.inf, 1e39, "a", None)],
+        ({"classes": torch.zeros(2, dtype=torch.int64, device="meta")}, "classes: expected one for each of 2 images"),
+        *[({"steps": steps}, "steps: expected") for steps in (0, 2.5, None, 10**12)],
         *[({"seed": seed}, "seed: expected") for seed in (1.5, "a", None)],
         *[({"batch_size": size}, "batch_size: expected") for size in (0, 2.5, None)],
     ],
@@ -96,6 +97,18 @@ def test_class_and_guidance_matter(seed: int) -> None:
 def test_generate_names_what_does_not_fit(arguments: dict[str, Any], message: str, model: HDiT) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         generate(**{"model": model, "count": 2, "classes": [0, 1], "steps": 1} | arguments)
+
+
+@pytest.mark.parametrize("numbers", [3, None, "ab", [0.5, 1], [-1, 0], torch.arange(2)])
+def test_numbers_of_images_are_integers(numbers: Any, model: HDiT) -> None:
+    with pytest.raises(TypeError if numbers != [-1, 0] else ValueError, match="numbers: expected"):
+        generate_batches(model, numbers, [0, 1], steps=1)
+
+
+def test_models_that_need_other_images(model: HDiT) -> None:
+    for other in (model.half(), model.double(), model.to("meta")):
+        with pytest.raises(TypeError, match="model: expected float32 weights, got torch.float"):
+            generate(other, 1, [0], steps=1)
 
 
 def test_generate_without_classes(seed: int) -> None:
@@ -142,15 +155,23 @@ def test_grid_and_images() -> None:
     assert to_image(images[0, :1]).mode == "L"
     with pytest.raises(ValueError, match="1 or 3 channels"):
         to_image(torch.zeros(2, 4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="images: expected"):
-        image_grid(images[:0])
+    for wrong in (images[:0], images[0], images.float(), [images], None):
+        with pytest.raises((TypeError, ValueError), match="images: expected"):
+            image_grid(wrong)
+    for wrong in (images, images[0].float(), None):
+        with pytest.raises((TypeError, ValueError), match="pixels: expected"):
+            to_image(wrong)
+    for name, values in {"columns": (0, -1, 2.5), "gap": (-5, "a", 0.5)}.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+                image_grid(images, **{name: value})
 
 
 def test_class_indices() -> None:
     names = ["cat", "dog", *"abcdefgh"]
     assert class_indices(["dog", "0", "9"], CONFIG, names) == [1, 0, 9]
     assert class_indices(["2"], CONFIG, ["2", *"abcdefghi"]) == [0]  # the folder 2, not the third folder
-    for word in ("10", "-1", "bird"):
+    for word in ("10", "-1", "bird", "\u00b2"):
         with pytest.raises(ValueError, match=rf"there is no class '{word}'; pass some of 0…9 \(cat, dog, a"):
             class_indices([word], CONFIG, names)
     with pytest.raises(ValueError, match="the model has no classes"):
@@ -393,12 +414,15 @@ def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "words"),
     [
         (["--classes", "10"], "there is no class '10'; pass some of 0…9"),
+        (["--classes", "9" * 5000], "there is no class '9999"),
         (["--device", "tpu7"], "there is no device 'tpu7'"),
-        (["--guidance", "nan"], "--guidance: expected a finite number, got nan"),
-        (["--guidance=-inf"], "--guidance: expected a finite number, got -inf"),
+        (["--guidance", "nan"], "--guidance: expected a number of at least -1e+38 and at most 1e+38, got nan"),
+        (["--guidance=-inf"], "--guidance: expected a number of at least -1e+38 and at most 1e+38, got -inf"),
         (["--guidance", "a"], "--guidance"),
         (["--seed", str(2**64)], "--seed: expected an integer below 2**64"),
         (["--steps", "0"], "--steps"),
+        (["--steps", "1" + "0" * 12], "--steps: expected an integer of at most 16,777,216"),
+        (["--guidance", "1e39"], "--guidance: expected a number of at least -1e+38 and at most 1e+38"),
         (["--output", ""], "--output: expected a picture's name or a folder, got ''"),
         (["--output", "x.xyz"], "--output x.xyz: expected a name in .png, .jpg"),
         (["--output", "/"], "--output /: expected a folder below it"),

@@ -396,6 +396,28 @@ def test_a_run_is_not_overwritten_nor_made_up(digits: Images, tmp_path: Path) ->
         train(CONFIG, digits, options, tmp_path, CPU)
 
 
+def test_what_can_t_be_trained_on_is_named_first(digits: Images, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "config": CONFIG,
+        "images": digits,
+        "options": OPTIONS,
+        "output": tmp_path,
+        "device": CPU,
+    }
+    larger = replace(CONFIG, image_size=(16, 16))
+    for name, wrong, words in (
+        ("config", None, "config: expected HDiTConfig, got None"),
+        ("options", {}, "options: expected Options, got {}"),
+        ("output", str(tmp_path), "output: expected Path, got"),
+        ("device", "tpu9", "device: expected a device"),
+        ("images", None, "images: expected those to train on"),
+        ("config", larger, r"images: expected shape \[1, 16, 16\], got \[1, 8, 8\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{words}"):
+            train(**arguments | {name: wrong})
+        assert not (tmp_path / CHECKPOINT).exists() and not (tmp_path / "loss.csv").exists()
+
+
 def test_one_run_a_folder(digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def second_run(loss: Tensor) -> Tensor:
         for resuming in (False, True):

@@ -122,13 +122,15 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     return require("tqdm", "train").tqdm(iterable, mininterval=interval, **options)
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: integers from minimum on."""
+def at_least(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """An argparse type: integers from minimum on, to maximum."""
 
     def parse(text: str) -> int:
         number = int(text)
         if number < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
+        if maximum is not None and number > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum:,}, got {number}")
         return number
 
     parse.__name__ = "integer"  # argparse names it when int() fails

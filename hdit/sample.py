@@ -48,6 +48,7 @@ from hdit_kernels import checks
 
 __all__ = ["SAMPLERS", "class_indices", "generate", "generate_batches", "image_grid", "main", "to_image"]
 
+MOST_IMAGES = 10_000_000  # of one call
 SAMPLERS = {name.removeprefix("sample_"): f for name, f in vars(sampling).items() if name.startswith("sample_")}
 
 
@@ -70,8 +71,8 @@ def generate(
     the model, and ValueError if an image comes out as NaN.
     """
     batches = generate_batches(
-        model, range(checks.integer("count", count)), classes, guidance=guidance, sampler=sampler, steps=steps,
-        seed=seed, batch_size=batch_size,
+        model, range(checks.integer("count", count, 1, MOST_IMAGES)), classes, guidance=guidance, sampler=sampler,
+        steps=steps, seed=seed, batch_size=batch_size,
     )  # fmt: skip
     return torch.cat([images for _, images in batches])
 
@@ -117,8 +118,8 @@ def generate_batches(
         raise ValueError(f"guidance: expected 1 for a model without classes, got {guidance:g}: leave it out")
     checks.integer("steps", steps, 1, sampling.MOST_STEPS)
     checks.seed("seed", seed)
-    checks.integer("batch_size", batch_size)
-    require_memory("model", config, device, 1, min(batch_size, len(numbers)))
+    checks.integer("batch_size", batch_size, 1, MOST_IMAGES)
+    require_memory("model", config, device, min(batch_size, len(numbers)), training=False)
     return _batches(model, numbers, classes, guidance, sampler, steps, seed, batch_size)
 
 
@@ -219,20 +220,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "interruption, with a grid of the first images beside it" + show,
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="delete images of another run from the folder")
-    parser.add_argument("--count", type=at_least(1), default=64, help="how many images" + show)
+    parser.add_argument("--count", type=at_least(1, MOST_IMAGES), default=64, help="how many images" + show)
     parser.add_argument("--classes", nargs="+", help="names or indices of classes, repeated in turn (default: all)")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 for none" + show)
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpmpp_3m_sde", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=at_least(1), default=50, help="sampling steps" + show)
+    parser.add_argument("--steps", type=at_least(1, sampling.MOST_STEPS), default=50, help="sampling steps" + show)
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images" + show)
-    parser.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time" + show)
+    parser.add_argument("--batch-size", type=at_least(1, MOST_IMAGES), default=64, help="images at a time" + show)
     parser.add_argument("--no-ema", action="store_true", help="take the last weights instead of their average")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     args = parser.parse_args(arguments)
 
     with one_line_errors("hdit.sample"):
         sampling.check_guidance("--guidance", args.guidance)
-        checks.integer("--steps", args.steps, 1, sampling.MOST_STEPS)
         checks.seed("--seed", args.seed)
         needs("numpy", "PIL.Image", "tqdm")
         output, is_folder = picture_or_folder(args.output)
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--no-ema: {args.checkpoint} holds one set of weights; leave it out")
         model = load_checkpoint(args.checkpoint, ema=not args.no_ema)
         config = model.config
-        require_memory(args.checkpoint, config, device, 1, min(args.batch_size, args.count))
+        require_memory(args.checkpoint, config, device, min(args.batch_size, args.count), training=False)
         if config.in_channels not in MODES:
             raise ValueError(
                 f"{args.checkpoint}: its images have {config.in_channels} channels, only 1 or 3 can be saved"

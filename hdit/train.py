@@ -214,8 +214,7 @@ def look_ahead(
             raise ValueError(
                 f"mapping_cond_dim: expected 0, since images have no such vector, got {config.mapping_cond_dim}"
             )
-    # of each parameter itself, its average and gradient, and AdamW's two moments
-    require_memory(source, config, device, 5, options.batch_size)
+    require_memory(source, config, device, options.batch_size, training=True)
     needs("safetensors.torch", "numpy", "PIL.Image", "tqdm")
     if options.sample_every and config.in_channels not in MODES:
         raise ValueError(f"--sample-every: images of {config.in_channels} channels can't be saved, 1 or 3 can: pass 0")

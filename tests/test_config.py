@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from hdit import (
 )
 from hdit.config import require_memory
 from hdit.model import MappingBlock, TransformerLayer
+from tests.tiny import CONFIG, random_model
 
 
 def test_defaults() -> None:
@@ -197,16 +199,40 @@ def test_memory_for_a_model_and_its_images(monkeypatch: pytest.MonkeyPatch) -> N
     cpu = torch.device("cpu")
     config = HDiTConfig((Level(1, 2**18),))  # 16 TiB
     with pytest.raises(ValueError, match="^it: expected what .* GiB of memory can hold, got 893,"):
-        require_memory("it", config, cpu, 5, 1)
+        require_memory("it", config, cpu, 1, training=True)
     huge = HDiTConfig((Level(1, 64),), image_size=(2**20, 2**20))  # no parameter more, but an image of 12 TiB
     with pytest.raises(ValueError, match="1 images of 1048576 x 1048576 pixels at a time"):
-        require_memory("it", huge, cpu, 1, 1)
-    require_memory("it", presets["flowers-256"], cpu, 5, 64)
+        require_memory("it", huge, cpu, 1, training=False)
+    require_memory("it", presets["flowers-256"], cpu, 1, training=True)
 
     config = HDiTConfig((Level(1, 64),), image_size=(64, 64), in_channels=1)
-    need = 4 * (5 * config.parameters + 3 * (64 * 64 + 16 * 16 * 64))
-    monkeypatch.setattr("hdit.config.memory", lambda device: need)
-    require_memory("it", config, cpu, 5, 3)
-    for copies, images in ((6, 3), (5, 4)):
+    pixels, tokens = 64 * 64, 16 * 16
+    for training, copies, activations in ((False, 1, 64 * tokens), (True, 5, (64 + 6 * 64 + 3 * 192) * tokens)):
+        need = 4 * (copies * config.parameters + 3 * (pixels + activations))
+        monkeypatch.setattr("hdit.config.memory", lambda device, need=need: need)
+        require_memory("it", config, cpu, 3, training)
         with pytest.raises(ValueError, match="^it: expected"):
-            require_memory("it", config, cpu, copies, images)
+            require_memory("it", config, cpu, 4, training)
+
+
+def test_memory_for_training_is_no_more_than_it_takes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Beside the tensors that autograd keeps, each counted once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model, images = random_model(), 5
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(torch.randn(images, 1, 8, 8), torch.ones(images), class_cond=torch.zeros(images, dtype=torch.int64))
+    assert out.grad_fn is not None  # which holds them
+    taken = sum(size for address, size in kept.items() if address not in parameters)
+    needs: list[float] = []
+    monkeypatch.setattr("hdit.config.memory", lambda device: needs[0])
+    for share, fits in ((1.0, True), (0.5, False)):
+        needs[:] = [20 * CONFIG.parameters + share * taken]
+        with nullcontext() if fits else pytest.raises(ValueError, match="^it: expected what"):
+            require_memory("it", CONFIG, torch.device("cpu"), images, training=True)

@@ -81,7 +81,7 @@ def test_class_and_guidance_matter(seed: int) -> None:
     ("arguments", "message"),
     [
         ({"model": None}, "model: expected an HDiT, got NoneType"),
-        *[({"count": count}, "count: expected an integer") for count in (0, -1, 1.5, "a", None, True)],
+        *[({"count": count}, "count: expected an integer") for count in (0, -1, 1.5, "a", None, True, 10**30)],
         ({"classes": None}, "classes: expected one of 10 for each image, got None"),
         ({"classes": [1]}, "classes: expected one for each of 2 images, got 1"),
         ({"classes": 3}, "classes: expected one for each of 2 images, got 3"),
@@ -91,7 +91,7 @@ def test_class_and_guidance_matter(seed: int) -> None:
         ({"classes": torch.zeros(2, dtype=torch.int64, device="meta")}, "classes: expected one for each of 2 images"),
         *[({"steps": steps}, "steps: expected") for steps in (0, 2.5, None, 10**12)],
         *[({"seed": seed}, "seed: expected") for seed in (1.5, "a", None)],
-        *[({"batch_size": size}, "batch_size: expected") for size in (0, 2.5, None)],
+        *[({"batch_size": size}, "batch_size: expected") for size in (0, 2.5, None, 10**12)],
     ],
 )
 def test_generate_names_what_does_not_fit(arguments: dict[str, Any], message: str, model: HDiT) -> None:
@@ -421,7 +421,9 @@ def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--guidance", "a"], "--guidance"),
         (["--seed", str(2**64)], "--seed: expected an integer below 2**64"),
         (["--steps", "0"], "--steps"),
-        (["--steps", "1" + "0" * 12], "--steps: expected an integer of at most 16,777,216"),
+        (["--steps", "1" + "0" * 12], "--steps: must be at most 16,777,216, got 1000"),
+        (["--count", "1" + "0" * 12], "--count: must be at most 10,000,000, got 1000"),
+        (["--batch-size", "1" + "0" * 12], "--batch-size: must be at most 10,000,000, got 1000"),
         (["--guidance", "1e39"], "--guidance: expected a number of at least -1e+38 and at most 1e+38"),
         (["--output", ""], "--output: expected a picture's name or a folder, got ''"),
         (["--output", "x.xyz"], "--output x.xyz: expected a name in .png, .jpg"),

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from hdit._extras import require
+from hdit._memory import memory
 from hdit._runtime import printable, progress
 from hdit.classes import LABELS, find_labels, folder_classes, read_labels
-from hdit.config import memory
 from hdit.files import DataError, FolderFiles, ZipFiles
 from hdit.images import MODES, SUFFIXES, is_image, open_image, to_tensor
 from hdit_kernels import checks

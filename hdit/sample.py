@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hdit import sampling
 from hdit._files import quoted
+from hdit._memory import require_memory
 from hdit._pictures import (
     FORMATS,
     Grid,
@@ -40,7 +41,7 @@ from hdit._runtime import (
     writable,
 )
 from hdit.checkpoint import load_checkpoint, read_details
-from hdit.config import HDiTConfig, require_memory
+from hdit.config import HDiTConfig
 from hdit.data import MODES, seed_of
 from hdit.denoiser import Denoiser
 from hdit.model import HDiT, dtype_of

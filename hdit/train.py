@@ -29,9 +29,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hdit._files import read_json
+from hdit._memory import require_memory
 from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, printable, progress, writable
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
-from hdit.config import HDiTConfig, presets, require_memory
+from hdit.config import HDiTConfig, presets
 from hdit.data import BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
 from hdit.denoiser import Denoiser
 from hdit.ema import ema_update
@@ -61,12 +62,11 @@ def train(
     """Trains a model from its beginning, or from the checkpoint in output if resuming, until options.steps.
 
     images: may be None for a run that has done its steps already, which is left as it is. recipe: Recipe() if not
-    given. Returns the averaged model.
-    Options that differ from the checkpoint's are named on stderr. Raises ValueError or OSError, before anything is
-    written, on what can't be trained; CheckpointError if output has a checkpoint and shouldn't, or the other way round,
-    or one of another configuration or recipe; DataError if resuming with other images; RunError if another run is in
-    output. Once it trains: NonFiniteLoss, keeping the last checkpoint; Stopped after a signal and RunError after an
-    error from outside, with the finished steps saved.
+    given. Returns the averaged model. Options that differ from the checkpoint's are named on stderr.
+    Raises TypeError, ValueError or OSError, before anything is written, on what can't be trained; CheckpointError if
+    output has a checkpoint and shouldn't, or the other way round, or one of another configuration or recipe; DataError
+    if resuming with other images; RunError if another run is in output. Once it trains: NonFiniteLoss, keeping the last
+    checkpoint; Stopped after a signal and RunError after an error from outside, with the finished steps saved.
     """
     for name, value, kind in (("config", config, HDiTConfig), ("options", options, Options), ("output", output, Path)):
         if not isinstance(value, kind):

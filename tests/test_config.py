@@ -20,7 +20,7 @@ from hdit import (
     ShiftedWindowAttention,
     presets,
 )
-from hdit.config import require_memory
+from hdit._memory import require_memory
 from hdit.model import MappingBlock, TransformerLayer
 from tests.tiny import CONFIG, random_model
 
@@ -209,7 +209,7 @@ def test_memory_for_a_model_and_its_images(monkeypatch: pytest.MonkeyPatch) -> N
     pixels, tokens = 64 * 64, 16 * 16
     for training, copies, activations in ((False, 1, 64 * tokens), (True, 5, (64 + 6 * 64 + 3 * 192) * tokens)):
         need = 4 * (copies * config.parameters + 3 * (pixels + activations))
-        monkeypatch.setattr("hdit.config.memory", lambda device, need=need: need)
+        monkeypatch.setattr("hdit._memory.memory", lambda device, need=need: need)
         require_memory("it", config, cpu, 3, training)
         with pytest.raises(ValueError, match="^it: expected"):
             require_memory("it", config, cpu, 4, training)
@@ -231,7 +231,7 @@ def test_memory_for_training_is_no_more_than_it_takes(monkeypatch: pytest.Monkey
     assert out.grad_fn is not None  # which holds them
     taken = sum(size for address, size in kept.items() if address not in parameters)
     needs: list[float] = []
-    monkeypatch.setattr("hdit.config.memory", lambda device: needs[0])
+    monkeypatch.setattr("hdit._memory.memory", lambda device: needs[0])
     for share, fits in ((1.0, True), (0.5, False)):
         needs[:] = [20 * CONFIG.parameters + share * taken]
         with nullcontext() if fits else pytest.raises(ValueError, match="^it: expected what"):

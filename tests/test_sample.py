@@ -505,7 +505,7 @@ def test_images_beyond_all_memory_are_refused_first(
     with pytest.raises(ValueError, match="^model: expected what .*, got .* 2 images of 131072 x 131072 pixels"):
         generate(model, 3, [0, 1, 2], batch_size=2)
     model.config = CONFIG
-    monkeypatch.setattr("hdit.config.memory", lambda device: 4 * (CONFIG.parameters + 2 * (64 + 16 * 16)))
+    monkeypatch.setattr("hdit._memory.memory", lambda device: 4 * (CONFIG.parameters + 2 * (64 + 16 * 16)))
     checkpoint = write_checkpoint(tmp_path / "x.safetensors", model)
     assert "3 images of 8 x 8 pixels" in refused(capsys, checkpoint, tmp_path / "out", "--count", 3)
     monkeypatch.undo()

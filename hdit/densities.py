@@ -192,8 +192,7 @@ def rand_cosine_interpolated(
 
     def log_sigma(ratio: float) -> Tensor:
         first, last = math.atan(high / sigma_data * ratio), math.atan(low / sigma_data * ratio)
-        level = _tan(first + t * (last - first)) / ratio
-        return torch.log(level.clamp(min=torch.finfo(level.dtype).smallest_normal))
+        return torch.log(_tan(first + t * (last - first)) / ratio)
 
     log_ratio = torch.lerp(log_sigma(ratio_low), log_sigma(ratio_high), t)
     return _levels(torch.exp(log_ratio) * sigma_data, dtype, low, high)

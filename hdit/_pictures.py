@@ -32,10 +32,18 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 def to_image(pixels: Tensor) -> Any:
     """uint8 [C, H, W] with 1 or 3 channels -> a Pillow image."""
+    _check_pixels("pixels", pixels, ["C", "H", "W"])
     if pixels.shape[0] not in MODES:
         raise ValueError(f"only images of 1 or 3 channels can be saved, got {pixels.shape[0]}")
     array = pixels.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
     return require("PIL.Image", "train").fromarray(array)
+
+
+def _check_pixels(name: str, pixels: Tensor, shape: list[int | str]) -> None:
+    checks.tensor(name, pixels)
+    checks.same_dtype(**{"pictures": torch.uint8, name: pixels.dtype})
+    checks.shape(name, pixels, shape)
+    checks.nonempty(name, pixels, 0)
 
 
 class Grid:
@@ -66,7 +74,10 @@ class Grid:
 
 def image_grid(images: Tensor, columns: int | None = None, gap: int = 1) -> Any:
     """uint8 [N, C, H, W] -> one Pillow image, row by row; as square as possible if columns isn't given."""
-    checks.nonempty("images", images, 0)
+    _check_pixels("images", images, ["N", "C", "H", "W"])
+    if columns is not None:
+        checks.integer("columns", columns)
+    checks.integer("gap", gap, 0)
     count, _, height, width = images.shape
     grid = Grid(count, height, width, columns, gap)
     grid.add(images)
@@ -183,9 +194,11 @@ class ImageExport:
         save(to_image(pixels), self.path / f"{number:05}.png", unfinished, pnginfo=info)
 
     def write_grid(self) -> None:
-        """Writes the grid beside the folder."""
+        """Writes the grid beside the folder, of as many of the first images as a picture takes."""
         numpy, image = require("numpy", "train"), require("PIL.Image", "train")
         count = min(self.count, IN_GRID)
+        while count > 1 and math.prod(Grid(count, *self.settings["size"]).size) > MOST_PIXELS:
+            count -= 1
         grid = Grid(count, *self.settings["size"])
         for number in range(count):
             with image.open(self.path / f"{number:05}.png", formats=["PNG"]) as opened:

@@ -20,8 +20,11 @@ from hdit import _interrupt
 from hdit._extras import require
 
 
-class Stopped(Exception):
-    """A signal ended the work, number: which one; and what became of the work."""
+class Stopped(BaseException):
+    """A signal ended the work, number: which one; and what became of the work.
+
+    Like KeyboardInterrupt no Exception: it is raised in the middle of other packages, some of which go on after those.
+    """
 
     def __init__(self, number: int, outcome: str = "") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}{outcome}")
@@ -66,6 +69,8 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         tell(f"{program}: error: {message}")
         sys.exit(2)
+    finally:
+        _interrupt.over()
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,13 +122,15 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     return require("tqdm", "train").tqdm(iterable, mininterval=interval, **options)
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: integers from minimum on."""
+def at_least(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """An argparse type: integers from minimum on, to maximum."""
 
     def parse(text: str) -> int:
         number = int(text)
         if number < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
+        if maximum is not None and number > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum:,}, got {number}")
         return number
 
     parse.__name__ = "integer"  # argparse names it when int() fails

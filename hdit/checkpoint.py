@@ -131,6 +131,7 @@ def load_checkpoint(path: str | os.PathLike[str], ema: bool = True) -> HDiT:
     ema: whether to take the averaged weights. Raises CheckpointError or another ValueError, naming the file, if it is
     neither, or damaged, or holds other tensors than a model of its configuration.
     """
+    checks.boolean("ema", ema)
     path = _existing(path)
     if path.suffix != ".safetensors":
         return load_kdiffusion(path, ema)
@@ -147,6 +148,12 @@ def resume(path: str | os.PathLike[str], model: HDiT, ema_model: HDiT, optimizer
     Raises CheckpointError, changing nothing, if the checkpoint isn't one of hdit.train, is of another configuration or
     damaged, or lacks a part of the state.
     """
+    known = {id(parameter) for parameter in model.parameters()}
+    of_model = all(id(p) in known for group in optimizer.param_groups for p in group["params"])
+    if not isinstance(optimizer, torch.optim.AdamW) or not of_model:
+        raise TypeError(
+            f"optimizer: expected AdamW over the model's parameters, got another {type(optimizer).__name__}"
+        )
     path = _existing(path)
     file = Safetensors(path) if path.suffix == ".safetensors" else None
     details = None if file is None else _details(file)

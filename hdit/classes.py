@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from hdit._files import parse_json
 from hdit.files import DataError
 from hdit_kernels import checks
 
@@ -36,8 +36,9 @@ def find_labels(files: Sequence[str], images: Sequence[str]) -> str | None:
 def read_labels(name: str, content: bytes) -> tuple[list[str], dict[str, int]] | None:
     """Class names, and the class index of each image that a dataset.json labels, by its name in the data set.
 
-    name: of the dataset.json in the data set. Labels are numbers from 0 on, each of which is a class named by it, in
-    numeric order; or one-hot vectors, of as many classes as they are long. None if there are none ("labels": null).
+    name: of the dataset.json in the data set. Labels are numbers from 0 on, of 63 bits, each of which is a class named
+    by it, in numeric order; or one-hot vectors, of as many classes as they are long. None if there are none ("labels":
+    null).
     Raises DataError if anything else is in it.
     """
 
@@ -45,9 +46,9 @@ def read_labels(name: str, content: bytes) -> tuple[list[str], dict[str, int]] |
         return DataError(f"{name}: {what}; mend it, or remove it to take the folders for classes")
 
     try:  # a file name in it need not be UTF-8 either
-        found = json.loads(content.decode("utf-8-sig", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"damaged, not JSON ({error})") from error
+        found = parse_json("damaged", content.decode("utf-8-sig", "surrogateescape"))
+    except ValueError as error:
+        raise wrong(str(error)) from error
     if not isinstance(found, dict) or "labels" not in found:
         raise wrong('expected an object with "labels": [[name, label], ...] or null')
     if found["labels"] in (None, []):
@@ -62,7 +63,7 @@ def read_labels(name: str, content: bytes) -> tuple[list[str], dict[str, int]] |
     length = len(first) if isinstance(first, list) else None
     for image, label in by_name.items():
         if not (_is_number(label) if length is None else _is_one_hot(label, length)):
-            wanted = "numbers from 0 on" if length is None else f"one-hot vectors of length {length}"
+            wanted = "numbers from 0 on, below 2**63" if length is None else f"one-hot vectors of length {length}"
             raise wrong(f"expected labels that are {wanted}, like the first, got {checks.shown(label)} for {image}")
     numbers = {image: label if length is None else label.index(1) for image, label in by_name.items()}
     classes = sorted(set(numbers.values())) if length is None else range(length)
@@ -72,8 +73,10 @@ def read_labels(name: str, content: bytes) -> tuple[list[str], dict[str, int]] |
 
 
 def _is_number(label: Any) -> bool:
-    return type(label) is int and label >= 0
+    return type(label) is int and 0 <= label < 2**63  # what EDM's loader takes, too
 
 
 def _is_one_hot(label: Any, length: int) -> bool:
-    return isinstance(label, list) and len(label) == length and label.count(1) == 1 and label.count(0) == length - 1
+    if not (isinstance(label, list) and len(label) == length and all(type(entry) in (int, float) for entry in label)):
+        return False
+    return label.count(1) == 1 and label.count(0) == length - 1

@@ -7,7 +7,6 @@ way down and on the way up, with a 2x2 token merge below it and a token split ab
 from __future__ import annotations
 
 import math
-import os
 import reprlib
 from collections.abc import Mapping as MappingABC
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -310,29 +309,6 @@ class HDiTConfig:
         if "mapping" in config:
             config["mapping"] = _build(Mapping, _entries(config["mapping"], Mapping, "mapping"), "mapping")
         return _build(cls, config, "config")
-
-
-def require_memory(config: HDiTConfig, device: torch.device) -> None:
-    """ValueError if the memory of a device (or of this machine) can't hold the least that training a model needs.
-
-    That is five float32 numbers a parameter (itself, its average and gradient, and AdamW's two moments), and one image
-    with its finest tokens: image_size is no size of a parameter, so a file can ask for any.
-    """
-    pixels = config.in_channels * math.prod(config.image_size)
-    tokens = config.levels[0].width * math.prod(config.grids(*config.image_size)[0])
-    need = 20 * config.parameters + 4 * (pixels + tokens)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):  # not on Windows
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
-    if need > total:
-        height, width = config.image_size
-        raise ValueError(
-            f"expected a model that {total / 2**30:.0f} GiB of memory can train, got {config.parameters:,} parameters "
-            f"and images of {height} x {width} pixels, which take at least {need / 2**30:.0f} GiB"
-        )
 
 
 def _entries(values: Any, kind: type, where: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A data set here is a torch Dataset of (uint8 image [C, H, W], class index), with
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from hdit._extras import require
+from hdit._memory import memory
 from hdit._runtime import printable, progress
 from hdit.classes import LABELS, find_labels, folder_classes, read_labels
 from hdit.files import DataError, FolderFiles, ZipFiles
@@ -72,7 +74,7 @@ class ImageFolder(Images):
         for package in ("numpy", "PIL.Image"):  # rather than once for each image
             require(package, "train")
         self.files = ZipFiles(Path(path)) if Path(path).is_file() else FolderFiles(Path(path))
-        self.size, self.channels = size, channels
+        self.size, self.channels = checks.pair("size", size), channels
         files = self.files.names()
         _report(f"left out of {path}", self.files.passed_over)
         names = sorted(name for name in files if is_image(name))
@@ -156,7 +158,7 @@ class ImageFolder(Images):
 class Digits(Images):
     """scikit-learn's 1,797 digits of 8x8 pixels, enlarged; ten classes. size, channels: as in ImageFolder.
 
-    Raises DataError if channels is another number.
+    Raises DataError if channels is another number, or the memory can't hold them.
     """
 
     class_names = tuple("0123456789")
@@ -164,8 +166,13 @@ class Digits(Images):
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
         _check_channels(channels)
-        from_array = require("PIL.Image", "train").fromarray
+        size = checks.pair("size", size)
         digits = require("sklearn.datasets", "demo").load_digits()
+        need = 2 * len(digits.images) * channels * math.prod(size)  # one by one, and then stacked
+        if need > (there := memory(torch.device("cpu"))):
+            what = f"digits of {size[0]} x {size[1]} pixels take {need / 2**30:,.0f} GiB of memory"
+            raise DataError(f"{what}, and there are {there / 2**30:.0f}: pass a smaller --image-size")
+        from_array = require("PIL.Image", "train").fromarray
         pixels = (digits.images * (255 / 16)).round().astype("uint8")
         self.images = torch.stack([to_tensor(from_array(image), size, channels) for image in pixels])
         self.labels = digits.target.tolist()
@@ -217,7 +224,7 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 
 def _check_channels(channels: int) -> None:
-    if channels not in MODES:
+    if channels not in tuple(MODES):
         raise DataError(f"images are read with 1 or 3 channels, but the model takes {channels}: change its config")
 
 

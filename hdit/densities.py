@@ -20,6 +20,7 @@ from torch import Tensor
 from hdit_kernels import checks
 
 LARGEST_LOG = 700.0  # exp of more is beyond float64
+LARGEST_SIZE = 1e9  # of images and data, the smallest being 1 over it: float32 holds their ratios
 
 _strata: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("strata", default=None)
 
@@ -55,6 +56,10 @@ def _loc(value: float) -> float:
 
 def _scale(value: float, name: str = "scale") -> float:
     return checks.number(name, value, above=0, at_most=LARGEST_LOG)
+
+
+def _size(name: str, value: float) -> float:
+    return checks.number(name, value, at_least=1 / LARGEST_SIZE, at_most=LARGEST_SIZE)
 
 
 def _uniform(shape: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -155,7 +160,7 @@ def rand_v_diffusion(
 ) -> Tensor:
     """Cosine schedule with uniform time (v-diffusion, Salimans & Ho 2022), truncated to [min_value, max_value]."""
     _check(shape, device, dtype)
-    sigma_data = checks.number("sigma_data", sigma_data, above=0)
+    sigma_data = _size("sigma_data", sigma_data)
     low, high = checks.rising("min_value", min_value, "max_value", max_value, zero=True, infinite=True)
     first, last = math.atan(low / sigma_data), math.atan(high / sigma_data)
     angle = first + (last - first) * _uniform(shape, device, dtype)
@@ -179,10 +184,10 @@ def rand_cosine_interpolated(
     takes where there is much noise and where there is little.
     """
     _check(shape, device, dtype)
-    image_d, sigma_data = checks.number("image_d", image_d, above=0), checks.number("sigma_data", sigma_data, above=0)
+    image_d, sigma_data = _size("image_d", image_d), _size("sigma_data", sigma_data)
     low, high = checks.rising("min_value", min_value, "max_value", max_value)
-    ratio_low = checks.number("noise_d_low", noise_d_low, above=0) / image_d
-    ratio_high = checks.number("noise_d_high", noise_d_high, above=0) / image_d
+    ratio_low = _size("noise_d_low", noise_d_low) / image_d
+    ratio_high = _size("noise_d_high", noise_d_high) / image_d
     t = _uniform(shape, device, dtype)  # from the most noise to the least
 
     def log_sigma(ratio: float) -> Tensor:

@@ -14,7 +14,7 @@ def ema_decay(step: int, power: float = 0.75, max_value: float = 0.9999) -> floa
     It starts at 0, so that the average forgets the untrained weights. 0.75 and 0.9999 are k-diffusion's for HDiT.
     Raises TypeError or ValueError if step or power is below 0, or max_value is outside [0, 1].
     """
-    checks.integer("step", step, 0)
+    checks.integer("step", step, 0, 2**63 - 1)
     checks.number("power", power, at_least=0)
     checks.number("max_value", max_value, at_least=0, at_most=1)
     return min(max_value, 1 - (1 + step) ** -power)
@@ -22,7 +22,8 @@ def ema_decay(step: int, power: float = 0.75, max_value: float = 0.9999) -> floa
 
 @torch.no_grad()
 def ema_update(model: nn.Module, averaged_model: nn.Module, decay: float) -> None:
-    """averaged <- decay * averaged + (1 - decay) * model, in place, for every parameter; buffers are copied.
+    """averaged <- decay * averaged + (1 - decay) * model, in place, for every parameter; buffers are copied, and so are
+    parameters of integers, as quantized layers have.
 
     Raises ValueError if the two models don't have the same parameters and buffers, of the same shapes, dtypes and
     devices; TypeError or ValueError on a decay outside [0, 1].
@@ -31,9 +32,12 @@ def ema_update(model: nn.Module, averaged_model: nn.Module, decay: float) -> Non
     parameters, buffers = _tensors("model", model)
     averaged, averaged_buffers = _tensors("averaged_model", averaged_model)
     _check_alike(parameters | buffers, averaged | averaged_buffers)
-    torch._foreach_lerp_(list(averaged.values()), [parameters[name] for name in averaged], 1 - decay)
-    for name, buffer in buffers.items():
-        averaged_buffers[name].copy_(buffer)
+    names = [name for name, tensor in averaged.items() if tensor.is_floating_point() or tensor.is_complex()]
+    if names:
+        torch._foreach_lerp_([averaged[name] for name in names], [parameters[name] for name in names], 1 - decay)
+    copied, sources = averaged | averaged_buffers, parameters | buffers
+    for name in copied.keys() - names:
+        copied[name].copy_(sources[name])
 
 
 def _tensors(argument: str, model: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

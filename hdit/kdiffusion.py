@@ -93,6 +93,7 @@ def load_kdiffusion(path: str | PathLike[str], ema: bool = True, config: Config 
     Raises ValueError, naming the file, if it isn't such a checkpoint, or of another configuration, or holds weights
     that aren't finite; OSError if it can't be read.
     """
+    checks.boolean("ema", ema)
     if isinstance(path, (str, PathLike)) and Path(path).suffix == ".safetensors":
         require("safetensors", "train")
         file = _weights.Safetensors(regular_file("path", path))

@@ -44,9 +44,7 @@ class Options:
         if not isinstance(self.data, str) or not self.data:
             raise ValueError(f"data: expected a folder, a .zip file or the word digits, got {self.data!r}")
         for name, (least, most) in RANGES.items():
-            value = checks.integer(name, getattr(self, name), least)
-            if value > most:
-                raise ValueError(f"{name}: expected an integer of at most {most:,}, got {value}")
+            value = checks.integer(name, getattr(self, name), least, most)
             object.__setattr__(self, name, value)  # NumPy's integers are no JSON
         if self.lr is not None:
             object.__setattr__(self, "lr", checks.number("lr", self.lr, above=0, at_most=1))

@@ -78,7 +78,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """What to_dict gave, perhaps by way of JSON. Raises ValueError or TypeError, naming the entry."""
-        unknown = sorted(_mapping("recipe", values).keys() - {known.name for known in fields(cls)})
+        unknown = sorted(_mapping("recipe", values).keys() - {known.name for known in fields(cls)}, key=str)
         if unknown:
             raise ValueError(f"unknown entries {unknown} in a recipe")
         return cls(**values)
@@ -143,6 +143,7 @@ def batch_loss(
     denoiser: Denoiser, config: HDiTConfig, pixels: Tensor, labels: Tensor, recipe: Recipe | None = None
 ) -> Tensor:
     """The mean loss of a batch: pixels uint8 [B, C, H, W], labels int64 [B]. Random by torch's global generator."""
+    checks.same_dtype(**{"pictures": torch.uint8, "pixels": pixels.dtype})
     recipe = recipe or Recipe()
     x = pixels.float() / 127.5 - 1
     cond: dict[str, Tensor] = {}
@@ -181,6 +182,7 @@ def recipe_from_kdiffusion(config: Mapping[str, Any], lr: float | None = None) -
     Raises ValueError or TypeError, naming the entry, on another optimizer than AdamW and on what k-diffusion or Recipe
     doesn't take.
     """
+    config = _mapping("config", config)
     part = {name: default | _mapping(name, config.get(name, {})) for name, default in DEFAULTS.items()}
     model, optimizer, ema_sched = part["model"], part["optimizer"], part["ema_sched"]
     checks.choice("optimizer.type", optimizer["type"], ["adamw"])
@@ -234,7 +236,7 @@ def _schedule_type(given: Mapping[str, Any]) -> str:
 def _checked_schedule(given: Any) -> dict[str, Any]:
     found = {"type": _schedule_type(_mapping("lr_sched", given))}
     bounds = LR_SCHEDULES[found["type"]]
-    unknown = sorted(given.keys() - {"type", *bounds})
+    unknown = sorted(given.keys() - {"type", *bounds}, key=str)
     if unknown:
         raise ValueError(f"lr_sched: expected entries of {found['type']!r}, got {unknown}")
     return found | {name: checks.number(f"lr_sched.{name}", given.get(name), **bounds[name]) for name in bounds}

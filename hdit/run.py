@@ -260,10 +260,24 @@ class Signals:
             self._tell(number, frame)
 
 
+@contextmanager
+def no_ctrl_c() -> Iterator[None]:
+    """Ctrl-C waits until the end; processes that are started inside never get it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_group(worker: int) -> None:
     """For data workers: signals to the process group (Ctrl-C, a scheduler's SIGTERM) reach the main process only, which
-    ends the workers once it has saved.
+    ends the workers once it has saved. It tells of their death, too, so torch's own line about SIGSEGV is left out.
     """
+    signal.signal(signal.SIGSEGV, signal.SIG_DFL)
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
     else:
@@ -331,7 +345,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, NonFiniteLoss):
+        if not isinstance(error, (Exception, Stopped)) or isinstance(error, NonFiniteLoss):
             return  # the run's end, a second Ctrl-C, or weights that are not to be kept
         lost = ""
         if self._whole:
@@ -351,7 +365,7 @@ class Saver:
             raise RunError(f"{what}; {kept}{lost}") from error
 
 
-def _mendable(error: Exception) -> str | None:
+def _mendable(error: BaseException) -> str | None:
     """An error in words, if it is one that a user can mend."""
     died = re.match(r"DataLoader worker \(pid.*?\) (is |exited )[^.]*", str(error))
     if died and isinstance(error, RuntimeError):

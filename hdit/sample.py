@@ -6,13 +6,16 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hdit import sampling
+from hdit._files import quoted
+from hdit._memory import require_memory
 from hdit._pictures import (
     FORMATS,
     Grid,
@@ -41,11 +44,12 @@ from hdit.checkpoint import load_checkpoint, read_details
 from hdit.config import HDiTConfig
 from hdit.data import MODES, seed_of
 from hdit.denoiser import Denoiser
-from hdit.model import HDiT
+from hdit.model import HDiT, dtype_of
 from hdit_kernels import checks
 
 __all__ = ["SAMPLERS", "class_indices", "generate", "generate_batches", "image_grid", "main", "to_image"]
 
+MOST_IMAGES = 10_000_000  # of one call
 SAMPLERS = {name.removeprefix("sample_"): f for name, f in vars(sampling).items() if name.startswith("sample_")}
 
 
@@ -68,8 +72,8 @@ def generate(
     the model, and ValueError if an image comes out as NaN.
     """
     batches = generate_batches(
-        model, range(checks.integer("count", count)), classes, guidance=guidance, sampler=sampler, steps=steps,
-        seed=seed, batch_size=batch_size,
+        model, range(checks.integer("count", count, 1, MOST_IMAGES)), classes, guidance=guidance, sampler=sampler,
+        steps=steps, seed=seed, batch_size=batch_size,
     )  # fmt: skip
     return torch.cat([images for _, images in batches])
 
@@ -84,7 +88,7 @@ def generate_batches(
     steps: int = 50,
     seed: int = 0,
     batch_size: int = 64,
-) -> Iterator[tuple[Sequence[int], Tensor]]:
+) -> Generator[tuple[Sequence[int], Tensor], None, None]:
     """Samples the images of these numbers as `generate` does, batch by batch, so that any number fits into memory.
 
     classes: class index of each of numbers. Yields (numbers, uint8 images [N, C, H, W] on the CPU). Raises as
@@ -93,8 +97,13 @@ def generate_batches(
     config = getattr(model, "config", None)  # torch.compile's wrapper has it too
     if not isinstance(config, HDiTConfig):
         raise TypeError(f"model: expected an HDiT, got {type(model).__name__}")
-    if isinstance(classes, Tensor):
+    device, dtype = next(model.parameters()).device, dtype_of(model, torch.float32)
+    if device.type == "meta" or (dtype != torch.float32 and device.type != "cuda"):  # which has autocast
+        raise TypeError(f"model: expected float32 weights, got {dtype} on {device}")
+    if isinstance(classes, Tensor) and not classes.is_meta:
         classes = classes.tolist()
+    if not isinstance(numbers, range):
+        checks.sizes("numbers", numbers)
     if (classes is None) == bool(config.num_classes):
         wanted = f"one of {config.num_classes - 1} for each image" if classes is None else "None, the model has none"
         raise ValueError(f"classes: expected {wanted}, got {checks.shown(classes)}")
@@ -106,11 +115,12 @@ def generate_batches(
             if checks.integer("classes", index, 0) >= config.num_classes:
                 raise ValueError(f"classes: expected indices below {config.num_classes}, got {index}")
     checks.choice("sampler", sampler, SAMPLERS)
-    if checks.number("guidance", guidance) != 1 and classes is None:
+    if sampling.check_guidance("guidance", guidance) != 1 and classes is None:
         raise ValueError(f"guidance: expected 1 for a model without classes, got {guidance:g}: leave it out")
-    checks.integer("steps", steps)
+    checks.integer("steps", steps, 1, sampling.MOST_STEPS)
     checks.seed("seed", seed)
-    checks.integer("batch_size", batch_size)
+    checks.integer("batch_size", batch_size, 1, MOST_IMAGES)
+    require_memory("model", config, device, min(batch_size, len(numbers)), training=False)
     return _batches(model, numbers, classes, guidance, sampler, steps, seed, batch_size)
 
 
@@ -123,7 +133,7 @@ def _batches(
     steps: int,
     seed: int,
     batch_size: int,
-) -> Iterator[tuple[Sequence[int], Tensor]]:
+) -> Generator[tuple[Sequence[int], Tensor], None, None]:
     config, device = model.config, next(model.parameters()).device
     denoise: Any = Denoiser(model, config.sigma_data)
     if guidance != 1 and config.null_class is not None:
@@ -184,11 +194,11 @@ def class_indices(words: Sequence[str], config: HDiTConfig, names: Sequence[str]
     for word in words:
         if word in names:
             indices.append(names.index(word))
-        elif word.isdecimal() and int(word) < count:
+        elif word.isdecimal() and len(word) < 10 and int(word) < count:
             indices.append(int(word))
         else:
             known = f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})" if names else ""
-            raise ValueError(f"--classes: there is no class {word!r}; pass some of 0…{count - 1}{known}")
+            raise ValueError(f"--classes: there is no class {quoted(word)}; pass some of 0…{count - 1}{known}")
     return indices
 
 
@@ -211,19 +221,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "interruption, with a grid of the first images beside it" + show,
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="delete images of another run from the folder")
-    parser.add_argument("--count", type=at_least(1), default=64, help="how many images" + show)
+    parser.add_argument("--count", type=at_least(1, MOST_IMAGES), default=64, help="how many images" + show)
     parser.add_argument("--classes", nargs="+", help="names or indices of classes, repeated in turn (default: all)")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 for none" + show)
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpmpp_3m_sde", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=at_least(1), default=50, help="sampling steps" + show)
+    parser.add_argument("--steps", type=at_least(1, sampling.MOST_STEPS), default=50, help="sampling steps" + show)
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images" + show)
-    parser.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time" + show)
+    parser.add_argument("--batch-size", type=at_least(1, MOST_IMAGES), default=64, help="images at a time" + show)
     parser.add_argument("--no-ema", action="store_true", help="take the last weights instead of their average")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     args = parser.parse_args(arguments)
 
     with one_line_errors("hdit.sample"):
-        checks.number("--guidance", args.guidance)
+        sampling.check_guidance("--guidance", args.guidance)
         checks.seed("--seed", args.seed)
         needs("numpy", "PIL.Image", "tqdm")
         output, is_folder = picture_or_folder(args.output)
@@ -240,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--no-ema: {args.checkpoint} holds one set of weights; leave it out")
         model = load_checkpoint(args.checkpoint, ema=not args.no_ema)
         config = model.config
+        require_memory(args.checkpoint, config, device, min(args.batch_size, args.count), training=False)
         if config.in_channels not in MODES:
             raise ValueError(
                 f"{args.checkpoint}: its images have {config.in_channels} channels, only 1 or 3 can be saved"
@@ -284,10 +295,11 @@ def draw_folder(model: HDiT, export: ImageExport, overwrite: bool, **options: An
             batches = generate_batches(model, left, classes, **options)
         written = len(done)
         try:
-            for numbers, images in batches:
-                for number, image in zip(numbers, images, strict=True):
-                    export.write(number, image)
-                    written += 1
+            with closing(batches):  # the bar is gone before an error is told
+                for numbers, images in batches:
+                    for number, image in zip(numbers, images, strict=True):
+                        export.write(number, image)
+                        written += 1
         except KeyboardInterrupt:
             what = f"{written} of {export.count} images are in {export.path}, the same command goes on"
             tell(f"hdit.sample: interrupted; {what}")

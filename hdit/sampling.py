@@ -18,7 +18,7 @@ path's increments, and torch.manual_seed makes it reproducible. (k-diffusion's B
 whatever the number of steps, can be passed as noise_sampler.)
 
 Everything here raises TypeError or ValueError, naming the argument, on what doesn't fit, before the model is called;
-and if the model or noise_sampler doesn't return a tensor like x. eta, s_churn, s_tmin, s_tmax, s_noise are at least 0.
+and if the model or noise_sampler doesn't return a tensor like x. Levels, eta, s_churn, s_tmin, s_noise are 0 to 1e18.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ Callback = Callable[[dict[str, Any]], None]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
 SMALLEST_RHO = 0.1  # sigma**(1 / rho) of less is beyond float32
+MOST_STEPS = 2**24  # of a schedule: float32 has no more levels in a ramp
+LARGEST_SCALE = 1e38  # of guidance: more is beyond float32
 
 
 # Schedules
@@ -81,7 +83,7 @@ def get_sigmas_vp(
 
 
 def _ramp(first: float, last: float, n: int) -> Tensor:
-    return torch.linspace(first, last, checks.integer("n", n), dtype=torch.float32, device="cpu")
+    return torch.linspace(first, last, checks.integer("n", n, 1, MOST_STEPS), dtype=torch.float32, device="cpu")
 
 
 def _schedule(setting: str, sigmas: Tensor, device: torch.device | str) -> Tensor:
@@ -98,6 +100,11 @@ def _schedule(setting: str, sigmas: Tensor, device: torch.device | str) -> Tenso
 # Guidance
 
 
+def check_guidance(name: str, value: object) -> float:
+    """value, called `name`, as a scale of guidance."""
+    return checks.number(name, value, at_least=-LARGEST_SCALE, at_most=LARGEST_SCALE)
+
+
 class ClassifierFreeGuidance:
     """A denoiser moved away from the unconditional one (Ho & Salimans 2022, arXiv 2207.12598), for any sampler.
 
@@ -110,7 +117,7 @@ class ClassifierFreeGuidance:
     def __init__(self, denoiser: Model, guidance_scale: float, null_class: int) -> None:
         checks.function("denoiser", denoiser)
         self.denoiser = denoiser
-        self.guidance_scale = checks.number("guidance_scale", guidance_scale)
+        self.guidance_scale = check_guidance("guidance_scale", guidance_scale)
         self.null_class = checks.integer("null_class", null_class, 0)
 
     def __call__(self, x: Tensor, sigma: Tensor | float, class_cond: Tensor, **cond: Tensor | None) -> Tensor:
@@ -162,7 +169,7 @@ class _Steps:
     """What samplers share: the checks of their arguments, the walk over the schedule, and the calls of the model, the
     callback and the noise sampler. Iterating yields (i, sigma, sigma_next) as floats.
 
-    settings: the sampler's numbers of at least 0, by name; s_tmax may be infinite.
+    settings: the sampler's numbers of 0 to 1e18, by name; s_tmax may be infinite.
     """
 
     def __init__(
@@ -186,7 +193,8 @@ class _Steps:
         if noise_sampler is not None:
             checks.function("noise_sampler", noise_sampler)
         for name, value in (settings or {}).items():
-            checks.number(name, value, at_least=0, infinite=name == "s_tmax")
+            most = math.inf if name == "s_tmax" else checks.LARGEST_LEVEL
+            checks.number(name, value, at_least=0, at_most=most, infinite=True)
         self.levels = _falling(sigmas)
         self.model, self.sigmas, self.callback, self.disable = model, sigmas, callback, disable
         self.extra_args = extra_args or {}
@@ -227,8 +235,9 @@ def _falling(sigmas: Tensor) -> list[float]:
     if sigmas.is_meta:
         raise ValueError("sigmas: expected values, got a tensor on meta")
     levels: list[float] = sigmas.tolist()
-    if not all(math.inf > high > low >= 0 for high, low in zip(levels[:-1], levels[1:], strict=True)):
-        raise ValueError(f"sigmas: expected finite values that fall and don't go below 0, got {reprlib.repr(levels)}")
+    if not all(checks.LARGEST_LEVEL >= high > low >= 0 for high, low in zip(levels[:-1], levels[1:], strict=True)):
+        wanted = f"values of at most {checks.LARGEST_LEVEL:g} that fall and don't go below 0"
+        raise ValueError(f"sigmas: expected {wanted}, got {reprlib.repr(levels)}")
     return levels
 
 

@@ -29,9 +29,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hdit._files import read_json
+from hdit._memory import require_memory
 from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, printable, progress, writable
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
-from hdit.config import HDiTConfig, presets, require_memory
+from hdit.config import HDiTConfig, presets
 from hdit.data import BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
 from hdit.denoiser import Denoiser
 from hdit.ema import ema_update
@@ -40,17 +41,18 @@ from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
 from hdit.options import Options, changes, chosen_options, options_of
 from hdit.recipe import Recipe, batch_loss, recipe_from_kdiffusion
-from hdit.run import LOCK, LossLog, Saver, Signals, leave_group, only_run, say
+from hdit.run import LOCK, LossLog, Saver, Signals, leave_group, no_ctrl_c, only_run, say
 from hdit.run import NonFiniteLoss as NonFiniteLoss
 from hdit.run import RunError as RunError
 from hdit.sample import generate, image_grid
+from hdit_kernels import checks
 
 CHECKPOINT = "checkpoint.safetensors"
 
 
 def train(
     config: HDiTConfig,
-    images: Images,
+    images: Images | None,
     options: Options,
     output: Path,
     device: torch.device,
@@ -59,13 +61,17 @@ def train(
 ) -> HDiT:
     """Trains a model from its beginning, or from the checkpoint in output if resuming, until options.steps.
 
-    recipe: Recipe() if not given. Returns the averaged model; a run that has done its steps already is left as it is.
-    Options that differ from the checkpoint's are named on stderr. Raises ValueError or OSError, before anything is
-    written, on what can't be trained; CheckpointError if output has a checkpoint and shouldn't, or the other way round,
-    or one of another configuration or recipe; DataError if resuming with other images; RunError if another run is in
-    output. Once it trains: NonFiniteLoss, keeping the last checkpoint; Stopped after a signal and RunError after an
-    error from outside, with the finished steps saved.
+    images: may be None for a run that has done its steps already, which is left as it is. recipe: Recipe() if not
+    given. Returns the averaged model. Options that differ from the checkpoint's are named on stderr.
+    Raises TypeError, ValueError or OSError, before anything is written, on what can't be trained; CheckpointError if
+    output has a checkpoint and shouldn't, or the other way round, or one of another configuration or recipe; DataError
+    if resuming with other images; RunError if another run is in output. Once it trains: NonFiniteLoss, keeping the last
+    checkpoint; Stopped after a signal and RunError after an error from outside, with the finished steps saved.
     """
+    for name, value, kind in (("config", config, HDiTConfig), ("options", options, Options), ("output", output, Path)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, got {checks.shown(value)}")
+    device = checks.device("device", device)
     details = read_details(output / CHECKPOINT) if resuming else None
     recipe = recipe or Recipe()
     look_ahead(config, recipe, options, output, device, 0 if details is None else details.step)
@@ -79,7 +85,7 @@ def train(
 def _train(
     config: HDiTConfig,
     recipe: Recipe,
-    images: Images,
+    images: Images | None,
     options: Options,
     output: Path,
     device: torch.device,
@@ -98,29 +104,33 @@ def _train(
     optimizer = recipe.optimizer(model.param_groups(lr), fused=device.type == "cuda")
     learning_rates = [group["lr"] for group in optimizer.param_groups]
     denoiser = Denoiser(model, config.sigma_data, recipe.loss_weighting)
-    details = Details(
-        config.to_dict(),
-        0,
-        asdict(options),
-        list(images.class_names),
-        list(images.excluded),
-        images.fingerprint,
-        recipe.to_dict(),
-    )
+    found = Details(config.to_dict(), 0)
     if resuming:
         found = resume(path, model, ema_model, optimizer)
         different = kept_recipe(path, found).difference(recipe)
         if different is not None:
             what = f"{path} is of another recipe ({different} here)"
             raise CheckpointError(f"{what}: leave the configuration as it was, or start another run")
-        if found.data != details.data:
-            raise DataError(f"{options.data} holds other images than those {path} was trained on: restore them")
         for change in changes(found.options, options):
             say(change)
         if found.step >= options.steps:
             say(f"{path} has done {found.step} of {options.steps} steps: nothing is left to do")
             return ema_model
-        details = replace(details, step=found.step, loss=found.loss)
+    if images is None:
+        raise TypeError("images: expected those to train on, since there are steps left to do, got None")
+    checks.shape("images", images[0][0], [config.in_channels, *config.image_size])
+    if resuming and found.data != images.fingerprint:
+        raise DataError(f"{options.data} holds other images than those {path} was trained on: restore them")
+    details = Details(
+        config.to_dict(),
+        found.step,
+        asdict(options),
+        list(images.class_names),
+        list(images.excluded),
+        images.fingerprint,
+        recipe.to_dict(),
+        found.loss,
+    )
 
     order = BatchOrder(len(images), options.batch_size, options.seed, details.step, options.steps)
     workers = 0 if isinstance(images, Digits) else options.workers  # the digits are in memory
@@ -143,7 +153,7 @@ def _train(
                 saver.save()
             if options.sample_every and (last or step % options.sample_every == 0):
                 with signals.at_rest():
-                    save_samples(ema_model, output / "samples" / f"{step:08}.png")
+                    save_samples(ema_model, output / "samples" / f"{step:08}.png", options.batch_size)
 
         for step, (pixels, labels) in enumerate(bar, details.step + 1):
             torch.manual_seed(seed_of(options.seed, "step", step))
@@ -204,7 +214,7 @@ def look_ahead(
             raise ValueError(
                 f"mapping_cond_dim: expected 0, since images have no such vector, got {config.mapping_cond_dim}"
             )
-        require_memory(config, device)
+    require_memory(source, config, device, options.batch_size, training=True)
     needs("safetensors.torch", "numpy", "PIL.Image", "tqdm")
     if options.sample_every and config.in_channels not in MODES:
         raise ValueError(f"--sample-every: images of {config.in_channels} channels can't be saved, 1 or 3 can: pass 0")
@@ -223,7 +233,8 @@ def look_ahead(
 
 def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
     """The loader's batches. The run may be stopped while it waits for one."""
-    iterator = iter(loader)
+    with no_ctrl_c():
+        iterator = iter(loader)
     signals.watch_workers()
     while True:
         with signals.at_rest():
@@ -234,10 +245,10 @@ def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
         yield batch
 
 
-def save_samples(model: HDiT, path: Path, count: int = 36) -> None:
-    """Writes a grid of samples, of each class in turn."""
+def save_samples(model: HDiT, path: Path, batch_size: int, count: int = 36) -> None:
+    """Writes a grid of samples, of each class in turn; batch_size at a time, since so many images fit into memory."""
     classes = [i % max(model.config.num_classes - 1, 1) for i in range(count)] if model.config.num_classes else None
-    grid = image_grid(generate(model, count, classes))
+    grid = image_grid(generate(model, count, classes, batch_size=batch_size))
     try:
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
@@ -367,10 +378,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # before the images, too, which take a while to look at
         source = f"--config {args['config']}" if "config" in args else str(output / CHECKPOINT)
         look_ahead(config, recipe, options, output, device, 0 if details is None else details.step, source)
-        excluded = details.excluded if details is not None else None
-        images = open_images(options.data, config.image_size, config.in_channels, excluded)
-        config = fit_classes(config, images, args.get("class_cond"))
-        print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
+        images = None
+        if details is None or details.step < options.steps:  # a finished run's may be gone
+            excluded = details.excluded if details is not None else None
+            images = open_images(options.data, config.image_size, config.in_channels, excluded)
+            class_cond = args.get("class_cond")
+            if details is None or class_cond is not None:  # a run's own configuration has been made to fit
+                config = fit_classes(config, images, class_cond)
+            print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
         train(config, images, options, output, device, resuming, recipe)
         print(printable(str(output / CHECKPOINT)))
 

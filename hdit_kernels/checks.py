@@ -84,12 +84,13 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
 
 
 def concrete(tensor: Tensor) -> bool:
-    """Whether the values can be looked at: of a plain CPU tensor, outside torch.compile, export, functorch's
+    """Whether the values can be looked at: of a plain dense CPU tensor, outside torch.compile, export, functorch's
     transforms, dispatch modes (tracing, fake tensors) and the capture of a CUDA graph.
     """
     return (
         tensor.is_cpu
         and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided  # others are refused by the operator
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._len_torch_dispatch_stack() == 0
@@ -144,14 +145,16 @@ def returned(name: str, value: object, like: Tensor) -> Tensor:
 # Numbers and words
 
 
-def integer(name: str, value: object, minimum: int = 1) -> int:
-    """value as an int (NumPy's integers are taken, True and 7.0 are not), at least minimum."""
+def integer(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int:
+    """value as an int (NumPy's integers are taken, True and 7.0 are not), at least minimum and at most maximum."""
     if type(value) is not int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name}: expected an integer of at least {minimum}, got {shown(value)}")
         value = int(value)
     if value < minimum:
         raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}: expected an integer of at most {maximum:,}, got {shown(value)}")
     return value
 
 
@@ -201,7 +204,7 @@ def seed(name: str, value: object) -> int:
     """value as an integer that torch takes as a seed, of 64 bits."""
     found = integer(name, value, -(2**63))
     if found >= 2**64:
-        raise ValueError(f"{name}: expected an integer below 2**64, got {found}")
+        raise ValueError(f"{name}: expected an integer below 2**64, got {shown(found)}")
     return found
 
 
@@ -211,7 +214,7 @@ def sizes(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a sequence of integers of at least 0, got {shown(value)}")
     for size in value:
         if not isinstance(size, torch.SymInt):
-            integer(name, size, 0)
+            integer(name, size, 0, 2**63 - 1)
 
 
 def eps(value: object) -> float:

@@ -407,6 +407,15 @@ def test_wrapped_models(tmp_path: Path, seed: int) -> None:
     assert same(load_checkpoint(path, ema=False), model)
 
 
+def test_another_optimizer_is_refused(tmp_path: Path, saved: Any, seed: int) -> None:
+    model, other = random_model(), torch.nn.Parameter(torch.ones(3))
+    for optimizer in (torch.optim.SGD(model.parameters(), lr=1.0), torch.optim.AdamW([other])):
+        with pytest.raises(TypeError, match="optimizer: expected AdamW over the model's parameters, got another"):
+            resume(tmp_path / "x.safetensors", model, copy.deepcopy(model), optimizer)
+    with pytest.raises(TypeError, match="ema: expected True or False, got 'no'"):
+        load_checkpoint(tmp_path / "x.safetensors", ema="no")  # type: ignore[arg-type]
+
+
 def test_loaded_model_can_be_trained(tmp_path: Path, seed: int) -> None:
     save_checkpoint(tmp_path / "x.safetensors", *trained(), details())
     model = load_checkpoint(tmp_path / "x.safetensors")

@@ -30,6 +30,7 @@ def test_numbers_are_classes_in_numeric_order() -> None:
     assert read([["0.png", 2], ["1.png", 0], ["2.png", 1]]) == (["0", "1", "2"], {"0.png": 2, "1.png": 0, "2.png": 1})
     assert read([["0.png", 10], ["1.png", 9], ["2.png", 10]]) == (["9", "10"], {"0.png": 1, "1.png": 0, "2.png": 1})
     assert read([["0.png", 0]], "x/dataset.json") == (["0"], {"x/0.png": 0})
+    assert read([["0.png", 2**63 - 1]]) == (["9223372036854775807"], {"0.png": 0})
 
 
 def test_one_hot_vectors_are_classes() -> None:
@@ -53,11 +54,16 @@ def test_names_that_are_not_utf8() -> None:
         ([["0.png"]], r"expected \[name, label\] in labels"),
         ([[1, "0.png"]], r"expected \[name, label\] in labels"),
         ([["0.png", 1], ["0.png", 2]], "two labels for 0.png"),
-        ([["0.png", -1]], r"numbers from 0 on, like the first, got -1 \(int\) for 0.png"),
+        ([["0.png", -1]], r"numbers from 0 on, below 2\*\*63, like the first, got -1 \(int\) for 0.png"),
         ([["0.png", True]], "numbers from 0 on"),
+        ([["0.png", 0], ["1.png", 2**63]], r"got 9223372036854775808 \(int\) for 1.png"),
+        ([["0.png", 10**4000]], r"got 10{17}\.\.\.0{19} \(int\) for 0.png"),
         ([["0.png", 1.5]], "numbers from 0 on"),
         ([["0.png", "cat"]], "numbers from 0 on"),
-        ([["0.png", 0], ["1.png", None]], r"numbers from 0 on, like the first, got None \(NoneType\) for 1.png"),
+        (
+            [["0.png", 0], ["1.png", None]],
+            r"below 2\*\*63, like the first, got None \(NoneType\) for 1.png",
+        ),
         ([["0.png", 0], ["1.png", [0, 1]]], "numbers from 0 on"),
         ([["0.png", [0, 1]], ["1.png", 0]], "one-hot vectors of length 2"),
         ([["0.png", [0, 1]], ["1.png", [0, 1, 0]]], "one-hot vectors of length 2"),
@@ -65,6 +71,7 @@ def test_names_that_are_not_utf8() -> None:
         ([["0.png", [1, 1]]], "one-hot vectors"),
         ([["0.png", []]], "one-hot vectors"),
         ([["0.png", ["a", 1]]], "one-hot vectors"),
+        ([["0.png", [False, True]]], "one-hot vectors"),
     ],
 )
 def test_other_labels_are_refused(labels: object, words: str) -> None:
@@ -72,8 +79,13 @@ def test_other_labels_are_refused(labels: object, words: str) -> None:
         read(labels)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\x89PNG", b"[" * 100_000, b"1" * 10_000, b"[]", b"{}", b"null"])
+TWICE = b'{"labels": [["0.png", 0]], "labels": null}'
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\x89PNG", b"[" * 100_000, b"1" * 10_000, b"[]", b"{}", b"null", TWICE]
+)
 def test_damaged_files_are_one_line(content: bytes) -> None:
-    with pytest.raises(DataError, match="^dataset.json: (damaged, not JSON|expected an object with)") as error:
+    with pytest.raises(DataError, match="^dataset.json: (damaged: .*JSON|expected an object with)") as error:
         read_labels("dataset.json", content)
     assert str(error.value).isprintable()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from hdit import (
     ShiftedWindowAttention,
     presets,
 )
-from hdit.config import require_memory
+from hdit._memory import require_memory
 from hdit.model import MappingBlock, TransformerLayer
+from tests.tiny import CONFIG, random_model
 
 
 def test_defaults() -> None:
@@ -193,11 +195,44 @@ def test_numpy_integers_are_taken() -> None:
     assert config == HDiTConfig.from_dict(config.to_dict())
 
 
-def test_memory_for_training() -> None:
+def test_memory_for_a_model_and_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
     config = HDiTConfig((Level(1, 2**18),))  # 16 TiB
-    with pytest.raises(ValueError, match="^expected a model that .* GiB of memory can train, got 893,"):
-        require_memory(config, torch.device("cpu"))
+    with pytest.raises(ValueError, match="^it: expected what .* GiB of memory can hold, got 893,"):
+        require_memory("it", config, cpu, 1, training=True)
     huge = HDiTConfig((Level(1, 64),), image_size=(2**20, 2**20))  # no parameter more, but an image of 12 TiB
-    with pytest.raises(ValueError, match="images of 1048576 x 1048576 pixels"):
-        require_memory(huge, torch.device("cpu"))
-    require_memory(presets["flowers-256"], torch.device("cpu"))
+    with pytest.raises(ValueError, match="1 images of 1048576 x 1048576 pixels at a time"):
+        require_memory("it", huge, cpu, 1, training=False)
+    require_memory("it", presets["flowers-256"], cpu, 1, training=True)
+
+    config = HDiTConfig((Level(1, 64),), image_size=(64, 64), in_channels=1)
+    pixels, tokens = 64 * 64, 16 * 16
+    for training, copies, activations in ((False, 1, 64 * tokens), (True, 5, (64 + 6 * 64 + 3 * 192) * tokens)):
+        need = 4 * (copies * config.parameters + 3 * (pixels + activations))
+        monkeypatch.setattr("hdit._memory.memory", lambda device, need=need: need)
+        require_memory("it", config, cpu, 3, training)
+        with pytest.raises(ValueError, match="^it: expected"):
+            require_memory("it", config, cpu, 4, training)
+
+
+def test_memory_for_training_is_no_more_than_it_takes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Beside the tensors that autograd keeps, each counted once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model, images = random_model(), 5
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(torch.randn(images, 1, 8, 8), torch.ones(images), class_cond=torch.zeros(images, dtype=torch.int64))
+    assert out.grad_fn is not None  # which holds them
+    taken = sum(size for address, size in kept.items() if address not in parameters)
+    needs: list[float] = []
+    monkeypatch.setattr("hdit._memory.memory", lambda device: needs[0])
+    for share, fits in ((1.0, True), (0.5, False)):
+        needs[:] = [20 * CONFIG.parameters + share * taken]
+        with nullcontext() if fits else pytest.raises(ValueError, match="^it: expected what"):
+            require_memory("it", CONFIG, torch.device("cpu"), images, training=True)

@@ -7,6 +7,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -290,6 +291,11 @@ def test_digits() -> None:
     assert torch.equal(Digits((8, 8), 3)[1][0], Digits((8, 8), 1)[1][0].expand(3, 8, 8))
 
 
+def test_digits_beyond_the_memory_are_refused() -> None:
+    with pytest.raises(DataError, match="digits of 65536 x 131072 pixels take 28,752 GiB of memory, and there are "):
+        open_images("digits", (2**16, 2**17), 1)
+
+
 # Order
 
 
@@ -333,6 +339,16 @@ def test_workers_do_not_change_the_order(folder: Path) -> None:
 
     for (a, b), (c, d) in zip(batches(0), batches(2), strict=True):
         assert torch.equal(a, c) and torch.equal(b, d)
+
+
+@pytest.mark.parametrize("size", [(0, 8), (8.0, 8.0), (8, 8, 8), "8"])
+def test_sizes_are_looked_at_first(folder: Path, size: Any) -> None:
+    """They were said to be images that can't be read."""
+    for source, channels in ((str(folder), 3), ("digits", 1)):
+        with pytest.raises((TypeError, ValueError), match="^size: expected"):
+            open_images(source, size, channels)
+    with pytest.raises(DataError, match=r"1 or 3 channels, but the model takes \[3\]"):
+        open_images(str(folder), (8, 8), [3])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])

@@ -127,6 +127,18 @@ def test_the_ends_of_the_draws_are_noise_levels(name: str, dtype: torch.dtype, m
             assert sigma.dtype == dtype and sigma.isfinite().all() and (sigma > 0).all(), (end, disable, sigma)
 
 
+@pytest.mark.parametrize("sizes", [(1e-9, 1e9, 1e-9), (1e9, 1e-9, 1e9), (1e-9, 1.0, 1e9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cosines_of_any_sizes_are_noise_levels(
+    sizes: tuple[float, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for end in (0.0, 0.5, 1 - 2**-24):
+        monkeypatch.setattr(torch, "rand", lambda shape, *, end=end, dtype, **_: torch.full(shape, end, dtype=dtype))
+        for low, high in ((1e-30, 1e30), (1e-300, 1e300)):
+            sigma = densities.rand_cosine_interpolated([4], *sizes, min_value=low, max_value=high, dtype=dtype)
+            assert sigma.isfinite().all() and (sigma > 0).all(), (end, low, sigma)
+
+
 def test_half_precision_is_rounded_once(seed: int) -> None:
     """Drawn in float32: draws in bfloat16 take 256 values, one of them 0."""
     half = densities.rand_log_normal([2000], dtype=torch.bfloat16)
@@ -170,6 +182,13 @@ BOUNDS: list[Wrong] = [
     ("log_uniform", {"min_value": 0}, "min_value: expected a number above 0, got 0"),
     ("log_uniform", {"min_value": 5000}, "min_value: expected a number of at most max_value, 1000, got 5000"),
     ("cosine", {"min_value": 5000}, "min_value: expected a number of at most max_value, 1000, got 5000"),
+    *[
+        ("cosine", {name: value}, f"{name}: expected a number of at least 1e-09 and at most 1e")
+        for name in ("image_d", "noise_d_low", "noise_d_high", "sigma_data")
+        for value in (1e-300, 1e300)
+    ],
+    ("v_diffusion", {"sigma_data": 1e300}, "sigma_data: expected a number of at least 1e-09"),
+    ("log_uniform", {"shape": [2**63]}, "shape: expected an integer of at most 9,223,372,036,854,775,807, got 9223"),
     ("log_logistic, bounds", {"scale": 0.01, "max_value": math.inf, "min_value": 10}, "bounds nearer to loc"),
 ]
 

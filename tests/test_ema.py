@@ -37,6 +37,22 @@ def test_update(seed: int) -> None:
         torch.testing.assert_close(new, p)
 
 
+def test_integers_are_copied(seed: int) -> None:
+    """Quantized layers have parameters that can't be averaged; some models have none at all."""
+
+    def quantized(values: list[int]) -> nn.Module:
+        module = nn.Linear(3, 4)
+        module.register_parameter("integers", nn.Parameter(torch.tensor(values), requires_grad=False))
+        return module
+
+    model, averaged = quantized([1, 2]), quantized([5, 6])
+    expected = 0.9 * averaged.weight.detach() + 0.1 * model.weight.detach()
+    ema_update(model, averaged, 0.9)
+    assert averaged.integers.tolist() == [1, 2]
+    torch.testing.assert_close(averaged.weight.detach(), expected)
+    ema_update(nn.BatchNorm1d(2, affine=False), nn.BatchNorm1d(2, affine=False), 0.9)
+
+
 def test_models_must_match() -> None:
     with pytest.raises(
         ValueError, match=r"averaged_model: .* differs in \['0.bias', '0.weight', '1.weight', 'table', "
@@ -55,6 +71,7 @@ def test_models_must_match_in_every_tensor(other: nn.Linear) -> None:
     ("call", "message"),
     [
         *[(partial(ema_decay, step), "step: expected an integer of at least 0") for step in (-1, 1.5, math.nan, "a")],
+        (partial(ema_decay, 10**400), "step: expected an integer of at most"),
         *[(partial(ema_decay, 3, power), "power: expected a number") for power in (-1.0, math.nan, "a", None)],
         *[(partial(ema_decay, 3, 0.5, most), "max_value: expected a number") for most in (-1.0, 2.0, math.nan, None)],
         *[(partial(ema_update, net(), net(), decay), "decay: expected") for decay in (-0.1, 1.1, math.nan, "a", None)],

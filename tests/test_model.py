@@ -513,20 +513,19 @@ def replace(model: HDiT, name: str, layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_done_to_a_linear_layer_acts(way: str, seed: int) -> None:
-    """On each layer in turn: as if its weight were doubled."""
+    """On each layer in turn, forward and backward: as if its weight were doubled."""
     model, args = make(fast()).double().eval(), arguments(fast(), dtype=torch.float64)
+    args["x"].requires_grad_()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    with torch.no_grad():
-        plain = model(**args)
-        for name in names if way == "adapter" else [*BETWEEN_LEVELS, "time_in_proj", "mapping_cond_in_proj"]:
-            changed, wanted = copy.deepcopy(model), copy.deepcopy(model)
-            replace(changed, name, doubled(changed.get_submodule(name), way))
-            wanted.get_submodule(name).weight *= 2
-            found = changed(**args)
-            torch.testing.assert_close(
-                found, wanted(**args), rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name} {m}"
-            )
-            assert (found - plain).abs().max() > 1e-4, name
+    plain = model(**args).detach()
+    for name in names if way == "adapter" else [*BETWEEN_LEVELS, "time_in_proj", "mapping_cond_in_proj"]:
+        changed, wanted = copy.deepcopy(model), copy.deepcopy(model)
+        replace(changed, name, doubled(changed.get_submodule(name), way))
+        wanted.get_submodule(name).weight.data *= 2
+        outputs = [net(**args) for net in (changed, wanted)]
+        for ours, theirs in (outputs, [torch.autograd.grad(out.sum(), args["x"])[0] for out in outputs]):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11, msg=lambda m, name=name: f"{name} {m}")
+        assert (outputs[0] - plain).abs().max() > 1e-4, name
 
 
 def test_hooks_of_all_modules_and_a_patched_class_act(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hdit import HDiT, HDiTConfig, config_from_kdiffusion
+from hdit import Denoiser, HDiT, HDiTConfig, config_from_kdiffusion
 from hdit import train as training
 from hdit.checkpoint import CheckpointError, read_details
 from hdit.data import open_images
@@ -23,7 +23,7 @@ from hdit.recipe import Recipe, batch_loss, recipe_from_kdiffusion
 from hdit.train import CHECKPOINT, Options, main, train
 from tests import golden_files
 from tests.test_kdiffusion import FLOWERS, MNIST
-from tests.tiny import CONFIG
+from tests.tiny import CONFIG, random_model
 
 CPU = torch.device("cpu")
 SCHEDULED = Recipe(
@@ -457,6 +457,17 @@ def test_densities_refused(density: dict[str, Any], message: str) -> None:
 def test_densities_that_do() -> None:
     for config in (FLOWERS, with_entries(MNIST, model__sigma_sample_density={"type": "loglogistic"})):
         recipe_from_kdiffusion(config)[0].check(config_from_kdiffusion(config))
+
+
+def test_what_is_no_recipe_or_batch_is_named() -> None:
+    for values in ({"a": 1, 2: 3}, {"lr_sched": {"type": "constant", "warmup": 0.0, "a": 3, 1: 2}}):
+        with pytest.raises(ValueError, match=r"unknown entries \[2, 'a'\]|entries of 'constant', got \[1, 'a'\]"):
+            Recipe.from_dict(values)
+    with pytest.raises(TypeError, match="config: expected an object of entries, got None"):
+        recipe_from_kdiffusion(None)  # type: ignore[arg-type]
+    denoiser, labels = Denoiser(random_model(), 0.5), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match="pixels: expected uint8"):
+        batch_loss(denoiser, CONFIG, torch.zeros(2, 1, 8, 8), labels)
 
 
 def test_recipes_are_plain_data() -> None:

@@ -93,3 +93,13 @@ def test_bad_input(position, bad, message) -> None:
     inputs[position] = bad
     with pytest.raises((TypeError, ValueError), match=message):
         qk_norm_rope(*inputs)
+
+
+def test_sparse_tensors_are_named_after_a_call_alike() -> None:
+    """Checks of shapes are remembered, and a sparse tensor has its dense one's."""
+    inputs = draw(dtype=torch.float32)
+    qk_norm_rope(*inputs)
+    for i, name in enumerate(("qkv", "scale", "theta_y", "theta_x")):
+        sparse = [t.detach().to_sparse() if i == j else t for j, t in enumerate(inputs)]
+        with pytest.raises(TypeError, match=f"^{name}: expected a dense tensor, got a sparse_coo one"):
+            qk_norm_rope(*sparse)

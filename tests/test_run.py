@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from hdit import run
-from hdit._runtime import Stopped, in_words, pick_device
+from hdit import _interrupt, run
+from hdit._runtime import Stopped, in_words, one_line_errors, pick_device
 from hdit.run import LOCK, LossLog, RunError, Signals, only_run
 
 fcntl = pytest.importorskip("fcntl")
@@ -224,6 +225,29 @@ def test_at_rest_a_signal_stops_at_once(signals: Signals) -> None:
         time.sleep(10)
     assert stop.value.number == signals.caught == signal.SIGTERM
     send(signal.SIGTERM)  # while it is being saved
+
+
+def test_other_packages_do_not_go_on_after_a_signal(signals: Signals) -> None:
+    with pytest.raises(Stopped), signals.at_rest():
+        with contextlib.suppress(Exception):
+            send(signal.SIGTERM)
+            time.sleep(10)
+        pytest.fail("not to be reached")
+
+
+@pytest.mark.parametrize("error", [None, ValueError("wrong"), KeyboardInterrupt(), Stopped(signal.SIGTERM)])
+def test_ctrl_c_while_python_ends(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is said then: it would be a traceback, of the data workers' end for one."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for is_program in (False, True):
+            monkeypatch.setattr(_interrupt, "_is_program", is_program)
+            with contextlib.suppress(SystemExit), one_line_errors("hdit.train"):
+                if error is not None:
+                    raise error
+            assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) is is_program
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_ctrl_c_after_a_while_interrupts(signals: Signals, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from hdit import HDiT
-from hdit._pictures import FORMATS, alone_in, check_grid, picture_or_folder, save
+from hdit._pictures import FORMATS, ImageExport, alone_in, check_grid, picture_or_folder, save
 from hdit.checkpoint import Details, load_checkpoint, save_checkpoint
 from hdit.data import SUFFIXES
 from hdit.sample import SAMPLERS, class_indices, generate, generate_batches, image_grid, main, to_image
@@ -81,21 +81,34 @@ def test_class_and_guidance_matter(seed: int) -> None:
     ("arguments", "message"),
     [
         ({"model": None}, "model: expected an HDiT, got NoneType"),
-        *[({"count": count}, "count: expected an integer") for count in (0, -1, 1.5, "a", None, True)],
+        *[({"count": count}, "count: expected an integer") for count in (0, -1, 1.5, "a", None, True, 10**30)],
         ({"classes": None}, "classes: expected one of 10 for each image, got None"),
         ({"classes": [1]}, "classes: expected one for each of 2 images, got 1"),
         ({"classes": 3}, "classes: expected one for each of 2 images, got 3"),
         *[({"classes": classes}, "classes: expected") for classes in ([0, 11], [-1, 0], [0, 1.5], [0, None], "ab")],
         *[({"sampler": name}, "sampler: expected one of") for name in ("magic", None, [])],
-        *[({"guidance": scale}, "guidance: expected") for scale in (math.nan, math.inf, "a", None)],
-        *[({"steps": steps}, "steps: expected") for steps in (0, 2.5, None)],
+        *[({"guidance": scale}, "guidance: expected") for scale in (math.nan, math.inf, 1e39, "a", None)],
+        ({"classes": torch.zeros(2, dtype=torch.int64, device="meta")}, "classes: expected one for each of 2 images"),
+        *[({"steps": steps}, "steps: expected") for steps in (0, 2.5, None, 10**12)],
         *[({"seed": seed}, "seed: expected") for seed in (1.5, "a", None)],
-        *[({"batch_size": size}, "batch_size: expected") for size in (0, 2.5, None)],
+        *[({"batch_size": size}, "batch_size: expected") for size in (0, 2.5, None, 10**12)],
     ],
 )
 def test_generate_names_what_does_not_fit(arguments: dict[str, Any], message: str, model: HDiT) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         generate(**{"model": model, "count": 2, "classes": [0, 1], "steps": 1} | arguments)
+
+
+@pytest.mark.parametrize("numbers", [3, None, "ab", [0.5, 1], [-1, 0], torch.arange(2)])
+def test_numbers_of_images_are_integers(numbers: Any, model: HDiT) -> None:
+    with pytest.raises(TypeError if numbers != [-1, 0] else ValueError, match="numbers: expected"):
+        generate_batches(model, numbers, [0, 1], steps=1)
+
+
+def test_models_that_need_other_images(model: HDiT) -> None:
+    for other in (model.half(), model.double(), model.to("meta")):
+        with pytest.raises(TypeError, match="model: expected float32 weights, got torch.float"):
+            generate(other, 1, [0], steps=1)
 
 
 def test_generate_without_classes(seed: int) -> None:
@@ -142,15 +155,23 @@ def test_grid_and_images() -> None:
     assert to_image(images[0, :1]).mode == "L"
     with pytest.raises(ValueError, match="1 or 3 channels"):
         to_image(torch.zeros(2, 4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="images: expected"):
-        image_grid(images[:0])
+    for wrong in (images[:0], images[0], images.float(), [images], None):
+        with pytest.raises((TypeError, ValueError), match="images: expected"):
+            image_grid(wrong)
+    for wrong in (images, images[0].float(), None):
+        with pytest.raises((TypeError, ValueError), match="pixels: expected"):
+            to_image(wrong)
+    for name, values in {"columns": (0, -1, 2.5), "gap": (-5, "a", 0.5)}.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+                image_grid(images, **{name: value})
 
 
 def test_class_indices() -> None:
     names = ["cat", "dog", *"abcdefgh"]
     assert class_indices(["dog", "0", "9"], CONFIG, names) == [1, 0, 9]
     assert class_indices(["2"], CONFIG, ["2", *"abcdefghi"]) == [0]  # the folder 2, not the third folder
-    for word in ("10", "-1", "bird"):
+    for word in ("10", "-1", "bird", "\u00b2"):
         with pytest.raises(ValueError, match=rf"there is no class '{word}'; pass some of 0…9 \(cat, dog, a"):
             class_indices([word], CONFIG, names)
     with pytest.raises(ValueError, match="the model has no classes"):
@@ -227,6 +248,14 @@ def test_the_grid_of_a_folder_is_bounded(checkpoint: Path, tmp_path: Path) -> No
     assert len(files(tmp_path / "out")) == 70
     with Image.open(tmp_path / "out-grid.png") as image:
         assert image.size == (8 * 9 - 1, 8 * 9 - 1)
+
+
+def test_the_grid_of_large_images_has_fewer(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hdit._pictures.MOST_PIXELS", 17 * 26)
+    run(checkpoint, tmp_path / "out", "--count", 9, "--sampler", "euler")
+    assert len(files(tmp_path / "out")) == 9
+    with Image.open(tmp_path / "out-grid.png") as image:
+        assert image.size == (3 * 9 - 1, 2 * 9 - 1)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
@@ -339,6 +368,18 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeyp
     assert files(tmp_path) == {"x.png": b"old"}
 
 
+def test_an_error_between_images_has_its_own_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ImageExport, "write", full)
+    with pytest.raises(SystemExit):
+        run(checkpoint, tmp_path / "out", "--count", 2, "--sampler", "euler")
+    assert capsys.readouterr().err.rpartition("\r")[2] == "hdit.sample: error: [Errno 28] No space left on device\n"
+
+
 def test_a_kill_leaves_images_only(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an image lies beside the folder, and is gone once the export goes on."""
     output, png = tmp_path / "new" / "out", Image.Image.save
@@ -373,12 +414,17 @@ def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "words"),
     [
         (["--classes", "10"], "there is no class '10'; pass some of 0…9"),
+        (["--classes", "9" * 5000], "there is no class '9999"),
         (["--device", "tpu7"], "there is no device 'tpu7'"),
-        (["--guidance", "nan"], "--guidance: expected a finite number, got nan"),
-        (["--guidance=-inf"], "--guidance: expected a finite number, got -inf"),
+        (["--guidance", "nan"], "--guidance: expected a number of at least -1e+38 and at most 1e+38, got nan"),
+        (["--guidance=-inf"], "--guidance: expected a number of at least -1e+38 and at most 1e+38, got -inf"),
         (["--guidance", "a"], "--guidance"),
         (["--seed", str(2**64)], "--seed: expected an integer below 2**64"),
         (["--steps", "0"], "--steps"),
+        (["--steps", "1" + "0" * 12], "--steps: must be at most 16,777,216, got 1000"),
+        (["--count", "1" + "0" * 12], "--count: must be at most 10,000,000, got 1000"),
+        (["--batch-size", "1" + "0" * 12], "--batch-size: must be at most 10,000,000, got 1000"),
+        (["--guidance", "1e39"], "--guidance: expected a number of at least -1e+38 and at most 1e+38"),
         (["--output", ""], "--output: expected a picture's name or a folder, got ''"),
         (["--output", "x.xyz"], "--output x.xyz: expected a name in .png, .jpg"),
         (["--output", "/"], "--output /: expected a folder below it"),
@@ -445,6 +491,25 @@ def test_the_images_before_nan_are_kept(
         run(checkpoint, tmp_path / "out", "--count", 6, "--batch-size", 2, "--sampler", "euler")
     assert stop.value.code == 2 and "image 2 is NaN or infinite" in capsys.readouterr().err
     assert list(files(tmp_path / "out")) == ["00000.png", "00001.png"]
+
+
+def test_images_beyond_all_memory_are_refused_first(
+    tmp_path: Path, seed: int, nothing_drawn: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No tensor in a file has the size of an image: its metadata can ask for any."""
+    model = random_model()
+    model.config = replace(CONFIG, image_size=(2**17, 2**17))
+    checkpoint = write_checkpoint(tmp_path / "x.safetensors", model)
+    message = refused(capsys, checkpoint, tmp_path / "out", "--count", 3)
+    assert f"{checkpoint}: expected what " in message and "3 images of 131072 x 131072 pixels at a time" in message
+    with pytest.raises(ValueError, match="^model: expected what .*, got .* 2 images of 131072 x 131072 pixels"):
+        generate(model, 3, [0, 1, 2], batch_size=2)
+    model.config = CONFIG
+    monkeypatch.setattr("hdit._memory.memory", lambda device: 4 * (CONFIG.parameters + 2 * (64 + 16 * 16)))
+    checkpoint = write_checkpoint(tmp_path / "x.safetensors", model)
+    assert "3 images of 8 x 8 pixels" in refused(capsys, checkpoint, tmp_path / "out", "--count", 3)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,19 +179,20 @@ def test_churn_adds_noise_only_between_its_bounds(sampler: str, seed: int) -> No
 
 
 X, SIGMAS, NAN, INF = torch.zeros(2, 3, 4, 4), torch.tensor([5.0, 1.0, 0.0]), math.nan, math.inf
-SETTINGS = {
+SETTINGS: dict[str, tuple[Any, ...]] = {
     "order": (0, -1, 1.5, "a", None),
     "solver_type": ("rk4", None, 3, []),
     "noise_sampler": (3, lambda a, b: None, lambda a, b: torch.zeros(1, 1, 1, 1)),
     "s_tmax": (-1.0, NAN, "a", None, 1j),
-} | {name: (-1.0, NAN, INF, "a", None, [1.0], True) for name in ("eta", "s_noise", "s_churn", "s_tmin")}
+} | {name: (-1.0, NAN, INF, 1e300, "a", None, [1.0], True) for name in ("eta", "s_noise", "s_churn", "s_tmin")}
 COMMON: dict[str, tuple[Any, ...]] = {
     "model": (None, 3, dict, lambda x, s: None, lambda x, s: x[:, :1], lambda x, s: 0.0, lambda x, s: x.long()),
     "x": (None, 3, [1.0], X.numpy(), X.long(), X.to(torch.complex64), X.to_sparse(), torch.tensor(1.0)),
     "sigmas": (
         None, 5.0, "karras", [5.0, 0.0], torch.tensor(1.0), torch.tensor([1.0]), torch.tensor([]), SIGMAS[None],
         SIGMAS.flip(0), torch.tensor([2.0, 2.0, 0.0]), torch.tensor([2.0, -1.0]), torch.tensor([NAN, 1.0]),
-        torch.tensor([INF, 1.0]), SIGMAS.long(), SIGMAS.to(torch.complex64), SIGMAS.to("meta"),
+        torch.tensor([INF, 1.0]),
+        torch.tensor([1e300, 1.0], dtype=torch.float64), SIGMAS.long(), SIGMAS.to(torch.complex64), SIGMAS.to("meta"),
     ),
     "extra_args": (3, "x", [1]), "callback": (3, "x"), "disable": (1, "yes", 0.0),
 }  # fmt: skip
@@ -218,7 +219,7 @@ def test_errors_name_the_schedule_s_argument(name: str) -> None:
     right = {"n": 5, "sigma_min": 0.01, "sigma_max": 80.0}
     numbers = (-1.0, NAN, INF, "a", None, [1.0], True)
     wrong: dict[str, tuple[Any, ...]] = {
-        "n": (0, -1, 2.5, 2.0, NAN, "a", None, True), "device": ("tpu9", 3.5, [], None),
+        "n": (0, -1, 2.5, 2.0, NAN, "a", None, True, 10**13), "device": ("tpu9", 3.5, [], None),
         "sigma_min": (*numbers, 0.0, 100.0), "sigma_max": (*numbers, 0.0), "rho": (*numbers, 0.0, 1e-300),
         "beta_d": (*numbers, 1e6), "beta_min": numbers, "eps_s": (*numbers, 0.0, 2.0),
     }  # fmt: skip
@@ -257,7 +258,10 @@ def guided(x: Any = X, sigma: Any = SIGMAS[:2], class_cond: Any = LABELS, **cond
 GUIDANCE = sampling.ClassifierFreeGuidance
 CALLS: list[tuple[Callable[[], object], str]] = [
     *[(partial(GUIDANCE, value, 2.0, 3), "denoiser: expected") for value in (None, 3, dict)],
-    *[(partial(GUIDANCE, gauss, value, 3), "guidance_scale: expected") for value in (NAN, INF, "a", None, [1.0, 2.0])],
+    *[
+        (partial(GUIDANCE, gauss, value, 3), "guidance_scale: expected")
+        for value in (NAN, INF, "a", None, [1.0, 2.0], 1e39)
+    ],
     *[(partial(GUIDANCE, gauss, 2.0, value), "null_class: expected") for value in (-1, 1.5, NAN, "a", None)],
     *[(partial(guided, x=value), "x: expected") for value in (None, 3, X.long(), torch.tensor(1.0))],
     *[(partial(guided, sigma=value), "sigma: expected") for value in (SIGMAS, SIGMAS[None])],

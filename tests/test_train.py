@@ -101,13 +101,27 @@ def test_resume_is_exact(digits: Images, tmp_path: Path, seed: int, steps_before
 def test_workers_and_sample_grids_change_nothing(tmp_path: Path, generator: torch.Generator) -> None:
     write_images(tmp_path / "images", generator)
     images = open_images(str(tmp_path / "images"), THREE.image_size, 3)
-    options = replace(OPTIONS, data=str(tmp_path / "images"), steps=3, workers=0)
+    options = replace(OPTIONS, data=str(tmp_path / "images"), steps=3, batch_size=18, workers=0)
     train(THREE, images, options, tmp_path / "a", CPU)
     train(THREE, images, replace(options, workers=2, sample_every=2), tmp_path / "b", CPU)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert sorted(path.name for path in (tmp_path / "b" / "samples").iterdir()) == ["00000002.png", "00000003.png"]
     with Image.open(tmp_path / "b" / "samples" / "00000003.png") as image:
         assert image.size == (53, 53) and image.mode == "RGB"
+
+
+def test_samples_take_no_more_memory_than_training(
+    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def generate(model: HDiT, count: int, classes: Any, *, batch_size: int) -> Tensor:
+        sizes.append(batch_size)
+        return torch.zeros(count, 1, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(training, "generate", generate)
+    train(CONFIG, digits, replace(OPTIONS, steps=1, sample_every=1), tmp_path, CPU)
+    assert sizes == [OPTIONS.batch_size]
 
 
 def test_resume_after_a_crash_repeats_the_lost_steps(
@@ -326,18 +340,34 @@ def test_an_unknown_error_keeps_its_kind(
     assert step_of(tmp_path) == 2 and "(step 2), go on with --resume" in capsys.readouterr().err
 
 
-class ProcessGroups(torch.utils.data.Dataset):
+class OfItsWorker(torch.utils.data.Dataset):
+    """The process group, and whether Ctrl-C is held back; the last item is a crash."""
+
     def __len__(self) -> int:
-        return 2
+        return 3
 
-    def __getitem__(self, index: int) -> int:
-        return os.getpgid(0)
+    def __getitem__(self, index: int) -> tuple[int, bool]:
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return os.getpgid(0), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_signals_to_the_group_do_not_reach_the_workers() -> None:
-    loader = torch.utils.data.DataLoader(ProcessGroups(), num_workers=2, worker_init_fn=training.leave_group)
-    groups = [int(group) for group in loader]
-    assert len({*groups, os.getpgid(0)}) == 3
+def test_signals_do_not_reach_the_workers(capfd: pytest.CaptureFixture[str]) -> None:
+    def items(*indices: int) -> list[Any]:
+        loader = torch.utils.data.DataLoader(
+            OfItsWorker(), None, sampler=indices, num_workers=len(indices), worker_init_fn=training.leave_group
+        )
+        with run.Signals() as signals:
+            return list(training.batches(loader, signals))
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    found = items(0, 1)
+    assert len({*(group for group, _ in found), os.getpgid(0)}) == 3
+    assert all(held_back for _, held_back in found)  # also before they left the group
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        items(2)
+    assert capfd.readouterr().err == ""
 
 
 def test_labels_are_dropped_now_and_then(digits: Images) -> None:
@@ -366,6 +396,28 @@ def test_a_run_is_not_overwritten_nor_made_up(digits: Images, tmp_path: Path) ->
         train(CONFIG, digits, options, tmp_path, CPU)
 
 
+def test_what_can_t_be_trained_on_is_named_first(digits: Images, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "config": CONFIG,
+        "images": digits,
+        "options": OPTIONS,
+        "output": tmp_path,
+        "device": CPU,
+    }
+    larger = replace(CONFIG, image_size=(16, 16))
+    for name, wrong, words in (
+        ("config", None, "config: expected HDiTConfig, got None"),
+        ("options", {}, "options: expected Options, got {}"),
+        ("output", str(tmp_path), "output: expected Path, got"),
+        ("device", "tpu9", "device: expected a device"),
+        ("images", None, "images: expected those to train on"),
+        ("config", larger, r"images: expected shape \[1, 16, 16\], got \[1, 8, 8\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{words}"):
+            train(**arguments | {name: wrong})
+        assert not (tmp_path / CHECKPOINT).exists() and not (tmp_path / "loss.csv").exists()
+
+
 def test_one_run_a_folder(digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def second_run(loss: Tensor) -> Tensor:
         for resuming in (False, True):
@@ -388,6 +440,31 @@ def test_a_finished_run_is_left_as_it_is(digits: Images, tmp_path: Path, capsys:
         capsys.readouterr().err == f"hdit.train: {tmp_path / CHECKPOINT} has done 1 of 1 steps: nothing is left to do\n"
     )
     assert contents(tmp_path) == before
+
+
+def test_a_finished_run_needs_no_data(
+    tmp_path: Path, generator: torch.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Schedulers start a finished run once more, perhaps when its data are gone."""
+    write_images(tmp_path / "images", generator)
+    config, run = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps(THREE.to_dict()))
+    small = ("--batch-size", 2, "--sample-every", 0, "--workers", 0, "--steps", 1)
+    command("--data", tmp_path / "images", "--config", config, "--output", run, *small)
+    shutil.rmtree(tmp_path / "images")
+    before = contents(run)
+    capsys.readouterr()
+    command("--resume", "--output", run)
+    done = f"hdit.train: {run / CHECKPOINT} has done 1 of 1 steps: nothing is left to do\n"
+    assert capsys.readouterr() == (f"{run / CHECKPOINT}\n", done) and contents(run) == before
+    config.write_text(json.dumps(replace(THREE, sigma_data=0.25).to_dict()))
+    message = error_of(capsys, "--resume", "--output", run, "--config", config)
+    assert "is of another configuration" in message  # also one of another run
+    assert "there is no folder" in error_of(capsys, "--resume", "--output", run, "--steps", 2)
+    options = replace(OPTIONS, data=str(tmp_path / "images"), steps=2, batch_size=2)
+    with pytest.raises(TypeError, match="images: expected those to train on"):
+        train(THREE, None, options, run, CPU, resuming=True)
+    assert contents(run) == before
 
 
 def test_a_checkpoint_of_another_run(digits: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -561,7 +638,12 @@ def test_command_line_trains_and_resumes(
     assert losses(run) == losses(whole)
 
     (tmp_path / "images" / "dogs" / "3.png").unlink()
-    assert "other images" in error_of(capsys, "--resume", "--output", run, "--steps", 6)
+    resumed = ("--resume", "--output", run, "--steps", 6)
+    assert "other images" in error_of(capsys, *resumed)
+    shutil.rmtree(tmp_path / "images" / "dogs")  # no classes any more: advice for a new run would not help
+    assert "other images" in error_of(capsys, *resumed)
+    assert "other images" in error_of(capsys, *resumed, "--data", "digits")
+    assert "num_classes 3, but 0 here" in error_of(capsys, *resumed, "--no-class-cond")
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -687,7 +769,8 @@ def test_ctrl_c_before_the_first_step(
 
 
 def test_ctrl_c_while_torch_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    loading = "import time, hdit._interrupt\nassert hdit._interrupt._is_program\nprint('loading', flush=True)\n"
+    (tmp_path / "torch.py").write_text(f"{loading}time.sleep(60)\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(training.__file__).parents[1]}"}
     command = [sys.executable, "-m", "hdit.train"]
     with subprocess.Popen(

@@ -60,7 +60,7 @@ def augment(images: Tensor, p: float, generator: torch.Generator) -> tuple[Tenso
 
 
 def _draw(count: int, p: float, generator: torch.Generator) -> Tensor:
-    """a0 to a7 of EDM's table for each image: float64 [count, 8], zeros where nothing is to be done."""
+    """EDM's a0 to a7 for each image: float64 [count, 8], zeros where nothing is to be done."""
     # Uniform numbers come from a CPU's generator one after the other however many are asked for; normal ones don't.
     u = torch.rand(count, DRAWS, dtype=torch.float64, generator=generator)
     normal = torch.special.ndtri(u.clamp(min=2.0**-54))

@@ -10,7 +10,7 @@ from hdit import augment as module
 from hdit.augment import _conditioning, _draw, _linear, _transformed, augment
 from tests.tiny import random_model
 
-# Places of a0 to a7, as EDM's table 6 calls them
+# Places of a0 to a7, as EDM's appendix F.2 and k-diffusion call them
 X_FLIP, Y_FLIP, SCALE, TURN, AXIS, STRETCH, RIGHT, DOWN = range(8)
 
 

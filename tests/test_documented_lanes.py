@@ -103,4 +103,5 @@ def test_a_program_takes_its_arguments_from_its_caller(path: Path) -> None:
 
 def test_the_programs_are_found() -> None:
     found = {path.relative_to(ROOT).as_posix() for path in PROGRAMS}
-    assert {"hdit/train.py", "hdit/sample.py", "hdit/demo.py", "benchmarks/__main__.py", "tests/sanitize.py"} <= found
+    assert {"hdit/train.py", "hdit/sample.py", "hdit/demo.py", "hdit/export.py"} <= found
+    assert {"benchmarks/__main__.py", "tests/sanitize.py"} <= found

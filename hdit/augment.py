@@ -120,14 +120,11 @@ def _transformed(images: Tensor, a: Tensor) -> Tensor:
 def _resample(images: Tensor, a: Tensor) -> Tensor:
     """Images [B, C, H, W] moved, stretched, rotated and scaled as a [B, 8] says, in at least float32."""
     height, width = images.shape[2:]
-    points = torch.stack(
-        torch.meshgrid(*(torch.arange(size).double() - (size - 1) / 2 for size in (width, height)), indexing="xy"),
-        dim=2,
-    )  # [H, W, 2]: x and y of each pixel from the centre; it is taken from where _linear(a) @ (source + shift) = point
-    shift = MOVE * a[:, 6:] * a.new_tensor([width, height])
-    sources = (torch.linalg.inv(_linear(a))[:, None, None] * points[:, :, None]).sum(4) - shift[:, None, None]
-    unit = a.new_tensor([width - 1, height - 1]).clamp(min=1) / 2  # grid_sample has -1 and 1 at the outermost pixels
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
-    return functional.grid_sample(
-        wide, (sources / unit).to(wide), mode="bicubic", padding_mode="reflection", align_corners=True
-    )
+    # Counted from the centre, the pixel at a point is taken from the source with _linear(a) @ (source + shift) = point.
+    y, x = (torch.arange(size).to(wide) - (size - 1) / 2 for size in (height, width))
+    inverse = torch.linalg.inv(_linear(a)).to(wide)[:, None, None]
+    shift = (MOVE * a[:, 6:] * a.new_tensor([width, height])).to(wide)[:, None, None]
+    sources = inverse[..., 0] * x[:, None] + inverse[..., 1] * y[:, None, None] - shift  # [B, H, W, 2]
+    unit = sources.new_tensor([width - 1, height - 1]).clamp(min=1) / 2  # grid_sample has 1 at the outermost pixels
+    return functional.grid_sample(wide, sources / unit, mode="bicubic", padding_mode="reflection", align_corners=True)

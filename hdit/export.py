@@ -50,16 +50,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_checkpoint(args.checkpoint, ema=not args.no_ema)
         tensors = stored(model, args.dtype)
         names = details.class_names if details is not None else []
+        config = config_to_kdiffusion(model.config) if args.format == "k-diffusion" else None
         output.parent.mkdir(parents=True, exist_ok=True)
-        if args.format == "hdit":
+        if config is None:
             only = "model" if args.no_ema else "ema"
             step = 0
             if details is not None:
                 only, step = details.only or only, details.step
             write_weights(output, tensors, Details(model.config.to_dict(), step, class_names=names, only=only))
         else:
-            config = json.dumps(config_to_kdiffusion(model.config), indent=4)
-            write_safetensors(output, tensors, {"format": "pt", "config": config})
+            write_safetensors(output, tensors, {"format": "pt", "config": json.dumps(config)})
             if names:
                 tell(f"hdit.export: k-diffusion has no place for the names of the {len(names)} classes: left out")
         print(printable(str(output)))

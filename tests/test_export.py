@@ -194,7 +194,8 @@ def test_what_k_diffusion_does_not_have(tmp_path: Path, seed: int, capsys: Any) 
     save_checkpoint(
         checkpoint, random_model(config), model, torch.optim.AdamW(model.parameters()), Details(config.to_dict(), 1)
     )
-    message = refused(capsys, checkpoint, tmp_path / "y.safetensors", "--format", "k-diffusion")
+    message = refused(capsys, checkpoint, tmp_path / "new/y.safetensors", "--format", "k-diffusion")
+    assert not (tmp_path / "new").exists()
     assert "config: num_classes: expected one that k-diffusion has, got 1 (it has 0)" in message
     assert same(load_checkpoint(export(checkpoint, tmp_path / "y.safetensors")), model)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hdit import __version__
 from hdit._runtime import Parser, environment
 
-PROGRAMS = ("demo", "train", "sample")
+PROGRAMS = ("demo", "train", "sample", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

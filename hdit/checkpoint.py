@@ -1,5 +1,7 @@
 """Checkpoints of hdit.train: one safetensors file with everything that sampling and an exact resume need.
 
+A file of hdit.export has one set of weights only, by their plain names, and the same metadata.
+
     model.<name>                    the weights (and buffers) being trained
     ema.<name>                      their moving average, which is what one samples with
     optimizer.<quantity>.<name>     the optimizer's state of each parameter
@@ -46,6 +48,7 @@ class Details:
     without classes. excluded, data: the unreadable images, and the data set's fingerprint (see hdit.data.Images).
     recipe: Recipe.to_dict(); empty for the default one.
     loss: of the last step, by which a checkpoint and the log of losses beside it are known to be of one run.
+    only: in a file of hdit.export, which weights are in it, "ema" or "model"; its step is 0 if nobody knows.
     Raises TypeError or ValueError, naming the entry.
     """
 
@@ -57,6 +60,7 @@ class Details:
     data: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
     loss: float | None = None
+    only: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("config", "options", "recipe"):
@@ -73,6 +77,7 @@ class Details:
                 raise TypeError(f"{name}: expected a list of texts, got {checks.shown(words)}")
         if not isinstance(self.data, str):
             raise TypeError(f"data: expected a text, got {checks.shown(self.data)}")
+        checks.choice("only", self.only, (None, "ema", "model"))
 
 
 def save_checkpoint(
@@ -87,6 +92,11 @@ def save_checkpoint(
     for name, parameter in model.named_parameters():
         for quantity, tensor in optimizer.state.get(parameter, {}).items():
             tensors[f"{OPTIMIZER}{quantity}.{clean(name)}"] = tensor
+    write_weights(path, tensors, details)
+
+
+def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], details: Details) -> None:
+    """Writes tensors with their checksums and what they are. How, and errors: as in save_checkpoint."""
     name_of_bad = not_finite(tensors)
     if name_of_bad is not None:
         raise NonFiniteWeights(f"{path} is not written at step {details.step}: {name_of_bad} holds NaN or infinity")
@@ -128,8 +138,9 @@ def read_details(path: str | os.PathLike[str]) -> Details | None:
 def load_checkpoint(path: str | os.PathLike[str], ema: bool = True) -> HDiT:
     """The model in a checkpoint of hdit.train or of k-diffusion, in float32 on the CPU, in evaluation mode.
 
-    ema: whether to take the averaged weights. Raises CheckpointError or another ValueError, naming the file, if it is
-    neither, or damaged, or holds other tensors than a model of its configuration.
+    Files of hdit.export are taken, too. ema: whether to take the averaged weights; a file that holds another set alone
+    gives that. Raises CheckpointError or another ValueError, naming the file, if it is neither, or damaged, or holds
+    other tensors than a model of its configuration, or the averaged weights alone where ema is False.
     """
     checks.boolean("ema", ema)
     path = _existing(path)
@@ -137,9 +148,13 @@ def load_checkpoint(path: str | os.PathLike[str], ema: bool = True) -> HDiT:
         return load_kdiffusion(path, ema)
     file = Safetensors(path)
     details = _details(file)
+    if not ema and (details is None or details.only == "ema"):
+        raise CheckpointError(f"{path} holds the averaged weights only: leave out --no-ema (ema=False)")
     if details is None:
-        return load_kdiffusion(path, ema)
-    return load(path, HDiTConfig.from_dict(details.config), _part(_checked(file), EMA if ema else MODEL))
+        return load_kdiffusion(path)
+    tensors = _checked(file)
+    weights = tensors if details.only else _part(tensors, EMA if ema else MODEL)
+    return load(path, HDiTConfig.from_dict(details.config), weights)
 
 
 def resume(path: str | os.PathLike[str], model: HDiT, ema_model: HDiT, optimizer: torch.optim.Optimizer) -> Details:
@@ -157,7 +172,7 @@ def resume(path: str | os.PathLike[str], model: HDiT, ema_model: HDiT, optimizer
     path = _existing(path)
     file = Safetensors(path) if path.suffix == ".safetensors" else None
     details = None if file is None else _details(file)
-    if file is None or details is None:
+    if file is None or details is None or details.only:
         raise CheckpointError(f"{path} holds weights, but no training to resume: pass a checkpoint of hdit.train")
     different = _difference(details.config, model.config.to_dict())
     if different is not None:

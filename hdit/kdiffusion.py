@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -70,6 +71,47 @@ def config_from_kdiffusion(config: Config) -> HDiTConfig:
     content, where = _read(config)
     with _naming(f"{where}: "):
         return _config(content)
+
+
+def config_to_kdiffusion(config: HDiTConfig) -> dict[str, Any]:
+    """The k-diffusion configuration of a model, which config_from_kdiffusion reads back; nothing of training is in it.
+
+    Raises ValueError, naming the entry, if k-diffusion has no such model.
+    """
+    types = {kind: name for name, kind in _ATTENTIONS.items()}
+    attentions = [
+        {"type": types[type(level.attention)]}
+        | {"d_head" if name == "head_dim" else name: size for name, size in asdict(level.attention).items()}
+        for level in config.levels
+    ]
+    made = {
+        "model": {
+            "type": "image_transformer_v2",
+            "input_channels": config.in_channels,
+            "input_size": list(config.image_size),
+            "patch_size": list(config.patch_size),
+            "depths": [level.depth for level in config.levels],
+            "widths": [level.width for level in config.levels],
+            "d_ffs": [level.d_ff for level in config.levels],
+            "self_attns": attentions,
+            "dropout_rate": [level.dropout for level in config.levels],
+            "mapping_depth": config.mapping.depth,
+            "mapping_width": config.mapping.width,
+            "mapping_d_ff": config.mapping.d_ff,
+            "mapping_dropout_rate": config.mapping.dropout,
+            "mapping_cond_dim": config.mapping_cond_dim,
+            "sigma_data": config.sigma_data,
+            "sigma_min": config.sigma_min,
+            "sigma_max": config.sigma_max,
+        },
+        "dataset": {"num_classes": max(config.num_classes - 1, 0)},
+    }
+    again = config_from_kdiffusion(made)
+    for entry in fields(config):
+        theirs, ours = getattr(again, entry.name), getattr(config, entry.name)
+        if theirs != ours:
+            raise ValueError(f"config: {entry.name}: expected one that k-diffusion has, got {ours} (it has {theirs})")
+    return made
 
 
 def density_from_kdiffusion(config: Config) -> Callable[..., Tensor]:

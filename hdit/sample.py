@@ -214,7 +214,9 @@ def weights_digest(model: HDiT) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("python -m hdit.sample", description="Draws images from a trained model.")
     show = " (default: %(default)s)"
-    parser.add_argument("checkpoint", help="a .safetensors file of hdit.train, or a checkpoint of k-diffusion")
+    parser.add_argument(
+        "checkpoint", help="a .safetensors file of hdit.train or hdit.export, or a checkpoint of k-diffusion"
+    )
     parser.add_argument(
         "--output", default="samples.png",
         help=f"a picture ({', '.join(FORMATS)}) for a grid; or a folder, in which the same command goes on after an "
@@ -246,8 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             writable(folder)
         device = pick_device(args.device)
         details = read_details(args.checkpoint)
-        if args.no_ema and details is None and args.checkpoint.endswith(".safetensors"):
-            raise ValueError(f"--no-ema: {args.checkpoint} holds one set of weights; leave it out")
         model = load_checkpoint(args.checkpoint, ema=not args.no_ema)
         config = model.config
         require_memory(args.checkpoint, config, device, min(args.batch_size, args.count), training=False)

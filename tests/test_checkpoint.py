@@ -306,6 +306,7 @@ def test_more_steps_than_float32_counts(tmp_path: Path, seed: int) -> None:
         ("class_names", [1, 2], "class_names: expected a list of texts"),
         ("excluded", "bad.png", "excluded: expected a list of texts"),
         ("data", 3, "data: expected a text"),
+        ("only", "both", "only: expected one of None, ema, model, got 'both'"),
         ("loss", "low", "loss: expected a finite number"),
         *(("config", value, "config: expected a mapping") for value in ("/dev/zero", 3, None, [1])),
         ("config", CONFIG.to_dict() | {"mapping": {"depth": 10**7}}, "at most 1024 layers in all"),

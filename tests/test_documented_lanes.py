@@ -107,6 +107,7 @@ def test_the_programs_are_found() -> None:
         "hdit/train.py",
         "hdit/sample.py",
         "hdit/demo.py",
+        "hdit/export.py",
         "hdit/__main__.py",
         "benchmarks/__main__.py",
         "tests/sanitize.py",

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # The cache on disk knows an operator by its name: it would hand out graphs made with another fake implementation.
     torch._inductor.config.force_disable_caches = True
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:  # as nohup and a shell's background leave it; tests send them
+            signal.signal(number, handler)
     config.stash[RECORD] = {}
     config.stash[SEED] = int(os.environ.setdefault("HDIT_TEST_SEED", str(random.randrange(2**31))))
     path = config.getoption("--record")

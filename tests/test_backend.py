@@ -74,3 +74,23 @@ def test_triton_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_takes_an_empty_batch() -> None:
     set_backend("triton")
     assert geglu(torch.randn(0, 8)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("window", [7, 13])
+def test_triton_never_launches_gluon(window: int) -> None:
+    """Of the launchers, with Hopper's configurations; on a CPU nothing runs."""
+    pytest.importorskip("triton", reason="the launchers need Triton: install the extra [test] on Linux")
+    from hdit_kernels.neighborhood_attention.dispatch import na2d_backward, na2d_forward
+    from tests.lanes import recorded
+
+    query = torch.empty(1, 20, 19, 2, 64, dtype=torch.bfloat16, device="meta")
+    stats = torch.empty(1, 1, 20, 19, 2, device="meta")
+    settings = ([window, window], None, [1, 1], None, 0.125)
+    found = {}
+    for name in ("auto", "triton"):
+        set_backend(name)
+        with recorded("hopper") as launches:
+            na2d_forward(query, query, query, None, None, *settings, False, True)
+            na2d_backward(query, None, query, query, query, None, None, query, stats, *settings)
+        found[name] = [launch.kernel.is_gluon() for launch in launches]
+    assert found == {"auto": [True] * 3 if window == 7 else [False, False, True], "triton": [False] * 3}

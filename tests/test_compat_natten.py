@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import itertools
 import math
@@ -538,9 +539,13 @@ def test_install_and_uninstall(clean_modules) -> None:
     assert found["natten"] is natten and found["na2d"] is natten.na2d
     assert found["NeighborhoodAttention2D"] is natten.NeighborhoodAttention2D
     assert importlib.import_module("natten.modules") is natten.modules
+    assert importlib.metadata.version("natten") == natten.__version__
+    assert importlib.metadata.version("torch") == torch.__version__
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("natten.utils")
+    finders = list(sys.meta_path)
     natten.uninstall()
+    assert len(sys.meta_path) == len(finders) - 1
     natten.uninstall()
     assert not [name for name in sys.modules if name.partition(".")[0] == "natten"]
 

@@ -12,7 +12,11 @@ docs/from-natten.md has the whole surface, line by line.
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -50,8 +54,32 @@ _MODULES = {"natten": None, "natten.context": context, "natten.functional": func
 _replaced: dict[str, ModuleType] = {}
 
 
+class _Distribution(importlib.metadata.Distribution):
+    """For programs that ask importlib.metadata whether natten is there, and which version (transformers does)."""
+
+    def read_text(self, filename: str) -> str | None:
+        return f"Metadata-Version: 2.1\nName: natten\nVersion: {__version__}\n" if filename == "METADATA" else None
+
+    def locate_file(self, path: str | PathLike[str]) -> Path:  # type: ignore[override]
+        return Path(__file__).parent / path
+
+
+class _Finder(importlib.metadata.DistributionFinder):
+    def find_spec(self, *_: Any) -> None:
+        """Modules are found in sys.modules."""
+
+    def find_distributions(self, context: Any = importlib.metadata.DistributionFinder.Context()) -> Iterator[Any]:  # noqa: B008
+        if context.name == "natten":
+            yield _Distribution()
+
+
+_finder = _Finder()
+
+
 def install(*, force: bool = False) -> None:
     """Makes `import natten`, in this process, import this module; `uninstall` takes it back.
+
+    importlib.metadata.version("natten") answers, too.
 
     Args:
         force: also where another natten is imported already. What holds its functions by then keeps them.
@@ -73,12 +101,14 @@ def install(*, force: bool = False) -> None:
     for name in [name for name in sys.modules if name == "natten" or name.startswith("natten.")]:
         _replaced[name] = sys.modules.pop(name)
     sys.modules.update({name: ours if module is None else module for name, module in _MODULES.items()})
+    sys.meta_path.insert(0, _finder)
 
 
 def uninstall() -> None:
     """Undoes `install`: `import natten` finds what it found before, if anything."""
     if sys.modules.get("natten") is not sys.modules[__name__]:
         return
+    sys.meta_path.remove(_finder)
     for name in [name for name in sys.modules if name == "natten" or name.startswith("natten.")]:
         del sys.modules[name]
     sys.modules.update(_replaced)

@@ -123,18 +123,23 @@ def test_dtypes(dtype, seed) -> None:
 
 
 def test_autocast(seed) -> None:
-    given = [t.detach().float() for t in tensors(3)]
+    """The tensors in the autocast dtype, and nothing rounded to it on the way."""
+    query, key, value = (t.detach().float() for t in tensors(3))
+    tokens = [t.flatten(1, 3) for t in (query, key, value)]
+
+    def calls(cast):
+        q, k, v = map(cast, (query, key, value))
+        flat = [cast(t) for t in tokens]
+        yield natten.na3d(q, k, v, 3, additional_keys=flat[1], additional_values=flat[2])
+        yield natten.functional.na3d_qk(query=q, key=k, kernel_size=2)
+        yield natten.attention(*flat)
+        yield from natten.attention(*flat, return_lse=True)
+
     with torch.autocast("cpu", torch.bfloat16):
-        found = (
-            natten.na3d(*given, 3),
-            natten.attention(*(t.flatten(1, 3) for t in given)),
-            natten.functional.na3d_qk(*given[:2], 2),
-        )
-    assert [t.dtype for t in found] == [torch.bfloat16] * 3
-    halves = [t.bfloat16() for t in given]
-    assert torch.equal(found[0], natten.na3d(*halves, 3)) and torch.equal(
-        found[2], natten.functional.na3d_qk(*halves[:2], 2)
-    )
+        found = list(calls(lambda t: t))
+    wanted = list(calls(lambda t: t.bfloat16()))
+    assert [t.dtype for t in found] == [torch.bfloat16] * 4 + [torch.float32]
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:natten.na3d. backend")

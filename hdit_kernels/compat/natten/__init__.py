@@ -101,14 +101,16 @@ def install(*, force: bool = False) -> None:
     for name in [name for name in sys.modules if name == "natten" or name.startswith("natten.")]:
         _replaced[name] = sys.modules.pop(name)
     sys.modules.update({name: ours if module is None else module for name, module in _MODULES.items()})
-    sys.meta_path.insert(0, _finder)
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
 
 
 def uninstall() -> None:
     """Undoes `install`: `import natten` finds what it found before, if anything."""
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
     if sys.modules.get("natten") is not sys.modules[__name__]:
         return
-    sys.meta_path.remove(_finder)
     for name in [name for name in sys.modules if name == "natten" or name.startswith("natten.")]:
         del sys.modules[name]
     sys.modules.update(_replaced)

@@ -102,20 +102,19 @@ def _make(axes: int) -> Callable[..., Any]:
         rpb: Tensor | None = None,
         xformers_kwargs: dict[str, Any] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        window, strides = (
-            arguments.per_axis(n, v, axes) for n, v in (("kernel_size", kernel_size), ("stride", stride))
+        settings = _checked_settings(
+            axes,
+            query,
+            key,
+            value,
+            additional_keys,
+            additional_values,
+            *(kernel_size, stride, dilation, is_causal, scale, return_lse, backend),
         )
-        steps, causal = arguments.per_axis("dilation", dilation, axes), arguments.causal_axes(is_causal, axes)
-        arguments.check_tensors(axes, query, key, value, additional_keys, additional_values)
-        arguments.check_window(name, query, window, steps)
-        if any(s > w for s, w in zip(strides, window, strict=True)):
-            raise ValueError(f"stride: expected at most kernel_size {window}, got {strides}")
-        checks.boolean("return_lse", return_lse)
         if xformers_kwargs:
             raise ValueError(f"xformers_kwargs: expected None, got {checks.shown(xformers_kwargs)}")
-        _check_attention_kwargs(attention_kwargs or {})
-        if backend is not None:
-            checks.choice("backend", backend, BACKENDS)
+        if attention_kwargs:
+            _check_attention_kwargs(attention_kwargs)
         _speed_only(
             name,
             backend=backend,
@@ -129,12 +128,11 @@ def _make(axes: int) -> Callable[..., Any]:
             kernel_schedule=kernel_schedule,
             torch_compile=torch_compile or None,
         )
-        scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
+        window, strides, steps, causal, scale = settings
         if rpb is not None:
             others = dict(stride=max(strides) > 1, is_causal=any(causal), additional_keys=additional_keys is not None)
             others |= dict(return_lse=return_lse, heads_kv=query.shape != value.shape)
             return _with_biases(name, query, key, value, window, steps, scale, rpb, others)
-        settings = (window, strides, steps, causal, scale)
         if axes == 2 and query.shape == value.shape == key.shape and additional_keys is None and not return_lse:
             return hdit_kernels.na2d(query, key, value, *settings)  # nothing around it, and no LSE stored
         out, lse = _grouped(_WINDOWS[axes], query, key, value, settings)
@@ -160,6 +158,36 @@ def _make(axes: int) -> Callable[..., Any]:
 
         Raises TypeError, ValueError or NotImplementedError, by the argument's name.""",
     )
+
+
+@checks.remembered
+def _checked_settings(
+    axes: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    kernel_size: Any,
+    stride: Any,
+    dilation: Any,
+    is_causal: Any,
+    scale: float | None,
+    return_lse: bool,
+    backend: str | None,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...], float]:
+    """Checks the arguments of na1d, na2d or na3d; returns window, strides, steps, causal axes and scale."""
+    window, strides = arguments.per_axis("kernel_size", kernel_size, axes), arguments.per_axis("stride", stride, axes)
+    steps, causal = arguments.per_axis("dilation", dilation, axes), arguments.causal_axes(is_causal, axes)
+    arguments.check_tensors(axes, query, key, value, additional_keys, additional_values)
+    arguments.check_window(f"na{axes}d", query, window, steps)
+    if any(s > w for s, w in zip(strides, window, strict=True)):
+        raise ValueError(f"stride: expected at most kernel_size {window}, got {strides}")
+    checks.boolean("return_lse", return_lse)
+    if backend is not None:
+        checks.choice("backend", backend, BACKENDS)
+    scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
+    return window, strides, steps, causal, scale
 
 
 # What each number of axes computes: (query, key, value, settings) of one shape -> (out, lse)
@@ -280,7 +308,9 @@ def _speed_only(where: str, **given: Any) -> None:
 # Functions
 
 
-na1d, na2d, na3d = map(_make, (1, 2, 3))
+na1d: Callable[..., Any] = _make(1)
+na2d: Callable[..., Any] = _make(2)
+na3d: Callable[..., Any] = _make(3)
 
 
 def neighborhood_attention_generic(query: Tensor, *arguments: Any, **options: Any) -> Any:

@@ -126,8 +126,9 @@ def _along(table: Tensor, axis: int, axes: int) -> Tensor:
     return table.view(shape)
 
 
-na1d_qk, na2d_qk, na3d_qk = map(_make_qk, (1, 2, 3))
-na1d_av, na2d_av, na3d_av = map(_make_av, (1, 2, 3))
+na1d_qk, na1d_av = _make_qk(1), _make_av(1)
+na2d_qk, na2d_av = _make_qk(2), _make_av(2)
+na3d_qk, na3d_av = _make_qk(3), _make_av(3)
 
 
 # Names of 0.14

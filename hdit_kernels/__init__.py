@@ -2,6 +2,7 @@
 
 from hdit_kernels.backend import get_backend, set_backend
 from hdit_kernels.geglu import geglu
+from hdit_kernels.merge import merge_attentions
 from hdit_kernels.neighborhood_attention.na2d import na2d
 from hdit_kernels.neighborhood_attention.self_attention import neighborhood_self_attention
 from hdit_kernels.norms import ada_layer_norm, ada_rms_norm, gated_residual, rms_norm
@@ -16,6 +17,7 @@ __all__ = [
     "gated_residual",
     "geglu",
     "get_backend",
+    "merge_attentions",
     "na2d",
     "neighborhood_self_attention",
     "qk_norm_rope",

@@ -13,7 +13,7 @@ import griffe
 
 ROOT = Path(__file__).parent.parent
 FILE = Path(__file__).with_suffix(".txt")
-MODULES = ("hdit_kernels", "hdit", "hdit.sampling", "hdit.densities", "hdit.sample")
+MODULES = ("hdit_kernels", "hdit_kernels.compat.natten", "hdit", "hdit.sampling", "hdit.densities", "hdit.sample")
 
 
 def public_api(root: Path = ROOT) -> str:

@@ -14,7 +14,7 @@ import hdit_kernels
 from hdit_kernels import reference
 
 ROOT = Path(__file__).parent.parent
-NOT_OPERATORS = {"get_backend", "set_backend"}
+NOT_OPERATORS = {"get_backend", "merge_attentions", "set_backend"}
 
 
 def rows() -> dict[str, list[list[str]]]:

@@ -265,16 +265,16 @@ def test_the_content_decides_the_format(form: str) -> None:
         assert image.format == form
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) = quit\n%%EOF\n",
-        *(encoded(SOLID, form) for form in ("EPS", "GIF", "PCX", "TGA", "ICO", "PDF", "SGI", "JPEG2000", "DDS")),
-        b"8BPS" + bytes(100),
-        b"\xd7\xcd\xc6\x9a" + bytes(100),
-        b"",
-    ],
-)
+OTHERS = {
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) = quit\n%%EOF\n",
+    **{form: encoded(SOLID, form) for form in ("EPS", "GIF", "PCX", "TGA", "ICO", "PDF", "SGI", "JPEG2000", "DDS")},
+    "PSD": b"8BPS" + bytes(100),
+    "WMF": b"\xd7\xcd\xc6\x9a" + bytes(100),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)  # a PDF's own bytes hold the time
 def test_other_formats_are_never_opened(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """EPS and WMF would start other programs."""
     Image.init()

@@ -302,7 +302,8 @@ hdit.__main__.main([])
     assert tqdm == 'tqdm is needed here: pip install "hdit-kernels[train]"'
     assert safetensors == 'safetensors is needed here: pip install "hdit-kernels[train]"'
     programs = {line.split()[2] for line in lines if line.startswith("python -m ")}
-    assert programs == {"hdit.demo", "hdit.train", "hdit.sample"}
+    files = [path for path in (ROOT / "hdit").glob("[!_]*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert programs == {f"hdit.{path.stem}" for path in files} >= {"hdit.demo", "hdit.train", "hdit.sample"}
     assert f"torch   {torch.__version__}" in lines
 
 

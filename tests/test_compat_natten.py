@@ -545,7 +545,7 @@ def test_install_and_uninstall(clean_modules) -> None:
     assert found["NeighborhoodAttention2D"] is natten.NeighborhoodAttention2D
     assert importlib.import_module("natten.modules") is natten.modules
     assert importlib.metadata.version("natten") == natten.__version__
-    assert importlib.metadata.version("torch") == torch.__version__
+    assert torch.__version__.startswith(importlib.metadata.version("torch"))  # others are found as before
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("natten.utils")
     finders = list(sys.meta_path)

@@ -120,12 +120,10 @@ def differentiable(
     torch.compiler.allow_in_graph([with_gradients, differentiable_gradients])
 
     def call(*arguments: Any) -> Any:
-        if _never_needs_grad():
-            return forward(*arguments)
-        return with_gradients(*arguments) if needs_grad(*arguments[:inputs]) else forward(*arguments)
+        return with_gradients(*arguments) if needs_grad(arguments, inputs) else forward(*arguments)
 
     def call_with_extras(*arguments: Any) -> Any:
-        if not _never_needs_grad() and needs_grad(*arguments[:inputs]):
+        if needs_grad(arguments, inputs):
             results = with_gradients(*arguments)[:-extras]
         else:
             results = forward(*arguments, False)
@@ -143,13 +141,9 @@ def apply(function: Any, *arguments: Any) -> Any:
     return super(Function, function).apply(*arguments)
 
 
-def _never_needs_grad() -> bool:
-    """Whether no derivative is being taken at all, as when sampling: told in less time than `needs_grad` takes."""
-    return not (torch.is_grad_enabled() or _are_functorch_transforms_active() or forward_ad._current_level >= 0)
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see this call; without it the forward operator is called directly.
+def needs_grad(arguments: Sequence[Any], inputs: int) -> bool:
+    """Whether autograd has to see a call, of whose arguments the first `inputs` may have gradients; without it the
+    forward operator is called directly.
 
     Forward mode has to as well, to say that there are no such derivatives, where an operator would drop the tangents;
     and functorch's transforms, whose wrapped tensors don't tell.
@@ -157,11 +151,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     if _are_functorch_transforms_active():
         return True
     if torch.is_grad_enabled():
-        for tensor in tensors:
+        for tensor in arguments[:inputs]:
             if tensor is not None and tensor.requires_grad:
                 return True
     if forward_ad._current_level >= 0:
-        return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in arguments[:inputs])
     return False
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,6 @@ TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel):
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
 WIDEST_STREAMED = 13  # the same of hopper_backward_wide, which has four columns beyond those
 LONGEST = 32  # tiles of a strip: no longer ones were faster where measured
-STAGGER_AT_LEAST = 4  # tiles of a strip from which on two programs a multiprocessor gain by a stagger
 MIN_REACH = 16  # tiles from a strip's first row on that 32-bit offsets must reach, whatever the length of strips
 TRITON = ("3.6", "3.7")  # Gluon may change from one version of Triton to the next; others take the portable kernels
 
@@ -27,7 +27,8 @@ def gluon_known() -> bool:
     return triton.__version__.startswith(tuple(version + "." for version in TRITON))
 
 
-class Takes(NamedTuple):
+@dataclass(frozen=True, eq=False)  # hashed by identity, at no cost
+class Takes:
     """What a kernel takes of neighborhood attention, beside what all of them ask for (see `takes`)."""
 
     head_dims: tuple[int, ...]
@@ -45,22 +46,36 @@ def takes(kernel: Takes, tensors: Sequence[Tensor], window: Sequence[int], dilat
     All ask for 16-bit types, no dilation, and what `reads_wide` says.
     """
     query = tensors[0]
+    strides = tuple([tensor.stride() for tensor in tensors])
     return (
-        query.shape[-1] in kernel.head_dims
+        gluon_known()
+        and _takes(kernel, query.shape, strides, query.dtype, tuple(window), tuple(dilation))
+        and launch.aligned(*tensors)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _takes(
+    kernel: Takes,
+    shape: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    window: Sequence[int],
+    dilation: Sequence[int],
+) -> bool:
+    """What `takes` asks of all but the addresses, in one look."""
+    return (
+        shape[-1] in kernel.head_dims
         and max(window) in kernel.windows
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and dtype in (torch.bfloat16, torch.float16)
         and max(dilation) == 1
-        and gluon_known()
-        and reads_wide(*tensors)
+        and within_reach(shape, strides)
     )
 
 
 def reads_wide(*tensors: Tensor) -> bool:
     """Whether tokens start at multiples of 16 bytes, and a strip's offsets fit into 32 bits; of one shape."""
-    for tensor in tensors:
-        if tensor.data_ptr() % 16:
-            return False
-    return within_reach(tensors[0].shape, tuple([tensor.stride() for tensor in tensors]))
+    return launch.aligned(*tensors) and within_reach(tensors[0].shape, tuple([tensor.stride() for tensor in tensors]))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,13 +134,11 @@ def plan_strips(
     programs: Sequence[int] = (),
     length: int = 3,
     longest: int = LONGEST,
-    stagger_up_to: int = 0,
 ) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
 
-    programs, length, longest: see `strips_down`; a kernel that has no programs takes one tile each. stagger_up_to: the
-    most tiles of a strip whose programs `hopper_device.stagger`, of a kernel that does. Cached, since it costs as much
-    host time as the launch itself.
+    programs, length, longest: see `strips_down`; a kernel that has no programs takes one tile each. Cached, since it
+    costs as much host time as the launch itself.
     """
     batch, height, width, heads, head_dim = shape
     tiles_x, (tiles, left) = -(-width // TILE), divmod(height, TILE)
@@ -140,10 +153,6 @@ def plan_strips(
         # Strips that run at once are walked down and up by turns, so that neighbours read the rows that both need at
         # the same time. An even window is not the same upwards.
         integers.append(int(at_once and window[0] % 2))
-    if stagger_up_to:
-        # Programs of the rows that are left over have no second one to give way to.
-        two = at_once and not left and multiprocessors < columns * whole <= 2 * multiprocessors
-        integers.append(multiprocessors if two and STAGGER_AT_LEAST <= tiles // whole <= stagger_up_to else 2**31 - 1)
     integers += window
     integers += [step // 8 for stride in strides for step in stride[:-1]]
     constants = {"D": head_dim, "num_warps": 4}

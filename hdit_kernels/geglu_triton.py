@@ -80,7 +80,7 @@ def _strides(rows: launch.Rows) -> tuple[int, int, int]:
 def _tiles(rows: int, d_ff: int) -> tuple[int, int, tuple[int]]:
     """ROWS, BLOCK and the grid. Widths of 128 · n, the usual ones, fill their tiles; narrow ones waste at most 3/4."""
     block = 128 if d_ff > 32 else 32
-    return TILE // block, block, (triton.cdiv(rows, TILE // block) * triton.cdiv(d_ff, block),)
+    return TILE // block, block, (launch.cdiv(rows, TILE // block) * launch.cdiv(d_ff, block),)
 
 
 @triton.jit

@@ -190,7 +190,7 @@ def _layout(tensors: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> _
     parameter_strides = tuple(p.stride(0) if p is not None and per_sample else 0 for p in parameters)
     if len(_merged(tensors[0].shape, tuple(t.stride() for t in tensors), per_sample)[0]) > 3:
         tensors = [t.contiguous() for t in tensors]
-    aligned = all(t.data_ptr() % 16 == 0 for t in (*tensors, *given))
+    aligned = launch.aligned(*tensors, *given)
     strides = tuple(t.stride() for t in tensors)
     return _Layout(tensors, parameters, *_plan(tensors[0].shape, strides, parameter_strides, per_sample, aligned))
 
@@ -217,7 +217,7 @@ def _plan(
         n0,
         n1,
         n2,
-        triton.cdiv(n2, rows),
+        launch.cdiv(n2, rows),
         channels // vector,
         rows,
         block,
@@ -250,8 +250,8 @@ def _merged(
 
 def _runs(at: _Layout) -> tuple[int, int]:
     """Blocks of a backward program's run, and runs of a line."""
-    length = max(triton.cdiv(at.n0 * at.n1 * at.blocks, RUNS), triton.cdiv(RUN_ROWS, at.rows))
-    return length, triton.cdiv(at.blocks, length)
+    length = max(launch.cdiv(at.n0 * at.n1 * at.blocks, RUNS), launch.cdiv(RUN_ROWS, at.rows))
+    return length, launch.cdiv(at.blocks, length)
 
 
 def _partials(at: _Layout, runs: int, parameter: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def define(
             argument = args[position]
             if argument is not None and argument.dtype is torch.float64:
                 return elsewhere(*args)
-        device = args[0].device.index
+        device = args[0].get_device()
         if device != torch.cuda.current_device():  # a Triton launch goes to the current device
             with torch.cuda.device(device):
                 return load()(*args)

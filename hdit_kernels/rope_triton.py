@@ -6,12 +6,15 @@ the gradient of scale as one float32 partial a program and head, summed in a fix
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hdit_kernels.launch import Launch, kernel, run, sum_launch, vector_width
+from hdit_kernels.launch import Launch, aligned, cdiv, kernel, run, sum_launch
 
 TOKENS = 32
 MAX_PARTIALS = 512
@@ -27,12 +30,12 @@ def qk_norm_rope_forward_launch(
     ready: Tensor, qkv: Tensor, scale: Tensor, theta_y: Tensor, theta_x: Tensor, eps: float
 ) -> Launch:
     """Fills ready [B, H, W, 2 or 3, heads, D], contiguous: q and k, and v too when there is room for it."""
-    qkv, sizes, vector, constants = _layout(qkv)
-    grid = (triton.cdiv(sizes[0], TOKENS) * sizes[3], 1, 1)
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    sizes, strides, constants = _plan(qkv.shape, qkv.stride(), aligned(qkv))
+    grid = (cdiv(sizes[0], TOKENS) * sizes[3], 1, 1)
     tensors = (ready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous())
-    numbers = (eps, *sizes, *_strides(qkv, vector))
-    constants |= {"VECTOR": vector, "PARTS": ready.shape[3]}
-    return Launch(_qk_norm_rope_forward_kernel, grid, tensors, numbers, constants)
+    constants = constants | {"PARTS": ready.shape[3]}
+    return Launch(_qk_norm_rope_forward_kernel, grid, tensors, (eps, *sizes, *strides), constants)
 
 
 def qk_norm_rope_backward(
@@ -50,32 +53,35 @@ def qk_norm_rope_backward_launches(
     """dscale, and the launches that fill it and dqkv, contiguous, from dready, which may be dqkv itself (its v then
     stays as it is).
     """
-    qkv, sizes, vector, constants = _layout(qkv)
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    sizes, strides, constants = _plan(qkv.shape, qkv.stride(), aligned(qkv))
     in_place = dready is dqkv
     dready = dready if dready.stride(-1) == 1 else dready.contiguous()
-    dready_vector = vector_width(dready, *dready.stride()[:-1])
-    blocks = triton.cdiv(sizes[0], TOKENS)
-    per_program = triton.cdiv(blocks, MAX_PARTIALS)
-    parts = triton.cdiv(blocks, per_program)
+    _, dready_strides, of_dready = _plan(dready.shape, dready.stride(), aligned(dready))
+    blocks = cdiv(sizes[0], TOKENS)
+    per_program = cdiv(blocks, MAX_PARTIALS)
+    parts = cdiv(blocks, per_program)
     heads = sizes[3]
     partials = scale.new_empty((1, parts, heads), dtype=torch.float32)
     tensors = (dqkv, partials, dready, qkv, scale.contiguous(), theta_y.contiguous(), theta_x.contiguous())
-    numbers = (eps, *sizes, per_program, *_strides(dready, dready_vector), *_strides(qkv, vector))
-    constants |= {"DREADY_VECTOR": dready_vector, "VECTOR": vector, "COPY_VALUE": not in_place}
+    numbers = (eps, *sizes, per_program, *dready_strides, *strides)
+    constants = constants | {"DREADY_VECTOR": of_dready["VECTOR"], "COPY_VALUE": not in_place}
     backward = Launch(_qk_norm_rope_backward_kernel, (parts * heads, 1, 1), tensors, numbers, constants)
     dscale, summing = sum_launch(partials, scale.dtype)
     return dscale.view(heads), (backward, summing)
 
 
-def _layout(qkv: Tensor) -> tuple[Tensor, tuple[int, int, int, int], int, dict[str, int]]:
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    batch, height, width, _, heads, dim = qkv.shape
-    constants = dict(TOKENS=TOKENS, HEAD_DIM=dim, BLOCK_QUARTER=triton.next_power_of_2(dim // 4), num_warps=4)
-    return qkv, (batch * height * width, height, width, heads), vector_width(qkv, *qkv.stride()[:-1]), constants
-
-
-def _strides(packed: Tensor, vector: int) -> list[int]:
-    return [stride // vector for stride in packed.stride()[:-1]]
+@functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
+def _plan(
+    shape: Sequence[int], stride: Sequence[int], is_aligned: bool
+) -> tuple[tuple[int, int, int, int], tuple[int, ...], dict[str, int]]:
+    """Sizes, strides in units of VECTOR elements, and constants, for a packed tensor [B, H, W, parts, heads, D]."""
+    batch, height, width, _, heads, dim = shape
+    vector = 8 if is_aligned and all(step % 8 == 0 for step in stride[:-1]) else 1
+    constants = dict(
+        TOKENS=TOKENS, HEAD_DIM=dim, BLOCK_QUARTER=triton.next_power_of_2(dim // 4), num_warps=4, VECTOR=vector
+    )
+    return (batch * height * width, height, width, heads), tuple([s // vector for s in stride[:-1]]), constants
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def token_split_backward(
             dweight = _weight_gradient(dout, (h, w), x, (1, 1), weight)
         return dx, dweight, dskip, dfac
     # Σ G·(Y − skip): each of the two sums comes with one of the other gradients
-    weight_sums, skip_sums = triton.cdiv(weight.numel(), WEIGHT_BLOCK), min(LERP_PROGRAMS, _lerp_tiles(skip))
+    weight_sums, skip_sums = launch.cdiv(weight.numel(), WEIGHT_BLOCK), min(LERP_PROGRAMS, _lerp_tiles(skip))
     sums = dout.new_empty((1, weight_sums + skip_sums, 1), dtype=torch.float32)
     if needed[1] or needed[3]:
         found = _weight_gradient(dout, (h, w), x, (1, 1), weight, fac, sums)
@@ -158,7 +158,7 @@ def _grid(fine: Tensor, patch: tuple[int, int]) -> tuple[int, int, int]:
 
 
 def _programs(tile: Tile, rows: int, columns: int) -> tuple[int]:
-    return (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    return (launch.cdiv(rows, tile.rows) * launch.cdiv(columns, tile.columns),)
 
 
 def _options(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
@@ -250,10 +250,10 @@ def _weight_gradient(
     tile = tile_for(launch.gpu_family(x.device), x.dtype)
     dout_vector, x_vector = _vector(dout), _vector(x)
     rows, height, width = _grid(x, x_patch)
-    tiles = triton.cdiv(weight.shape[0], tile.rows) * triton.cdiv(weight.shape[1], tile.columns)
+    tiles = launch.cdiv(weight.shape[0], tile.rows) * launch.cdiv(weight.shape[1], tile.columns)
     parts = max(1, min(WEIGHT_GRADIENT_PROGRAMS // tiles, rows // (4 * tile.depth)))
-    length = triton.cdiv(triton.cdiv(rows, parts), tile.depth) * tile.depth
-    parts = triton.cdiv(rows, length)
+    length = launch.cdiv(launch.cdiv(rows, parts), tile.depth) * tile.depth
+    parts = launch.cdiv(rows, length)
     partials = x.new_empty((parts, weight.numel()), dtype=torch.float32)
     _weight_gradient_kernel[(tiles * parts,)](
         dout,
@@ -270,7 +270,7 @@ def _weight_gradient(
         **_options(tile, x.dtype),
     )
     dweight = weight.new_empty(weight.shape)
-    _sum_parts_kernel[(triton.cdiv(weight.numel(), WEIGHT_BLOCK),)](
+    _sum_parts_kernel[(launch.cdiv(weight.numel(), WEIGHT_BLOCK),)](
         partials,
         weight,
         fac,
@@ -314,7 +314,7 @@ def _lerp_skip(dout: Tensor, skip: Tensor, fac: Tensor, sums: Tensor, first_sum:
 
 def _lerp_tiles(skip: Tensor) -> int:
     channels = skip.shape[-1]
-    return triton.cdiv(skip.numel() // channels, LERP_TILE[0]) * triton.cdiv(channels, LERP_TILE[1])
+    return launch.cdiv(skip.numel() // channels, LERP_TILE[0]) * launch.cdiv(channels, LERP_TILE[1])
 
 
 @triton.jit

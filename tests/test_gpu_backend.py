@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from hdit_kernels import get_backend, launch, na2d, neighborhood_self_attention, reference, set_backend
+from hdit_kernels import get_backend, launch, na2d, neighborhood_self_attention, qk_norm_rope, reference, set_backend
 from hdit_kernels.testing import FLOOR, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("few_large_tiles")]
 
+
+def packed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    thetas = [torch.zeros(length, 2, 8, device="cuda") for length in query.shape[1:3]]
+    return torch.stack((query, key, value), 3), torch.full((2,), 10.0, device="cuda"), *thetas
+
+
+def by_parts(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Neighborhood self-attention with queries and keys rounded before attention, as the kernels have them."""
+    ready = qk_norm_rope(*packed(query, key, value))
+    return na2d(*ready.unbind(3), window, scale=1.0)
+
+
 OPERATORS = {
-    "na2d": lambda query, key, value, window: na2d(query, key, value, window),
+    "na2d": na2d,
     "neighborhood_self_attention": lambda query, key, value, window: neighborhood_self_attention(
-        torch.stack((query, key, value), 3),
-        torch.full((2,), 10.0, device="cuda"),
-        torch.zeros(20, 2, 8, device="cuda"),
-        torch.zeros(19, 2, 8, device="cuda"),
-        window,
+        *packed(query, key, value), window
     ),
 }
+ROUNDED = OPERATORS | {"neighborhood_self_attention": by_parts}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +42,7 @@ def as_before() -> Iterator[None]:
     set_backend(before)
 
 
-def run(operator: str, window: int, tensors: list[Tensor]) -> tuple[list[Tensor], set[str]]:
+def run(operator: Callable[..., Tensor], window: int, tensors: list[Tensor]) -> tuple[list[Tensor], set[str]]:
     """Output and gradients, and the names of the kernels that were launched."""
     names: set[str] = set()
     launched = launch.run
@@ -44,7 +53,7 @@ def run(operator: str, window: int, tensors: list[Tensor]) -> tuple[list[Tensor]
 
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     with mock.patch.object(launch, "run", listen):
-        out = OPERATORS[operator](*leaves, window)
+        out = operator(*leaves, window)
         gradients = torch.autograd.grad(out.square().sum(), leaves)
     return [out, *gradients], names
 
@@ -56,16 +65,17 @@ def test_backends_agree(operator: str, window: int, seed: int) -> None:
     results, kernels = {}, {}
     for name in ("auto", "triton", "reference"):
         set_backend(name)
-        results[name], kernels[name] = run(operator, window, tensors)
+        results[name], kernels[name] = run(OPERATORS[operator], window, tensors)
     assert kernels["reference"] == set()
     assert kernels["triton"] and not any("hopper" in name for name in kernels["triton"])
     if torch.cuda.get_device_capability()[0] == 9:
         assert any("hopper" in name for name in kernels["auto"])
     set_backend("reference")
-    exact, _ = run(operator, window, [tensor.double() for tensor in tensors])
+    exact, _ = run(OPERATORS[operator], window, [tensor.double() for tensor in tensors])
+    rounded, _ = run(ROUNDED[operator], window, tensors)
     floor = FLOOR[torch.bfloat16]
-    for plain, *others, want in zip(results["reference"], results["auto"], results["triton"], exact, strict=True):
-        for found in others:
+    for plain, *all_found, want in zip(rounded, *results.values(), exact, strict=True):
+        for found in all_found:
             assert relative_error(found, want) <= max(2 * relative_error(plain, want), floor)
 
 

@@ -29,7 +29,3 @@ def _nothing(device: torch.device) -> Tensor:
 
 def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def aligned(*tensors: Tensor) -> bool:
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)

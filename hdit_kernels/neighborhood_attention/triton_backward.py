@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention.buffers import aligned
 from hdit_kernels.neighborhood_attention.triton_configs import Configure, dkdv_config, dq_config, plan_tiles
 from hdit_kernels.neighborhood_attention.triton_device import (
     as_operand,
@@ -94,7 +93,7 @@ def _plan_backward(
     dilation: Sequence[int],
 ) -> Any:
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), gradient.stride())
-    all_aligned = aligned(dout, query, key, value, gradient)
+    all_aligned = launch.aligned(dout, query, key, value, gradient)
     family = launch.gpu_family(query.device)
     return plan_tiles(configure, family, query.dtype, query.shape, strides, all_aligned, tuple(window), tuple(dilation))
 

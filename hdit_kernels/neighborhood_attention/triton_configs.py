@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention import triton_configs_hopper
 
 MAX_GRID = 65535  # programs along any axis but the first
@@ -118,12 +119,12 @@ def plan_tiles(
     """
     batch, height, width, heads, head_dim = shape
     config = configure(family, dtype, head_dim, window)
-    tiles_y = triton.cdiv(triton.cdiv(height, dilation[0]), config.tile_y)  # of the largest dilation sub-grid
-    tiles_x = triton.cdiv(triton.cdiv(width, dilation[1]), config.tile_x)
+    tiles_y = launch.cdiv(launch.cdiv(height, dilation[0]), config.tile_y)  # of the largest dilation sub-grid
+    tiles_x = launch.cdiv(launch.cdiv(width, dilation[1]), config.tile_x)
     tokens = [stride for tensor in strides for stride in tensor[:-1]]
     vector = 8 if all_aligned and all(stride % 8 == 0 for stride in tokens) else 1
     images = batch * dilation[0] * dilation[1]
-    layers = triton.cdiv(images, MAX_GRID)
+    layers = launch.cdiv(images, MAX_GRID)
     integers = [images, height, width, heads, tiles_x, *window, *dilation, *(stride // vector for stride in tokens)]
     block_y, block_x = max(config.tile_y, config.block_y), max(config.tile_x, config.block_x)
     steps = [(stride[1] * dilation[0], stride[2] * dilation[1]) for stride in strides]
@@ -133,4 +134,4 @@ def plan_tiles(
         D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector, WIDE=wide,
         TILE_Y=config.tile_y, TILE_X=config.tile_x, BLOCK_Y=config.block_y, BLOCK_X=config.block_x, **config.options,
     )  # fmt: skip
-    return (tiles_y * tiles_x * heads, triton.cdiv(images, layers), layers), integers, constants
+    return (tiles_y * tiles_x * heads, launch.cdiv(images, layers), layers), integers, constants

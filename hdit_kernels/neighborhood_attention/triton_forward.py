@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import launch
-from hdit_kernels.neighborhood_attention.buffers import aligned, empty_results
+from hdit_kernels.neighborhood_attention.buffers import empty_results
 from hdit_kernels.neighborhood_attention.triton_configs import Configure, forward_config, plan_tiles
 from hdit_kernels.neighborhood_attention.triton_device import (
     as_operand,
@@ -41,9 +41,10 @@ def forward_launch(
 ) -> tuple[list[Tensor], launch.Launch]:
     """As `dispatch.forward_launch`; inputs are dense."""
     out, lse, stats = empty_results(query, return_lse, save_stats)
+    strides = (query.stride(), key.stride(), value.stride())
     grid, integers, constants = plan_tiles(
-        configure, launch.gpu_family(query.device), query.dtype, query.shape,
-        (query.stride(), key.stride(), value.stride()), aligned(query, key, value), tuple(window), tuple(dilation),
+        configure, launch.gpu_family(query.device), query.dtype, query.shape, strides,
+        launch.aligned(query, key, value), tuple(window), tuple(dilation),
     )  # fmt: skip
     constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
     numbers = [logit_scale, int(save_stats), query.shape[:-1].numel(), *integers]

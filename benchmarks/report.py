@@ -7,6 +7,7 @@
 The first draws pictures as PNG and SVG. The second, due after a new measurement, writes everything between
 `<!-- generated: NAME -->` and its end mark anew, and docs/pictures (SVG, which a repository stores small). Nothing in
 them depends on the present sources: a page says at which commit it was measured, --check whether that has changed.
+Where `<!-- built: NAME -->` stands, the tables are long, and in the site only: docs/site_hooks.py puts them there.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ FRONT = [  # of the README: (case, pass); two of na2d's windows, the rest at sha
 ]
 GRID = ("batch", "height", "width", "heads", "head_dim")
 _BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end of \1 -->\n", re.DOTALL)
+_BUILT = re.compile(r"<!-- built: ([\w-]+) -->")
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,26 @@ def render(text: str, records: Records) -> str:
 
     def body(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in BLOCKS:
-            raise ValueError(f"{records.document}: no block is called {name!r}, only {sorted(BLOCKS)}")
-        return f"<!-- generated: {name} -->\n{BLOCKS[name](records)}\n<!-- end of {name} -->\n"
+        return f"<!-- generated: {name} -->\n{_written(name, records)}\n<!-- end of {name} -->\n"
 
     return _BLOCK.sub(body, text)
+
+
+def built(text: str, document: Path, root: Path = results.ROOT) -> str:
+    """The Markdown text of one of the clone's documents with what only the site shows.
+
+    Raises ValueError on an unknown name.
+    """
+    if not _BUILT.search(text):
+        return text
+    records = recorded(document, root)
+    return _BUILT.sub(lambda match: _written(match[1], records), text)
+
+
+def _written(name: str, records: Records) -> str:
+    if name not in BLOCKS:
+        raise ValueError(f"{records.document}: no block is called {name!r}, only {sorted(BLOCKS)}")
+    return BLOCKS[name](records)
 
 
 def documents(root: Path = results.ROOT) -> list[Path]:

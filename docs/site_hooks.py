@@ -2,7 +2,7 @@
 
 The Markdown files are read in a clone as well, where links lead to files of the repository. Here README.md,
 CONTRIBUTING.md and their like become pages, and other files that a page links to are copied into the site under their
-own paths.
+own paths. Tables of every measurement are made of the records here, and are in the site only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+
+from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 WIDE = ("benchmarks.md", "kernel-log.md", "operators.md", "correctness.md", "CONTRIBUTING.md", "benchmarks/SCHEMA.md")
@@ -47,7 +49,7 @@ def relinked(markdown: str, page: str) -> tuple[str, set[str]]:
 def on_files(files: Files, config: Any) -> Files:
     wanted = set(PAGES)
     for page in [*(f"docs/{file.src_uri}" for file in files.documentation_pages()), *PAGES]:
-        wanted |= relinked((ROOT / page).read_text(encoding="utf-8"), page)[1]
+        wanted |= relinked(report.built((ROOT / page).read_text(encoding="utf-8"), ROOT / page), page)[1]
     for path in sorted(wanted):
         if not path.startswith("docs/"):
             files.append(File.generated(config, address(path), abs_src_path=str(ROOT / path)))
@@ -58,4 +60,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
     path = "README.md" if page.file.src_uri == "index.md" else page.file.src_uri
-    return relinked(markdown, path if path in PAGES else f"docs/{path}")[0]
+    path = path if path in PAGES else f"docs/{path}"
+    return relinked(report.built(markdown, ROOT / path), path)[0]

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from hdit_kernels import backend, checks
 
-LIBRARY = torch.library.Library("hdit_kernels", "DEF")
+# Named "hdit_kernels". A copy imported beside it under another name has operators of its own (tools/huggingface.py).
+LIBRARY = torch.library.Library(__package__, "DEF")
 
 
 def define(
@@ -39,7 +40,7 @@ def define(
     and dtype, contiguous. flops: takes the arguments with shapes in place of tensors, 2 per multiply-accumulate.
     """
     LIBRARY.define(name + signature)
-    packet = getattr(torch.ops.hdit_kernels, name)
+    packet = getattr(getattr(torch.ops, LIBRARY.ns), name)
     arguments = packet.default._schema.arguments
     tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
 
@@ -82,8 +83,8 @@ def define(
 
     LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
     LIBRARY.impl(name, on_gpu, "CUDA")
-    torch.library.register_fake(f"hdit_kernels::{name}", fake, lib=LIBRARY)
-    torch.library.register_vmap(f"hdit_kernels::{name}", functools.partial(_in_turn, packet.default), lib=LIBRARY)
+    torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"{LIBRARY.ns}::{name}", functools.partial(_in_turn, packet.default), lib=LIBRARY)
     if flops is not None:
         # The formula sees shapes for tensors and, last, the output's shape, which no formula here needs.
         register_flop_formula(packet)(lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs))

@@ -806,6 +806,16 @@ def test_renders_no_broken_block(text: str, clone: Path) -> None:
         report.render(text, report.recorded(clone / "README.md", clone))
 
 
+def test_what_only_the_site_shows(clone: Path) -> None:
+    document = clone / "docs" / "page.md"
+    text = "a\n\n<!-- built: machines -->\n\n<!-- built: gpu-tests -->\n" + block("scaling")
+    assert report.render(text, report.recorded(document, clone)).startswith(text[:50])  # the file keeps the marks
+    shown = f"a\n\n{report.NOTHING}\n\nNo run on a GPU is recorded yet.\n" + block("scaling")
+    assert report.built(text, document, clone) == shown
+    with pytest.raises(ValueError, match="page.md: no block is called 'unknown', only"):
+        report.built("<!-- built: unknown -->", document, clone)
+
+
 def test_writes_documents_and_pictures(clone: Path) -> None:
     run = made_up_runs.scaling()
     run["rows"] = model_rows(run)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -51,7 +53,20 @@ def test_records_and_pictures_stay_small() -> None:
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, results.ROOT / "CONTRIBUTING.md"], ids=name)
 def test_links_lead_somewhere(document: Path) -> None:
-    assert dead_links(document.read_text(encoding="utf-8"), document.parent) == []
+    assert dead_links(report.built(document.read_text(encoding="utf-8"), document), document.parent) == []
+
+
+def test_the_site_shows_every_recorded_case_of_a_kernel() -> None:
+    pytest.importorskip("mkdocs", reason='needs the extra "docs", as make docs does')
+    document = results.ROOT / "docs" / "benchmarks.md"
+    hooks = runpy.run_path(str(results.ROOT / "docs" / "site_hooks.py"))
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="benchmarks.md"), meta={})
+    shown = hooks["on_page_markdown"](document.read_text(encoding="utf-8"), page=page)
+    assert "<!-- built:" not in shown
+    for path, run in report.recorded(document).of("kernels"):
+        assert f"](benchmarks/results/{path.name})" in shown
+        lines = {f"| {row['case'].partition(' ')[2]} | {row['pass']} |" for row in run["rows"]}
+        assert [line for line in lines if line not in shown] == []
 
 
 CODE = documented_code.everywhere()  # which make lint has mypy check

@@ -74,7 +74,7 @@ def run_shell(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             module = importlib.import_module(benchmarks_program.COMMANDS[command][0])
             monkeypatch.setattr(module, "run", lambda args: 0)
             assert benchmarks_program.main([command, *arguments]) == 0
-        case ["python", "-m", module, *arguments] if module.partition(".")[0] in ("hdit", "benchmarks"):
+        case ["python", "-m", module, *arguments] if module.partition(".")[0] in ("hdit", "benchmarks", "tools"):
             if "--config" in arguments:
                 read_config(arguments[arguments.index("--config") + 1])
             kind = f"{module} --resume" if "--resume" in arguments else module

@@ -97,8 +97,8 @@ def without_effect(name: str) -> None:
 
 def _callers_level() -> int:
     """For warnings.warn in the function that asks: the frame that called this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("hdit_kernels."):
+    frame, level, package = sys._getframe(1), 1, __name__.partition(".")[0] + "."
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
         frame, level = frame.f_back, level + 1
     return level
 

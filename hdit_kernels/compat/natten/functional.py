@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import hdit_kernels
 from hdit_kernels import checks
+from hdit_kernels import merge_attentions as hdit_merge_attentions
+from hdit_kernels import na2d as hdit_na2d
 from hdit_kernels.compat.natten import arguments
 from hdit_kernels.compat.natten.context import without_effect
 from hdit_kernels.compat.natten.unfused import (
@@ -134,12 +135,12 @@ def _make(axes: int) -> Callable[..., Any]:
             others |= dict(return_lse=return_lse, heads_kv=query.shape != value.shape)
             return _with_biases(name, query, key, value, window, steps, scale, rpb, others)
         if axes == 2 and query.shape == value.shape == key.shape and additional_keys is None and not return_lse:
-            return hdit_kernels.na2d(query, key, value, *settings)  # nothing around it, and no LSE stored
+            return hdit_na2d(query, key, value, *settings)  # nothing around it, and no LSE stored
         out, lse = _grouped(_WINDOWS[axes], query, key, value, settings)
         if additional_keys is not None:
             extra = _grouped(_dense, query.flatten(1, axes), additional_keys, additional_values, (scale,))
             extra_out, extra_lse = extra[0].view(out.shape), extra[1].view(lse.shape)
-            out, lse = hdit_kernels.merge_attentions([out, extra_out], [lse, extra_lse])
+            out, lse = hdit_merge_attentions([out, extra_out], [lse, extra_lse])
         return (out, lse) if return_lse else out
 
     return arguments.named(
@@ -196,12 +197,12 @@ def _checked_settings(
 def _row(query: Tensor, key: Tensor, value: Tensor, window, strides, steps, causal, scale) -> tuple[Tensor, Tensor]:
     q, k, v = (t.unsqueeze(1) for t in (query, key, value))
     settings = ((1, *window), (1, *strides), (1, *steps), (False, *causal), scale)
-    out, lse = hdit_kernels.na2d(q, k, v, *settings, return_lse=True)
+    out, lse = hdit_na2d(q, k, v, *settings, return_lse=True)
     return out.squeeze(1), lse.squeeze(1)
 
 
 def _plane(query: Tensor, key: Tensor, value: Tensor, *settings) -> tuple[Tensor, Tensor]:
-    return hdit_kernels.na2d(query, key, value, *settings, return_lse=True)
+    return hdit_na2d(query, key, value, *settings, return_lse=True)
 
 
 def _planes(query: Tensor, key: Tensor, value: Tensor, window, strides, steps, causal, scale) -> tuple[Tensor, Tensor]:
@@ -218,14 +219,14 @@ def _planes(query: Tensor, key: Tensor, value: Tensor, window, strides, steps, c
             torch.stack([planes[i] for i in chosen], 1).flatten(0, 1) for planes in (key_planes, value_planes)
         )
         settings = (window[1:], strides[1:], steps[1:], causal[1:], scale)
-        out, lse = hdit_kernels.na2d(queries, keys, values, *settings, return_lse=True)
+        out, lse = hdit_na2d(queries, keys, values, *settings, return_lse=True)
         out, lse = out.view(query.shape), lse.view(query.shape[:-1])
         if not all(there):
             unseen = torch.tensor([not one for one in there], device=lse.device)[:, None, None, None]
             lse = lse.masked_fill(unseen, -math.inf)
         outputs.append(out)
         lses.append(lse)
-    return hdit_kernels.merge_attentions(outputs, lses)
+    return hdit_merge_attentions(outputs, lses)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -402,7 +403,7 @@ def merge_attentions(
     the gradient is the true one, through outputs and LSE; where only the outputs have one it would lack a part, so with
     use_autograd_fix (the default) those are refused.
     """
-    out, lse = hdit_kernels.merge_attentions(outputs, lse_tensors)
+    out, lse = hdit_merge_attentions(outputs, lse_tensors)
     if use_autograd_fix and torch.is_grad_enabled():
         for i, (output, one) in enumerate(zip(outputs, lse_tensors, strict=True)):
             if output.requires_grad and not one.requires_grad:

@@ -12,12 +12,15 @@ from hdit.config import (
     ShiftedWindowAttention,
     presets,
 )
+from hdit.cuda_graphs import Captured, CapturedStep, capture, capture_step
 from hdit.denoiser import Denoiser
 from hdit.kdiffusion import config_from_kdiffusion, density_from_kdiffusion, load_kdiffusion
 from hdit.model import HDiT
 from hdit_kernels import __version__ as __version__
 
 __all__ = [
+    "Captured",
+    "CapturedStep",
     "Denoiser",
     "GlobalAttention",
     "HDiT",
@@ -27,6 +30,8 @@ __all__ = [
     "NeighborhoodAttention",
     "NoAttention",
     "ShiftedWindowAttention",
+    "capture",
+    "capture_step",
     "config_from_kdiffusion",
     "densities",
     "density_from_kdiffusion",

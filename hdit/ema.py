@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,20 +23,25 @@ def ema_decay(step: int, power: float = 0.75, max_value: float = 0.9999) -> floa
 
 
 @torch.no_grad()
-def ema_update(model: nn.Module, averaged_model: nn.Module, decay: float) -> None:
+def ema_update(model: nn.Module, averaged_model: nn.Module, decay: float | Tensor) -> None:
     """averaged <- decay * averaged + (1 - decay) * model, in place, for every parameter; buffers are copied, and so are
     parameters of integers, as quantized layers have.
 
-    Raises ValueError if the two models don't have the same parameters and buffers, of the same shapes, dtypes and
-    devices; TypeError or ValueError on a decay outside [0, 1].
+    decay: from 0 to 1; or a float64 tensor of one number, whose value is not looked at (for a captured
+    step). Raises ValueError if the two models don't have the same parameters and buffers, of the same shapes, dtypes
+    and devices; TypeError or ValueError on a decay outside [0, 1].
     """
-    checks.number("decay", decay, at_least=0, at_most=1)
+    if isinstance(decay, Tensor):
+        checks.shape("decay", decay, [])
+    else:
+        checks.number("decay", decay, at_least=0, at_most=1)
     parameters, buffers = _tensors("model", model)
     averaged, averaged_buffers = _tensors("averaged_model", averaged_model)
     _check_alike(parameters | buffers, averaged | averaged_buffers)
     names = [name for name, tensor in averaged.items() if tensor.is_floating_point() or tensor.is_complex()]
     if names:
-        torch._foreach_lerp_([averaged[name] for name in names], [parameters[name] for name in names], 1 - decay)
+        weight: Any = [(1 - decay).float()] * len(names) if isinstance(decay, Tensor) else 1 - decay
+        torch._foreach_lerp_([averaged[name] for name in names], [parameters[name] for name in names], weight)
     copied, sources = averaged | averaged_buffers, parameters | buffers
     for name in copied.keys() - names:
         copied[name].copy_(sources[name])

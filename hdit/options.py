@@ -27,7 +27,8 @@ class Options:
 
     data: what hdit.data.open_images takes. steps: of the optimizer, in all. lr: learning rate (a third of it for the
     mapping network), at most 1, None for the recipe's. seed: any integer. save_every, sample_every: steps between
-    checkpoints, and between grids of samples (0: no grids). workers: processes that read images.
+    checkpoints, and between grids of samples (0: no grids). workers: processes that read images. capture: steps and
+    samples as CUDA graphs, where the device is a GPU; the numbers are the same.
     Raises TypeError or ValueError, naming the option.
     """
 
@@ -39,6 +40,7 @@ class Options:
     save_every: int = 1000
     sample_every: int = 1000
     workers: int = 4
+    capture: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.data, str) or not self.data:
@@ -46,6 +48,7 @@ class Options:
         for name, (least, most) in RANGES.items():
             value = checks.integer(name, getattr(self, name), least, most)
             object.__setattr__(self, name, value)  # NumPy's integers are no JSON
+        checks.boolean("capture", self.capture)
         if self.lr is not None:
             object.__setattr__(self, "lr", checks.number("lr", self.lr, above=0, at_most=1))
 

@@ -93,10 +93,14 @@ class Recipe:
         return next((f"{name} {json.dumps(ours[name])}, but {json.dumps(theirs[name])}" for name in different), None)
 
     def optimizer(self, groups: Iterable[Any], fused: bool = False) -> torch.optim.AdamW:
-        """AdamW for HDiT.param_groups(lr), or for parameters that all learn at self.lr and decay."""
+        """AdamW for HDiT.param_groups(lr), or for parameters that all learn at self.lr and decay.
+
+        fused: as on a GPU, where a step can then be captured.
+        """
         return torch.optim.AdamW(
-            groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
-        )
+            groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused,
+            capturable=fused,
+        )  # fmt: skip
 
     def lr_factor(self, step: int) -> float:
         """What every learning rate is multiplied by at update `step`, counted from 0, as k-diffusion's schedules have

@@ -42,6 +42,7 @@ from hdit._runtime import (
 )
 from hdit.checkpoint import load_checkpoint, read_details
 from hdit.config import HDiTConfig
+from hdit.cuda_graphs import Captured
 from hdit.data import MODES, seed_of
 from hdit.denoiser import Denoiser
 from hdit.model import HDiT, dtype_of
@@ -63,17 +64,19 @@ def generate(
     steps: int = 50,
     seed: int = 0,
     batch_size: int = 64,
+    capture: bool = True,
 ) -> Tensor:
     """Samples count images with the Karras schedule between the config's sigma_max and sigma_min.
 
     classes: class index of each image, exactly if the model has classes. guidance: scale of classifier-free guidance,
-    1 for none. sampler: a name in SAMPLERS. An image depends on seed and its own number, not on batch_size.
+    1 for none. sampler: a name in SAMPLERS. An image depends on seed and its own number, not on batch_size. capture: on
+    a GPU the model runs as CUDA graphs (hdit.capture), with the same images.
     Returns uint8 [count, C, H, W] on the CPU. Raises TypeError or ValueError, naming the argument, on what doesn't fit
     the model, and ValueError if an image comes out as NaN.
     """
     batches = generate_batches(
         model, range(checks.integer("count", count, 1, MOST_IMAGES)), classes, guidance=guidance, sampler=sampler,
-        steps=steps, seed=seed, batch_size=batch_size,
+        steps=steps, seed=seed, batch_size=batch_size, capture=capture,
     )  # fmt: skip
     return torch.cat([images for _, images in batches])
 
@@ -88,6 +91,7 @@ def generate_batches(
     steps: int = 50,
     seed: int = 0,
     batch_size: int = 64,
+    capture: bool = True,
 ) -> Generator[tuple[Sequence[int], Tensor], None, None]:
     """Samples the images of these numbers as `generate` does, batch by batch, so that any number fits into memory.
 
@@ -121,7 +125,8 @@ def generate_batches(
     checks.seed("seed", seed)
     checks.integer("batch_size", batch_size, 1, MOST_IMAGES)
     require_memory("model", config, device, min(batch_size, len(numbers)), training=False)
-    return _batches(model, numbers, classes, guidance, sampler, steps, seed, batch_size)
+    checks.boolean("capture", capture)
+    return _batches(model, numbers, classes, guidance, sampler, steps, seed, batch_size, capture)
 
 
 def _batches(
@@ -133,11 +138,14 @@ def _batches(
     steps: int,
     seed: int,
     batch_size: int,
+    capture: bool,
 ) -> Generator[tuple[Sequence[int], Tensor], None, None]:
     config, device = model.config, next(model.parameters()).device
     denoise: Any = Denoiser(model, config.sigma_data)
     if guidance != 1 and config.null_class is not None:
         denoise = sampling.ClassifierFreeGuidance(denoise, guidance, config.null_class)
+    if capture and device.type == "cuda":
+        denoise = Captured(denoise)
     sigmas = sampling.get_sigmas_karras(steps, config.sigma_min, config.sigma_max, device=device)
     function, shape = SAMPLERS[sampler], (config.in_channels, *config.image_size)
     firsts = range(0, len(numbers), batch_size)
@@ -231,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images" + show)
     parser.add_argument("--batch-size", type=at_least(1, MOST_IMAGES), default=64, help="images at a time" + show)
     parser.add_argument("--no-ema", action="store_true", help="take the last weights instead of their average")
+    parser.add_argument("--no-capture", action="store_true", help="on a GPU, don't run the model as CUDA graphs")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     args = parser.parse_args(arguments)
 
@@ -267,14 +276,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "device": device.type,
             } | options
             export = ImageExport(output, settings, classes, args.count)
-            draw_folder(model.to(device), export, args.overwrite, batch_size=args.batch_size, **options)
+            options |= {"batch_size": args.batch_size, "capture": not args.no_capture}
+            draw_folder(model.to(device), export, args.overwrite, **options)
             print(printable(str(output)))
         else:
             check_grid(output, args.count, *config.image_size)
             picture = Grid(args.count, *config.image_size)
-            batches = generate_batches(
-                model.to(device), range(args.count), classes, batch_size=args.batch_size, **options
-            )
+            options |= {"batch_size": args.batch_size, "capture": not args.no_capture}
+            batches = generate_batches(model.to(device), range(args.count), classes, **options)
             for _, images in batches:
                 picture.add(images)
             output.parent.mkdir(parents=True, exist_ok=True)

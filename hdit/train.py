@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from hdit._files import read_json
@@ -34,17 +33,16 @@ from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device,
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
 from hdit.config import HDiTConfig, presets
 from hdit.data import BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
-from hdit.denoiser import Denoiser
-from hdit.ema import ema_update
 from hdit.images import MODES
 from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
 from hdit.options import Options, changes, chosen_options, options_of
-from hdit.recipe import Recipe, batch_loss, recipe_from_kdiffusion
+from hdit.recipe import Recipe, recipe_from_kdiffusion
 from hdit.run import LOCK, LossLog, Saver, Signals, leave_group, no_ctrl_c, only_run, say
 from hdit.run import NonFiniteLoss as NonFiniteLoss
 from hdit.run import RunError as RunError
 from hdit.sample import generate, image_grid
+from hdit.training_step import TrainingStep
 from hdit_kernels import checks
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -102,8 +100,6 @@ def _train(
     model = HDiT(config).to(device).train()
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = recipe.optimizer(model.param_groups(lr), fused=device.type == "cuda")
-    learning_rates = [group["lr"] for group in optimizer.param_groups]
-    denoiser = Denoiser(model, config.sigma_data, recipe.loss_weighting)
     found = Details(config.to_dict(), 0)
     if resuming:
         found = resume(path, model, ema_model, optimizer)
@@ -139,6 +135,7 @@ def _train(
         images, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=leave_group,
         collate_fn=collate,
     )  # fmt: skip
+    training = TrainingStep(model, ema_model, optimizer, config, recipe, options.capture)
     with (
         LossLog(output / "loss.csv", details.step, details.loss) as log,
         Signals() as signals,
@@ -153,20 +150,16 @@ def _train(
                 saver.save()
             if options.sample_every and (last or step % options.sample_every == 0):
                 with signals.at_rest():
-                    save_samples(ema_model, output / "samples" / f"{step:08}.png", options.batch_size)
+                    save_samples(ema_model, output / "samples" / f"{step:08}.png", options)
 
         for step, (pixels, labels) in enumerate(bar, details.step + 1):
             torch.manual_seed(seed_of(options.seed, "step", step))
-            optimizer.zero_grad()
             try:
-                loss = batch_loss(denoiser, config, pixels.to(device, non_blocking=True), labels.to(device), recipe)
+                values = training.gradients(pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True))
             except ValueError as error:  # on a CPU: a scale that is no longer positive, which gives NaN on a GPU
                 if step == 1:
                     raise
                 raise saver.diverged(f"step {step}: {error}") from error
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
-            values = torch.stack([loss.detach(), norm]).tolist()  # the step's one wait for a GPU
             if not all(map(math.isfinite, values)):
                 what = f"step {step}: the loss is {values[0]:g} and the norm of its gradient {values[1]:g}"
                 raise saver.diverged(what)
@@ -174,11 +167,7 @@ def _train(
                 keep(step - 1)  # only now: these weights have shown a finite loss and gradient
             mean = log.write(step, *values)  # before the weights take the step, so that none is without its line
             saver.begin()
-            for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-                group["lr"] = learning_rate * recipe.lr_factor(step - 1)
-            optimizer.step()
-            ema_update(model, ema_model, recipe.ema_decay(step - 1))
-
+            training.update(step - 1)
             saver.finish(step, values[0])
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
         keep(options.steps)
@@ -245,10 +234,10 @@ def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
         yield batch
 
 
-def save_samples(model: HDiT, path: Path, batch_size: int, count: int = 36) -> None:
-    """Writes a grid of samples, of each class in turn; batch_size at a time, since so many images fit into memory."""
+def save_samples(model: HDiT, path: Path, options: Options, count: int = 36) -> None:
+    """Writes a grid of samples, of each class in turn; a batch at a time, since so many images fit into memory."""
     classes = [i % max(model.config.num_classes - 1, 1) for i in range(count)] if model.config.num_classes else None
-    grid = image_grid(generate(model, count, classes, batch_size=batch_size))
+    grid = image_grid(generate(model, count, classes, batch_size=options.batch_size, capture=options.capture))
     try:
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
@@ -342,6 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("save_every", at_least(1), "steps between checkpoints")
     add("sample_every", at_least(0), "steps between grids of samples, 0 for none")
     add("workers", at_least(0), "processes that read images")
+    parser.add_argument(
+        "--capture", action=argparse.BooleanOptionalAction, help="steps and samples as CUDA graphs (default: on a GPU)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:<number> or mps (default: a GPU if there is one)")
     args = vars(parser.parse_args(arguments))
 

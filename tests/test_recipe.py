@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hdit import Denoiser, HDiT, HDiTConfig, config_from_kdiffusion
+from hdit import Denoiser, HDiT, HDiTConfig, config_from_kdiffusion, training_step
 from hdit import train as training
 from hdit.checkpoint import CheckpointError, read_details
 from hdit.data import open_images
@@ -58,7 +58,7 @@ class Run:
 
 def three_steps(folder: Path, recipe: Recipe | None) -> Run:
     run = Run([], {}, [], [], [], {})
-    original, factors = training.batch_loss, [1e3, 1e-3, 1.0]  # the first step's gradients are clipped
+    original, factors = training_step.batch_loss, [1e3, 1e-3, 1.0]  # the first step's gradients are clipped
 
     def spied(denoiser: Any, *arguments: Any) -> Tensor:
         parameters = dict(denoiser.model.named_parameters())
@@ -76,7 +76,7 @@ def three_steps(folder: Path, recipe: Recipe | None) -> Run:
 
     images = open_images("digits", CONFIG.image_size, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "batch_loss", spied)
+        patch.setattr(training_step, "batch_loss", spied)
         options = Options("digits", steps=3, batch_size=16, sample_every=0)
         train(CONFIG, images, options, folder, CPU, recipe=recipe)
     saved = load_file(folder / CHECKPOINT)
@@ -400,7 +400,7 @@ def test_the_simple_loss_is_the_error_of_the_predicted_noise(seed: int) -> None:
     def network(x: Tensor, sigma: Tensor) -> Tensor:
         return x.sin()
 
-    denoiser = training.Denoiser(network, 0.5, recipe.loss_weighting)  # type: ignore[arg-type]
+    denoiser = training_step.Denoiser(network, 0.5, recipe.loss_weighting)  # type: ignore[arg-type]
     noised = x + noise * sigma[:, None, None, None]
     predicted = (noised - denoiser(noised, sigma)) / sigma[:, None, None, None]
     torch.testing.assert_close(denoiser.loss(x, noise, sigma), (predicted - noise).square().mean((1, 2, 3)))

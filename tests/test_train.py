@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hdit import HDiT, HDiTConfig, run
+from hdit import HDiT, HDiTConfig, run, training_step
 from hdit import train as training
 from hdit._runtime import Stopped
 from hdit.checkpoint import CheckpointError, Details, read_details
@@ -50,7 +50,7 @@ def same_tensors(ours: Path, theirs: Path) -> bool:
 
 def failing(monkeypatch: pytest.MonkeyPatch, at: int, act: Any) -> None:
     """Has act(loss) decide the loss of step `at`, counted in this process."""
-    original = training.batch_loss
+    original = training_step.batch_loss
     calls: list[None] = []
 
     def batch_loss(*arguments: Any) -> Tensor:
@@ -58,7 +58,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, at: int, act: Any) -> None:
         loss = original(*arguments)
         return act(loss) if len(calls) == at else loss
 
-    monkeypatch.setattr(training, "batch_loss", batch_loss)
+    monkeypatch.setattr(training_step, "batch_loss", batch_loss)
 
 
 def step_of(output: Path) -> int:
@@ -113,15 +113,17 @@ def test_workers_and_sample_grids_change_nothing(tmp_path: Path, generator: torc
 def test_samples_take_no_more_memory_than_training(
     digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: list[int] = []
+    sizes: list[tuple[int, bool]] = []
 
-    def generate(model: HDiT, count: int, classes: Any, *, batch_size: int) -> Tensor:
-        sizes.append(batch_size)
+    def generate(model: HDiT, count: int, classes: Any, *, batch_size: int, capture: bool) -> Tensor:
+        sizes.append((batch_size, capture))
         return torch.zeros(count, 1, 8, 8, dtype=torch.uint8)
 
     monkeypatch.setattr(training, "generate", generate)
-    train(CONFIG, digits, replace(OPTIONS, steps=1, sample_every=1), tmp_path, CPU)
-    assert sizes == [OPTIONS.batch_size]
+    for captured in (True, False):
+        options = replace(OPTIONS, steps=1, sample_every=1, capture=captured)
+        train(CONFIG, digits, options, tmp_path / str(captured), CPU)
+    assert sizes == [(OPTIONS.batch_size, True), (OPTIONS.batch_size, False)]
 
 
 def test_resume_after_a_crash_repeats_the_lost_steps(
@@ -381,7 +383,7 @@ def test_labels_are_dropped_now_and_then(digits: Images) -> None:
 
     labels = torch.arange(2000) % 10
     pixels = torch.randint(0, 256, [2000, 1, 8, 8], dtype=torch.uint8)
-    training.batch_loss(Recorder(), CONFIG, pixels, labels)  # type: ignore[arg-type]
+    training_step.batch_loss(Recorder(), CONFIG, pixels, labels)  # type: ignore[arg-type]
     dropped = seen[0] == 10
     assert 100 < dropped.sum() < 320  # 200 expected, 13 the standard deviation
     assert torch.equal(seen[0][~dropped], labels[~dropped])

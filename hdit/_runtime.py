@@ -18,6 +18,7 @@ import torch
 
 from hdit import _interrupt
 from hdit._extras import require
+from hdit_kernels import backend
 
 
 class Stopped(BaseException):
@@ -167,6 +168,15 @@ def pick_device(name: str | None = None) -> torch.device:
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 autocast on a GPU; nothing on the CPU, which runs in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def compile_kernels(device: torch.device, call: Callable[[], Any]) -> None:
+    """Compiles, side by side, the kernels that a call launches on a GPU, by a call whose results are thrown away."""
+    if device.type == "cuda" and backend.triton_available():
+        from hdit_kernels.launch import compiled_together
+
+        with compiled_together():
+            call()
 
 
 def environment() -> list[str]:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hdit.model import is_plain
 from hdit_kernels import checks, get_backend
@@ -26,10 +25,8 @@ from hdit_kernels import checks, get_backend
 WAITS = "called a synchronizing CUDA operation"  # how torch's warning about an operation that waits begins
 MOST_GRAPHS = 8
 
-_changes = 0  # of weights that no version counter tells: steps of fused optimizers, replays of captured steps
 
-
-def capture(function: Callable[..., Any], graphs: int = MOST_GRAPHS) -> Captured:
+def capture(function: Callable[..., Any], graphs: int = MOST_GRAPHS, *, fixed_weights: bool = False) -> Captured:
     """A callable like `function` that replays a CUDA graph of it, one for each shape, dtype and set of conditions.
 
     function: a Denoiser, a network, a guided one or any other callable of tensors that returns tensors. Numbers,
@@ -37,16 +34,19 @@ def capture(function: Callable[..., Any], graphs: int = MOST_GRAPHS) -> Captured
     level needs no graph of its own. Call it without gradients. graphs: the most to keep; calls of further shapes run
     eagerly.
 
-    Under autocast the weights of plain linear layers are rounded once, and again when they have changed: by an
-    optimizer's step, load_state_dict (also with assign=True), an average's update, any other change in place, or
-    another layer in the place of one. What writes through a tensor's `.data`, or in a graph of yours, is not seen: call
-    `renew` then. `memory` tells the bytes of graphs and copies.
+    A graph reads the weights where they are, so it has every change: an optimizer's step, load_state_dict, an average's
+    update, a merged adapter. It is made anew when they are elsewhere (assign=True, another layer, `.to`), or training
+    or not has changed.
+
+    fixed_weights: under autocast, round the weights of plain linear layers once instead of in every call, as for a run
+    of sampling (imagenet-256: 5% less time). Later changes of these weights show after `renew` only. `memory` tells the
+    bytes of graphs and copies.
 
     A function that moves random numbers on (dropout) draws those that it would draw eagerly. Forward hooks of modules
     would not run in a graph, so a module with hooks runs eagerly.
     Raises TypeError or ValueError on a function that can't be called and on graphs below 1.
     """
-    return Captured(function, graphs)
+    return Captured(function, graphs, fixed_weights)
 
 
 def capture_step(step: Callable[..., Any], *inputs: Tensor) -> CapturedStep:
@@ -63,17 +63,6 @@ def capture_step(step: Callable[..., Any], *inputs: Tensor) -> CapturedStep:
     Raises TypeError or ValueError on a step that can't be called and inputs that are no tensors.
     """
     return CapturedStep(step, inputs)
-
-
-def _note_change(*of_an_optimizer: Any) -> None:
-    global _changes
-    _changes += 1
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    """Fused optimizers leave weights' version counters as they are."""
-    register_optimizer_step_post_hook(_note_change)
 
 
 class _Replayable:
@@ -136,10 +125,12 @@ class _Replayable:
 class Captured(_Replayable):
     """What `capture` returns: call it as the function that it was made of."""
 
-    def __init__(self, function: Callable[..., Any], graphs: int = MOST_GRAPHS) -> None:
+    def __init__(self, function: Callable[..., Any], graphs: int = MOST_GRAPHS, fixed_weights: bool = False) -> None:
         checks.function("function", function)
         super().__init__(function)
         self._most = checks.integer("graphs", graphs, 1)
+        checks.boolean("fixed_weights", fixed_weights)
+        self._fixed_weights = fixed_weights
         self._graphs: dict[Any, _Graph] = {}
         functools.update_wrapper(self, function, updated=())
 
@@ -162,10 +153,8 @@ class Captured(_Replayable):
             if graph is not None:
                 self.reason = None
                 results = graph(values)
-                if not graph.stale():  # looked at while the GPU works: it takes as long as the launch
+                if not graph.taken.changed():  # looked at while the GPU works: it takes as long as the launch
                     return results
-                if graph.renew():
-                    return graph(values)
                 self.memory -= self._graphs.pop(key).memory
             graph = self._made(device, values, len(args), list(kwargs))
             if graph is None:
@@ -191,10 +180,10 @@ class Captured(_Replayable):
         return None
 
     def renew(self) -> None:
-        """Rounds all weights anew, for a change that can't be seen (see `capture`)."""
+        """Rounds the weights anew, with fixed_weights."""
         with self._lock:
             for graph in self._graphs.values():
-                graph.renew()
+                graph.copies.renew()
 
 
 class _Graph:
@@ -212,9 +201,8 @@ class _Graph:
         function = owner._function
         wide = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in values)
         self._inputs = [_static(value, torch.float64 if wide else torch.float32, device) for value in values]
-        self._taken = _Taken(modules)
-        self._copies = _Copies(modules)
-        self._seen = _changes
+        self.taken = _Taken(modules)
+        self.copies = _Copies(modules if owner._fixed_weights else [])
 
         def call() -> Any:
             return function(*self._inputs[:positional], **dict(zip(names, self._inputs[positional:], strict=True)))
@@ -224,7 +212,7 @@ class _Graph:
         self.memory = 0
         state = torch.cuda.get_rng_state(device)
         try:
-            with self._copies.in_place(), owner._beside(device), _no_autocast_cache():
+            with self.copies.in_place(), owner._beside(device), _no_autocast_cache():
                 call()  # compiles what is compiled on first use; an error is the caller's
                 torch.cuda.set_rng_state(state, device)
                 self.reason = _waits(call)
@@ -234,13 +222,13 @@ class _Graph:
             return
         before = owner.memory
         try:
-            with self._copies.in_place():
+            with self.copies.in_place():
                 self._graph, self._results = owner._record(call, device)
         except Exception as error:
             self.reason = f"capturing failed ({type(error).__name__}: {str(error).splitlines()[0]})"
             torch.cuda.synchronize(device)
             return
-        owner.memory += self._copies.memory + sum(v.nbytes for v in self._inputs if isinstance(v, Tensor))
+        owner.memory += self.copies.memory + sum(v.nbytes for v in self._inputs if isinstance(v, Tensor))
         self.memory = owner.memory - before
 
     def __call__(self, values: Sequence[Any]) -> Any:
@@ -254,17 +242,6 @@ class _Graph:
                 static.copy_(value)
             elif isinstance(static, Tensor):
                 static.fill_(value)
-
-    def stale(self) -> bool:
-        return self._seen != _changes or self._copies.changed() or self._taken.changed()
-
-    def renew(self) -> bool:
-        """Copies the weights anew; False where the graph itself is of other modules or memory."""
-        if self._taken.changed():
-            return False
-        self._seen = _changes
-        self._copies.renew()
-        return True
 
 
 class _Taken:
@@ -303,13 +280,11 @@ class _Copies:
         self._layers = [
             m for m in modules
             if dtype is not None and isinstance(m, nn.Linear) and is_plain(m) and m.weight.is_cuda
-            and m.weight.dtype == torch.float32 and not m.weight.is_inference()
+            and m.weight.dtype == torch.float32
         ]  # fmt: skip
         self._weights = list({id(layer.weight): layer.weight for layer in self._layers}.values())
         with torch.no_grad():
             self._copies = [weight.to(dtype) for weight in self._weights]
-        self._versions = [weight._version for weight in self._weights]
-        _watch_optimizers()
         self.memory = sum(copy.nbytes for copy in self._copies)
 
     @contextmanager
@@ -324,13 +299,9 @@ class _Copies:
             for layer, weight in before:
                 layer._parameters["weight"] = weight
 
-    def changed(self) -> bool:
-        return self._versions != [weight._version for weight in self._weights]
-
     @torch.no_grad()
     def renew(self) -> None:
         if self._copies:
-            self._versions = [weight._version for weight in self._weights]
             torch._foreach_copy_(self._copies, self._weights)
 
 
@@ -374,7 +345,6 @@ class CapturedStep(_Replayable):
                     torch.cuda.synchronize(device)
                     return self._function(*inputs)
             self._graph.replay()
-            _note_change()
             return _map(torch.clone, self._results)
 
     def _warm_up(self, watch: bool) -> Any:

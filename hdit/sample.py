@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -32,6 +33,7 @@ from hdit._runtime import (
     Parser,
     at_least,
     autocast,
+    compile_kernels,
     needs,
     one_line_errors,
     pick_device,
@@ -141,11 +143,10 @@ def _batches(
     capture: bool,
 ) -> Generator[tuple[Sequence[int], Tensor], None, None]:
     config, device = model.config, next(model.parameters()).device
-    denoise: Any = Denoiser(model, config.sigma_data)
+    eager: Any = Denoiser(model, config.sigma_data)
     if guidance != 1 and config.null_class is not None:
-        denoise = sampling.ClassifierFreeGuidance(denoise, guidance, config.null_class)
-    if capture and device.type == "cuda":
-        denoise = Captured(denoise)
+        eager = sampling.ClassifierFreeGuidance(eager, guidance, config.null_class)
+    denoise = Captured(eager, fixed_weights=True) if capture and device.type == "cuda" else eager
     sigmas = sampling.get_sigmas_karras(steps, config.sigma_min, config.sigma_max, device=device)
     function, shape = SAMPLERS[sampler], (config.in_channels, *config.image_size)
     firsts = range(0, len(numbers), batch_size)
@@ -160,7 +161,12 @@ def _batches(
             if "noise_sampler" in inspect.signature(function).parameters:
                 extra["noise_sampler"] = noise
             with torch.no_grad(), autocast(device):
-                x = function(denoise, noise() * sigmas[0], sigmas, disable=True, **extra)
+                if isinstance(denoise, Captured):
+                    denoise.renew()  # the caller may have changed the weights since the last batch
+                x = noise() * sigmas[0]
+                if first == 0:
+                    compile_kernels(device, functools.partial(eager, x, sigmas[0], **extra["extra_args"]))
+                x = function(denoise, x, sigmas, disable=True, **extra)
             x = x.float().cpu()
             finite = x.isfinite().flatten(1).all(1)
             if not finite.all():

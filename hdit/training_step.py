@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hdit._runtime import compile_kernels
 from hdit.config import HDiTConfig
 from hdit.cuda_graphs import CapturedStep, capture_step
 from hdit.denoiser import Denoiser
@@ -38,12 +39,17 @@ class TrainingStep:
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
         self._captured = captured and next(model.parameters()).is_cuda
         self._halves: dict[str, CapturedStep] = {}
+        self._compiled = False
 
     def gradients(self, pixels: Tensor, labels: Tensor) -> tuple[float, float]:
         """Computes them for a batch, clipped; returns the loss and their norm before. Random by torch's generators.
 
         pixels uint8 [B, C, H, W] and labels int64 [B], on the model's device. Raises ValueError as batch_loss does.
         """
+        if not self._compiled:
+            self._compiled = True
+            with torch.random.fork_rng([pixels.device] if pixels.is_cuda else []):
+                compile_kernels(pixels.device, lambda: self._compute(pixels, labels))
         loss, norm = self._run("gradients", self._compute, pixels, labels).tolist()  # the step's one wait for a GPU
         return loss, norm
 

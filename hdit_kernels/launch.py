@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime._async_compile import AsyncCompileMode, active_mode
 from triton.runtime.jit import JITFunction
 
 
@@ -30,7 +32,42 @@ def kernel(function: Callable[..., Any], jit: Callable[..., Any] = triton.jit) -
     integers = [
         name for name, p in inspect.signature(function).parameters.items() if str(p.annotation).startswith("tl.int")
     ]
-    return jit(function, do_not_specialize=integers)
+    compiled = jit(function, do_not_specialize=integers)
+    if isinstance(compiled, JITFunction):  # not in the interpreter
+        compiled.run = functools.partial(_launch_or_compile, compiled.run)  # type: ignore[method-assign]
+    return compiled
+
+
+def _launch_or_compile(run: Callable[..., Any], *args: Any, warmup: bool, **kwargs: Any) -> Any:
+    if _together is None:
+        return run(*args, warmup=warmup, **kwargs)
+    before = active_mode.set(_together)  # in this thread: autograd's backward passes have threads of their own
+    try:
+        return run(*args, warmup=True, **kwargs)
+    finally:
+        active_mode.reset(before)
+
+
+_together: AsyncCompileMode | None = None
+
+
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """Inside, kernels are not launched but compiled, side by side; on leaving it, they are there.
+
+    What operators return inside is garbage: make a pass of a network, forward and backward, and throw its results
+    away. Then its first real pass doesn't compile one kernel after the other, most of which is time outside Python.
+    """
+    global _together
+    # Triton changes the warnings' filters while it compiles; threads may put them back in the wrong order.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        _together = mode = AsyncCompileMode(pool)
+        try:
+            yield
+        finally:
+            _together = None
+            with mode:
+                pass  # waits for the compilers
 
 
 class Launch(NamedTuple):
@@ -62,6 +99,10 @@ def run(*launches: Launch) -> None:
     their storages' sizes, too, which is left to Triton). Addresses in place of tensors spare it a question to the
     driver for each.
     """
+    if _together is not None:
+        for each in launches:
+            each.by_triton()
+        return
     compiling = True
     for index, each in enumerate(launches):
         addresses = [tensor.data_ptr() for tensor in each.tensors]

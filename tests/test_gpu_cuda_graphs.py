@@ -20,12 +20,20 @@ from hdit.checkpoint import load_checkpoint
 from hdit.data import Digits
 from hdit.ema import ema_update
 from hdit.options import Options
-from hdit.sample import generate
+from hdit.sample import generate, generate_batches
 from hdit.train import CHECKPOINT, train
+from hdit_kernels import geglu, reference
 from tests.tiny import CONFIG, random_model
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
+
+pytest.importorskip("triton")
+from triton import FutureKernel  # noqa: E402
+from triton.compiler import CompiledKernel  # noqa: E402
+
+from hdit_kernels.geglu_triton import _geglu_forward_kernel  # noqa: E402
+from hdit_kernels.launch import compiled_together  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +69,7 @@ def compare(captured: Any, eager: Callable[..., Tensor], **arguments: Any) -> No
 
 def test_the_same_images(seed: int) -> None:
     denoiser = Denoiser(small())
-    captured = hdit.capture(denoiser)
+    captured = hdit.capture(denoiser, graphs=20)
     for batch, side in ((3, 16), (2, 8), (3, 16)):
         given = inputs(batch, side)
         compare(captured, denoiser, **given)
@@ -132,6 +140,8 @@ CHANGES: dict[str, Callable[[HDiT], Any]] = {
     "a layer": replace_layer,
     "average": lambda model: ema_update(other(model), model, 0.5),
     "norm": lambda model: model.requires_grad_(False).out_norm.scale.mul_(2.0),
+    "through .data": lambda model: model.mid_level[0].ff.up_proj.weight.data.mul_(2.0),
+    "foreach": lambda model: torch._foreach_mul_([p.data for p in model.parameters()], 1.25),
     "tensor": lambda model: setattr(model.out_norm.scale, "data", model.out_norm.scale.data * 3.0),
 }
 
@@ -151,14 +161,33 @@ def test_weights_that_change_between_replays(change: str, seed: int) -> None:
         assert not torch.equal(before, denoiser(**given))
 
 
-def test_what_writes_through_data_needs_renew(seed: int) -> None:
+def test_fixed_weights_change_by_renew(seed: int) -> None:
     denoiser = Denoiser(small())
-    captured = hdit.capture(denoiser)
+    captured = hdit.capture(denoiser, fixed_weights=True)
     given = inputs()
     compare(captured, denoiser, **given)
-    denoiser.model.mid_level[0].ff.up_proj.weight.data.mul_(2.0)
+    with torch.no_grad():
+        denoiser.model.mid_level[0].ff.up_proj.weight.mul_(2.0)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert not torch.equal(captured(**given), denoiser(**given))
     captured.renew()
     compare(captured, denoiser, **given)
+    new_weights = {name: tensor * 1.25 for name, tensor in denoiser.state_dict().items()}
+    denoiser.load_state_dict(new_weights, assign=True)
+    compare(captured, denoiser, **given)
+    assert all(type(layer.weight) is nn.Parameter for layer in denoiser.modules() if isinstance(layer, nn.Linear))
+
+
+def test_sampling_takes_weights_that_change_between_batches(seed: int) -> None:
+    images = {}
+    for capture in (True, False):
+        model = small()
+        batches = generate_batches(model, range(4), [0, 1, 2, 3], steps=3, batch_size=2, capture=capture)
+        images[capture] = [next(batches)[1]]
+        with torch.no_grad():
+            torch._foreach_mul_(list(model.parameters()), 1.2)
+        images[capture] += [batch for _, batch in batches]
+    assert torch.equal(torch.cat(images[True]), torch.cat(images[False]))
 
 
 def test_dropout_is_the_eager_one(seed: int) -> None:
@@ -303,3 +332,18 @@ def test_samples_are_the_eager_ones(seed: int) -> None:
         classes = [0, 1, 2, 3, 4, 5]
         wanted = generate(model, 6, classes, capture=False, **options)
         assert torch.equal(generate(model, 6, classes, **options), wanted)
+
+
+def test_kernels_are_compiled_together_without_a_launch(seed: int) -> None:
+    model, given = small(), inputs()
+    x = torch.randn(5, 24, device=GPU, dtype=torch.float16)
+    with compiled_together():
+        with torch.autocast("cuda", torch.float16):
+            model(**given).sum().backward()
+        out = geglu(x)
+        compiled_to = list(_geglu_forward_kernel.device_caches[0][0].values())[-1]
+        assert isinstance(compiled_to, FutureKernel)
+    assert isinstance(compiled_to.result(), CompiledKernel) and out.shape == (5, 12)
+    kernels = len(_geglu_forward_kernel.device_caches[0][0])
+    assert torch.allclose(geglu(x), reference.geglu(x), atol=1e-2)
+    assert len(_geglu_forward_kernel.device_caches[0][0]) == kernels  # found, not compiled anew

@@ -3,8 +3,10 @@ test_interpreter.py in processes of their own), ahead-of-time compilation (test_
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -75,10 +78,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if config.pluginmanager.hasplugin("xdist"):  # -n with --dist loadgroup: what fills the GPU's memory, in turn
-        for item in gpu:
-            if item.path.stem != "test_gpu_operators":
-                item.add_marker(pytest.mark.xdist_group("in turn"))
     if gpu and not torch.cuda.is_available():
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
@@ -104,6 +103,31 @@ def pytest_testnodedown(node: Any) -> None:
     for section, operators in json.loads(getattr(node, "workeroutput", {}).get("record", "{}")).items():
         for operator, kinds in operators.items():
             seen.setdefault(section, {}).setdefault(operator, {}).update(kinds)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of pytest-xdist's workers that need a kernel at once, one compiles it; the rest have it of Triton's cache."""
+    if not (hasattr(request.config, "workerinput") and torch.cuda.is_available() and HAS_TRITON):
+        yield
+        return
+    from triton.runtime.jit import JITFunction
+
+    folder = tmp_path_factory.getbasetemp().parent  # which all workers share
+    with mock.patch.object(JITFunction, "_do_compile", one_at_a_time(JITFunction._do_compile, folder)):
+        yield
+
+
+def one_at_a_time(compiling: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """JITFunction._do_compile, in one process or thread at a time for any one kernel and key."""
+
+    def in_turn(kernel: Any, key: str, *args: Any) -> Any:
+        named = f"{kernel.fn.__module__} {kernel.fn.__name__} {key}"
+        with (folder / f"{hashlib.sha256(named.encode()).hexdigest()}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            return compiling(kernel, key, *args)
+
+    return in_turn
 
 
 @pytest.fixture(autouse=True)

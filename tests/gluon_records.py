@@ -169,7 +169,10 @@ def on_gpu(processes: int) -> tuple[dict[str, Any], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="side by side, on a GPU (default: 1)")
+    cores = min(os.cpu_count() or 1, 16)  # compiling is most of the time; on more, workers wait for each other
+    parser.add_argument(
+        "--processes", type=int, default=cores, metavar="N", help="on a GPU (default: one a core, at most 16)"
+    )
     args = parser.parse_args(argv)
     import torch
 

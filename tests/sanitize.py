@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m tests.sanitize", description=__doc__)
     parser.add_argument("seed", type=int)
     seed = parser.parse_args(argv).seed
+    os.environ["HDIT_TEST_SEED"] = str(seed)  # of the cases
     launched: set[str] = set()
     launch = JITFunction.run
 

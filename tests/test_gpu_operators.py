@@ -224,8 +224,8 @@ def test_compiles_whole_and_under_autocast(operator: str, seed: int) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_compile_keys(operator: str, seed: int, record) -> None:
-    """Sizes, batches and strides compile nothing new: over 30 cases of a dtype at most 16 binaries of any one kernel.
-    Those of `na2d` differ by head_dim, entry of the configurations and alignment, of which a seed may draw 13.
+    """Sizes, batches and strides compile nothing new: over 30 cases of a dtype at most 10 binaries of any one kernel.
+    Those of `na2d` differ by head_dim, entry of the configurations and alignment, of which a seed may draw 8.
     """
     from triton.runtime.jit import JITFunction
 
@@ -247,7 +247,7 @@ def test_compile_keys(operator: str, seed: int, record) -> None:
             case = OPERATORS[operator](sizes, values, torch.bfloat16, False)
             run(case, case.call, on_gpu(case.tensors), None)
     record("compile_keys", operator, "bfloat16", compiled)
-    assert compiled and max(compiled.values()) <= 16, compiled
+    assert compiled and max(compiled.values()) <= 10, compiled
 
 
 def kernels_of_the_package():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +30,15 @@ class Case(NamedTuple):
 
 Generator = Callable[[random.Random, torch.Generator, torch.dtype, bool], Case]
 """(sizes, values, activation dtype, whether parameters are float32 beside it) -> Case."""
+
+
+def turn(dtype: torch.dtype, mixed: bool = False) -> int:
+    """Which share of a family's compile keys a kind of dtypes has in this run: one more each, and with each seed.
+
+    Compiling is most of the GPU suite's time, so a kind has a 2nd or a 3rd of them; all kinds together have all.
+    """
+    kinds = [(torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.bfloat16, True)]
+    return int(os.environ["HDIT_TEST_SEED"]) + kinds.index((dtype, mixed))
 
 
 def strided(tensor: Tensor, sizes: random.Random) -> Tensor:

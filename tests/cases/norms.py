@@ -10,15 +10,15 @@ from torch import Tensor
 
 import hdit_kernels
 from hdit_kernels import reference
-from tests.cases import Case, Generator, strided
+from tests.cases import Case, Generator, strided, turn
 
 # Few compile keys: one for each power of two that the width rounds up to, and whether all rows are 16-byte aligned.
 WIDTHS = (32, 48, 128, 257, 384, 512, 768, 1536)
 
 
-def _shape(sizes: random.Random, per_sample: bool) -> tuple[int, ...]:
+def _shape(sizes: random.Random, dtype: torch.dtype, mixed: bool, per_sample: bool) -> tuple[int, ...]:
     """[B, C], tokens or a grid, some a row more or less than whole blocks of rows; rms_norm also takes one row [C]."""
-    channels = sizes.choice(WIDTHS)
+    channels = sizes.choice(WIDTHS[turn(dtype, mixed) % 3 :: 3])
     kinds: list[tuple[int, ...]] = [
         (),
         (sizes.choice([1, 15, 16, 17, 65]),),
@@ -44,7 +44,7 @@ def _activation(sizes: random.Random, values: torch.Generator, shape: tuple[int,
 
 def _norm(name: str, parameters: tuple[str, ...]) -> Generator:
     def generate(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
-        shape, eps = _shape(sizes, name != "rms_norm"), sizes.choice([1e-6, 1e-6, 1e-3])
+        shape, eps = _shape(sizes, dtype, mixed, name != "rms_norm"), sizes.choice([1e-6, 1e-6, 1e-3])
         parameter_dtype = torch.float32 if mixed else dtype
         tensors = {"x": _activation(sizes, values, shape, dtype)}
         for parameter in parameters:
@@ -63,7 +63,7 @@ def _norm(name: str, parameters: tuple[str, ...]) -> Generator:
 
 
 def gated_residual(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
-    shape, parameter_dtype = _shape(sizes, True), torch.float32 if mixed else dtype
+    shape, parameter_dtype = _shape(sizes, dtype, mixed, True), torch.float32 if mixed else dtype
     tensors = {
         "x": _activation(sizes, values, shape, dtype),
         "y": _activation(sizes, values, shape, dtype),

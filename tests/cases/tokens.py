@@ -9,20 +9,29 @@ import torch
 
 import hdit_kernels
 from hdit_kernels import reference
-from tests.cases import Case, strided
+from tests.cases import Case, strided, turn
 
 PATCH_SIZES = ((2, 2), (4, 4), (2, 4), (3, 1), (1, 1))
 
 
 def sides(
-    sizes: random.Random,
+    sizes: random.Random, dtype: torch.dtype, mixed: bool
 ) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int, int, int], int]:
-    """patch_size, the shapes of the fine and of the coarse tokens, and h·w·C."""
+    """patch_size, the shapes of the fine and of the coarse tokens, and h·w·C.
+
+    Channels and features decide on compile keys by being multiples of 8 or not; a kind of dtypes has one of the four.
+    """
+    share = turn(dtype, mixed)
     h, w = patch_size = sizes.choice(PATCH_SIZES)
     batch, height, width = sizes.randint(1, 8), sizes.randint(1, 20), sizes.randint(1, 20)
-    channels = sizes.choice([1, 3, sizes.randint(1, 70), 8 * sizes.randint(1, 16), 64, 128])
-    features = sizes.choice([sizes.randint(1, 200), 8 * sizes.randint(1, 40), 128, 256])
+    channels = sizes.choice([8 * sizes.randint(1, 16), 64, 128] if share % 2 else [1, 3, _odd(sizes, 70)])
+    features = sizes.choice([8 * sizes.randint(1, 40), 128, 256]) if share // 2 % 2 else _odd(sizes, 200)
     return patch_size, (batch, height * h, width * w, channels), (batch, height, width, features), h * w * channels
+
+
+def _odd(sizes: random.Random, largest: int) -> int:
+    """No multiple of 8."""
+    return sizes.choice([n for n in range(1, largest) if n % 8])
 
 
 def activation(
@@ -43,7 +52,7 @@ def parameter(
 
 
 def token_merge(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
-    patch_size, fine, coarse, columns = sides(sizes)
+    patch_size, fine, coarse, columns = sides(sizes, dtype, mixed)
     return Case(
         f"token_merge {list(fine)} -> {list(coarse)}",
         dict(
@@ -57,7 +66,7 @@ def token_merge(sizes: random.Random, values: torch.Generator, dtype: torch.dtyp
 
 
 def token_split(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
-    patch_size, fine, coarse, columns = sides(sizes)
+    patch_size, fine, coarse, columns = sides(sizes, dtype, mixed)
     tensors = dict(
         x=activation(coarse, sizes, values, dtype),
         weight=parameter(columns, coarse[3], sizes, values, dtype, mixed),

@@ -34,16 +34,17 @@ def kernel(function: Callable[..., Any], jit: Callable[..., Any] = triton.jit) -
     ]
     compiled = jit(function, do_not_specialize=integers)
     if isinstance(compiled, JITFunction):  # not in the interpreter
-        compiled.run = functools.partial(_launch_or_compile, compiled.run)  # type: ignore[method-assign]
+        compiled.run = functools.partial(_launch_or_compile, compiled)  # type: ignore[method-assign]
     return compiled
 
 
-def _launch_or_compile(run: Callable[..., Any], *args: Any, warmup: bool, **kwargs: Any) -> Any:
+def _launch_or_compile(function: JITFunction[Any], *args: Any, warmup: bool, **kwargs: Any) -> Any:
+    run = type(function).run
     if _together is None:
-        return run(*args, warmup=warmup, **kwargs)
+        return run(function, *args, warmup=warmup, **kwargs)
     before = active_mode.set(_together)  # in this thread: autograd's backward passes have threads of their own
     try:
-        return run(*args, warmup=True, **kwargs)
+        return run(function, *args, warmup=True, **kwargs)
     finally:
         active_mode.reset(before)
 

@@ -526,6 +526,17 @@ def test_a_gpu_that_is_lost_in_a_graph_ends_the_run(memory: Memory, monkeypatch:
     assert row["status"] == "ok" and "not captured: AcceleratorError" in row["detail"]
 
 
+def test_first_results_are_of_random_numbers_of_their_own() -> None:
+    found = []
+    for _ in range(2):
+        watched = Watched(lambda: (torch.rand(2), torch.rand(1)), 2)
+        for _ in range(3):
+            watched()
+            torch.rand(1)
+        found.append(torch.cat(watched.results))
+    assert torch.equal(*found) and len(set(found[0].tolist())) == 6
+
+
 class Graph:
     """What hdit.capture and hdit.capture_step return, made up: captures at once, and makes each call as it is."""
 

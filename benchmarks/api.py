@@ -241,6 +241,8 @@ def _outcome(row: runs.Row) -> str:
     if row["gpu_us"]:
         words.append(f"GPU {duration(row['gpu_us']['median'])} ({row['ratio_to_floor']:.2f}x floor)")
     words.append(f"wall {duration(row['wall_us']['median'])}")
+    if row.get("captured_us"):
+        words.append(f"captured {duration(row['captured_us']['median'])}")
     if row["first_call_s"] is not None:
         words.append(f"first call {row['first_call_s']:.2f} s")
     if row["detail"]:
@@ -269,8 +271,10 @@ def print_table(data: dict[str, Any]) -> None:
         table.add_column(name, no_wrap=True)
     operators = kinds == ["kernels"]
     memory = on_gpu and not operators
+    graphs = any(row.get("captured_us") for row in data["rows"])
     for name in [
         *(("GPU", "p20 … p80", "x floor", "wall") if on_gpu else ("wall", "p20 … p80", "x floor")),
+        *(("captured",) if graphs else ()),
         *(("bytes", "FLOPs") if operators else ()),
         *(("memory",) if memory else ()),
         "error",
@@ -286,6 +290,8 @@ def print_table(data: dict[str, Any]) -> None:
         cells += _time_cells(row, "gpu_us" if on_gpu else "wall_us")
         if on_gpu:
             cells.append(duration(row["wall_us"]["median"]) if row["wall_us"] else "")
+        if graphs:
+            cells.append(duration(row["captured_us"]["median"]) if row.get("captured_us") else "")
         if operators:
             cells += [amount(row["bytes"], "B"), amount(row["flops"], "FLOP")]
         if memory:

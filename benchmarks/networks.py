@@ -5,6 +5,7 @@ CPU in float32. What is measured of one pass:
 
 GPU time     the summed durations of its kernels (copies and fills included) in torch.profiler: what the GPU works
 wall time    from the call to the end of a synchronisation: what a user waits, launches and host code included
+captured     the wall time of the same pass by hdit.capture or hdit.capture_step, on a GPU: see benchmarks/captured.py
 kernels      how many of them it launches
 peak memory  the most that the GPU's allocator holds during the pass, less what it held before the network was built:
              weights, inputs, gradients, optimizer and averaged weights included, what the benchmark itself holds not
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import importlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -27,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ceilings, correctness, timing
+from benchmarks import captured, ceilings, correctness, timing
+from benchmarks.captured import Pass, Watched
 from benchmarks.measure import DeviceLost
 from benchmarks.peers import kdiffusion
 from benchmarks.peers.dit import DiT
@@ -273,22 +276,28 @@ def _relative(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 # Measuring
 
 
-def prepare(network: Network, direction: str, batch: int, device: torch.device) -> Callable[[], object]:
-    """A model on the device, ready: each call runs one pass. direction: "forward", "forward+backward" or "step"."""
+def prepare(network: Network, direction: str, batch: int, device: torch.device, capturing: bool = False) -> Pass:
+    """A model on the device, ready: each call runs one pass. direction: "forward", "forward+backward" or "step".
+
+    capturing: by hdit.capture or hdit.capture_step, of those in captured.FIRST. The same weights and inputs each time.
+    """
     torch.manual_seed(0)
     with device:
         model = randomise(network.build(network.side))
         x, level, class_cond = draw(network.config, network.side, batch)
     if direction == "step":
-        return _training(model, network.config, batch, device)
+        step, given = _training(model, network.config, batch, device)
+        run = _capture().capture_step(step, *given) if capturing else step
+        return Pass(lambda: run(*given), run if capturing else None)
     if direction == "forward":
         model.eval()
+        run = _capture().capture(model) if capturing else model
 
         def forward() -> Tensor:
             with torch.no_grad(), autocast(device):
-                return model(x, level, class_cond=class_cond)
+                return run(x, level, class_cond=class_cond)
 
-        return forward
+        return Pass(forward, run if capturing else None)
     model.train()
     cotangent = torch.randn(batch, network.config.out_channels, *x.shape[2:], device=device)
 
@@ -298,11 +307,19 @@ def prepare(network: Network, direction: str, batch: int, device: torch.device) 
             out = model(x, level, class_cond=class_cond)
         out.backward(cotangent.to(out.dtype))
 
-    return both
+    return Pass(both)
 
 
-def _training(model: nn.Module, config: HDiTConfig, batch: int, device: torch.device) -> Callable[[], None]:
-    """One step of hdit.train on a fixed batch: loss, backward, clipping, AdamW and the average of the weights."""
+def _capture() -> Any:
+    """hdit.cuda_graphs, which older revisions, of benchmarks.compare, don't have."""
+    return importlib.import_module("hdit.cuda_graphs")
+
+
+def _training(
+    model: nn.Module, config: HDiTConfig, batch: int, device: torch.device
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    """One step of hdit.train: loss, backward, clipping, AdamW and the average of the weights; and a batch for it. It
+    returns the loss and the gradient's norm."""
     model.train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
     groups = list(getattr(model, "param_groups", model.parameters)())
@@ -314,15 +331,16 @@ def _training(model: nn.Module, config: HDiTConfig, batch: int, device: torch.de
         pixels = torch.randint(0, 256, (batch, config.in_channels, *config.image_size), dtype=torch.uint8)
         labels = torch.zeros(batch, dtype=torch.int64)
 
-    def step() -> None:
+    def step(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad()
         loss = batch_loss(denoiser, config, pixels, labels, recipe)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
         optimizer.step()
         ema_update(model, average, recipe.ema_decay(1000))
+        return loss.detach(), norm
 
-    return step
+    return step, (pixels, labels)
 
 
 @dataclass(frozen=True)
@@ -425,17 +443,16 @@ def attempt(
     patience: seconds of a pass beyond which it stays "not measured": it isn't tried where a matrix product of as many
     FLOPs would take longer, and left as `measure_call` has it.
 
-    Raises DeviceLost, the failed row added, when the GPU no longer answers.
+    Raises DeviceLost, the row added, when the GPU no longer answers.
     """
     row = blank | _attempted(blank, network, checked, run, device, seconds, patience)
     run.put(row)
     run.save()
-    if row["status"] != "ok":
-        try:
-            timing.synchronize(device)
-        except RuntimeError as lost:
-            message = f"{row['case']}, {network.name}: the GPU no longer answers: {timing.one_line(lost)}"
-            raise DeviceLost(message, [row]) from lost
+    try:
+        timing.synchronize(device)
+    except RuntimeError as lost:
+        message = f"{row['case']}, {network.name}: the GPU no longer answers: {timing.one_line(lost)}"
+        raise DeviceLost(message, [row]) from lost
     return row
 
 
@@ -461,10 +478,14 @@ def _attempted(
     if floor_us is not None and floor_us / 1e6 > patience:
         reason = f"at least {floor_us / 1e6:.2g} s a pass, more than the {patience:.2g} s allowed"
         return found | {"status": "not measured", "reason": reason}
+    eager = []
     call: Callable[[], object] | None = None
     try:
         before = held(device)
         call = prepare(network, direction, batch, device)
+        if device.type == "cuda" and direction in captured.FIRST:
+            call = Watched(call, captured.FIRST[direction])
+            eager = call.results
         measured = measure_call(call, device, seconds, before, patience)
     except TooSlow as slow:
         return found | {"status": "not measured", "reason": str(slow), "first_call_s": slow.first_call_s}
@@ -475,6 +496,17 @@ def _attempted(
         call = None
         release(device)
     details = [blank["detail"], f"SDPA by {measured.sdpa}" if measured.sdpa else None]
+    if eager and measured.wall_us.median > captured.LONGEST * 1e6:
+        details.append(f"{captured.NOT}a pass takes more than {captured.LONGEST:g} s")
+    elif eager:
+        allowed = max(bar for _, bar in errors.values())
+        again = functools.partial(prepare, network, direction, batch, device, capturing=True)
+        graph = captured.measure(again, direction, eager, allowed, device, seconds / 2)
+        release(device)
+        if isinstance(graph, str):
+            details.append(captured.NOT + graph.replace("; ", ", "))
+        else:
+            found["captured_us"] = graph.to_dict()
     return found | {
         "status": "ok",
         "detail": "; ".join(filter(None, details)) or None,
@@ -489,10 +521,12 @@ def _attempted(
     }
 
 
-def fewest_calls(device: torch.device) -> int:
-    """How many passes measure_call() makes at least, after the first; on a GPU of those of a second or more two less,
-    on a CPU of LONG ones one."""
-    return 8 if device.type == "cuda" else 3
+def fewest_calls(device: torch.device, seconds: float = 0.0) -> int:
+    """How many passes attempt() makes at least, after the first, of so many seconds each; on a GPU of those of a second
+    or more two less, on a CPU of LONG ones one."""
+    if device.type != "cuda":
+        return 3
+    return 8 if seconds > captured.LONGEST else 8 + max(captured.FIRST.values()) + captured.LEAST
 
 
 def peak(network: Network, direction: str, batch: int, device: torch.device) -> int:

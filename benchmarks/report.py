@@ -17,13 +17,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, results, runs, sources
 from benchmarks import rows as reading
+from benchmarks.captured import NOT
 from benchmarks.fits import PowerLaw
 from benchmarks.rows import MEASURES, NOISE, UNDECIDED
 from benchmarks.runs import Row
@@ -54,6 +55,8 @@ FRONT = [  # of the README: (case, pass); two of na2d's windows, the rest at sha
     ("token_merge 32x256x256x3 p4 to 128 bfloat16", "forward+backward"),
     ("token_split 4x64x64x384 p2 to 256 skip bfloat16", "forward+backward"),
 ]
+CAPTURED = "captured_us"  # of rows on a GPU, and not of all of these: see benchmarks/captured.py
+TIMES = MEASURES | {CAPTURED: "captured"}
 GRID = ("batch", "height", "width", "heads", "head_dim")
 _BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end of \1 -->\n", re.DOTALL)
 _BUILT = re.compile(r"<!-- built: ([\w-]+) -->")
@@ -365,7 +368,7 @@ def _scaling_details(records: Records) -> str:
         parts += [f"{title}:\n\n{_lines(table)}" for title, table in resource_tables(rows).items()]
         parts.append(_exponents(rows, plots.scaling_panels(rows), "pixels"))
         parts += [f"{title}:\n\n{_table(head, body, left=3)}" for title, (head, *body) in largest_table(rows).items()]
-        parts.append(_lost(rows))
+        parts += [_lost(rows), _uncaptured(rows)]
     return _joined(parts)
 
 
@@ -391,10 +394,9 @@ def scaling_table(run: dict[str, Any]) -> list[list[str]]:
     """A scaling run's forward passes at batch 1 as a table, its head first: FLOPs and times by size, and what the first
     contestant takes of the second's."""
     rows = forward_rows(run)
-    which = reading.judged_by(rows)
     columns = [
         Column("GFLOP", lambda row: f"{row['flops'] / 1e9:,.0f}" if row["flops"] else "", lambda row: row["flops"]),
-        *map(_time_column, dict.fromkeys((which, "wall_us"))),
+        *_time_columns(rows),
     ]
     return _by_size(rows, reading.contestants(rows), columns)
 
@@ -414,9 +416,7 @@ def resource_tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     found = {}
     for direction, intro in (("forward", "Parameters and memory of a forward pass"), ("step", "A training step")):
         own = [row for row in single if row["pass"] == direction]
-        which = reading.judged_by(own)
-        times = [*map(_time_column, dict.fromkeys((which, "wall_us")))]
-        columns = times if direction == "step" else [Column("parameters", _parameters)]
+        columns = _time_columns(own) if direction == "step" else [Column("parameters", _parameters)]
         columns += memory if any(row["peak_bytes"] for row in own) else []
         if own:
             found[f"{intro}, batch 1"] = _by_size(own, names, columns)
@@ -469,6 +469,12 @@ def claim(rows: Sequence[Row]) -> str:
         elif own and other:
             how = ("extrapolated" if own[1] or other[1] else "measured") if cost != "flops" else "counted"
             facts.append(f"{plots.share(own[0] / other[0])} of {label} ({how})")
+    at = {row["contestant"]: row for row in rows if row["settings"]["size"] == plots.ANNOTATED}
+    if share := _share(_time_column(CAPTURED), *map(at.get, names)):
+        if share in UNDECIDED:
+            undecided.append(f"wall time, captured: {share}")
+        else:
+            facts.append(f"{share} of the wall time where both are captured (measured)")
     if not facts:
         return ""
     *others, last = facts
@@ -502,12 +508,14 @@ def largest_table(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     def rank(row: Row) -> tuple[int, int, int]:
         return row["settings"]["size"], names.index(row["contestant"]), runs.PASSES.index(row["pass"])
 
-    for row in sorted((row for row in rows if row["settings"]["largest"] and row["status"] == "ok"), key=rank):
+    largest = sorted((row for row in rows if row["settings"]["largest"] and row["status"] == "ok"), key=rank)
+    waits = {"wall_us": "wall"} | ({CAPTURED: TIMES[CAPTURED]} if any(row.get(CAPTURED) for row in largest) else {})
+    for row in largest:
         size, batch = (row["settings"][name] for name in ("size", "batch"))
-        rate = f"{_digits(batch / (row['wall_us']['median'] / 1e6))}"
-        line = [f"{size}²", row["contestant"], row["pass"], str(batch), rate, _memory(row), row["detail"] or ""]
+        rates = [_digits(batch / (row[which]["median"] / 1e6)) if row.get(which) else "–" for which in waits]
+        line = [f"{size}²", row["contestant"], row["pass"], str(batch), *rates, _memory(row), row["detail"] or ""]
         body.append(line)
-    head = ["image", "model", "pass", "batch", "images/s (wall)", "peak memory", ""]
+    head = ["image", "model", "pass", "batch", *(f"images/s ({name})" for name in waits.values()), "peak memory", ""]
     return {"The largest batch that fits, of powers of two": [head, *body]} if body else {}
 
 
@@ -690,8 +698,12 @@ def _rival(rows: Sequence[Row], ours: Row, which: str) -> Row | None:
     return reading.best([row for row in same if row["contestant"] != reading.FULL_ATTENTION], which)
 
 
+def _verdict(first: Row, second: Row, which: str) -> str:
+    return reading.verdict(second[which], first[which], NOISE["wall_us" if which == CAPTURED else which])
+
+
 def _beside(ours: Row, rival: Row, which: str) -> str:
-    word = reading.verdict(rival[which], ours[which], NOISE[which])
+    word = _verdict(ours, rival, which)
     if word in UNDECIDED:
         return word
     quick, slow = sorted((ours[which]["median"], rival[which]["median"]))
@@ -708,21 +720,24 @@ def _training(records: Records) -> str:
 
 def _model_run(records: Records, path: Path, run: dict[str, Any]) -> list[str]:
     rows, body = run["rows"], []
+    graphs = any(row.get(CAPTURED) for row in rows)
     for case, direction in reading.distinct(rows, lambda row: (row["case"], row["pass"])):
         own = [row for row in rows if (row["case"], row["pass"]) == (case, direction)]
         ours = next((row for row in own if reading.is_ours(row["contestant"]) and row["status"] == "ok"), None)
         for row in sorted(own, key=lambda row: not reading.is_ours(row["contestant"])):
             beside = []
             if ours and row is not ours and row["status"] == "ok":
-                shared = [which for which in MEASURES if ours[which] and row[which]]
-                beside = [f"{_beside(ours, row, which)} ({MEASURES[which]})" for which in shared]
+                shared = [which for which in TIMES if ours.get(which) and row.get(which)]
+                beside = [f"{_beside(ours, row, which)} ({TIMES[which]})" for which in shared]
             wall = _time(row, "wall_us") if row["status"] == "ok" else row["status"]
             gpu = _time(row, "gpu_us") if row["status"] == "ok" else ""
             launches = str(row["kernels"]) if row.get("kernels") else ""
-            line = [case, direction, row["contestant"], gpu, wall, launches, _memory(row), ", ".join(beside)]
-            body.append(line)
-    head = ["model", "pass", "contestant", "GPU time", "wall time", "kernels", "peak memory", "ours is"]
-    return [_device_line(run), _table(head, body, left=3), _lost(rows), _source(records, path, run)]
+            times = [gpu, wall, *([_time(row, CAPTURED)] if graphs else [])]
+            body.append([case, direction, row["contestant"], *times, launches, _memory(row), ", ".join(beside)])
+    times = ["GPU time", "wall time", *([TIMES[CAPTURED]] if graphs else [])]
+    head = ["model", "pass", "contestant", *times, "kernels", "peak memory", "ours is"]
+    lines = [_lost(rows), _uncaptured(rows)]
+    return [_device_line(run), _table(head, body, left=3), *lines, _source(records, path, run)]
 
 
 def _measurements(records: Records) -> str:
@@ -837,15 +852,23 @@ def _digits(value: float) -> str:
 
 def _time(row: Row, which: str) -> str:
     """The median, or why there is none."""
-    return _microseconds(row[which]["median"]) if row["status"] == "ok" and row[which] else _absent(row)
+    if row["status"] == "ok" and row.get(which):
+        return _microseconds(row[which]["median"])
+    return _absent(row) or ("–" if which == CAPTURED else "")
+
+
+def _time_columns(rows: Sequence[Row]) -> list[Column]:
+    """What rows are judged by and what a user waits, also captured if any is."""
+    graphs = [CAPTURED] if any(row.get(CAPTURED) for row in rows) else []
+    return [_time_column(which) for which in dict.fromkeys((reading.judged_by(rows), "wall_us", *graphs))]
 
 
 def _time_column(which: str) -> Column:
-    def beside(first: Row, second: Row) -> str:
-        return reading.verdict(second[which], first[which], NOISE[which])
-
     return Column(
-        MEASURES[which], lambda row: _time(row, which), lambda row: row[which] and row[which]["median"], beside
+        TIMES[which],
+        lambda row: _time(row, which),
+        lambda row: row[which]["median"] if row.get(which) else None,
+        lambda first, second: _verdict(first, second, which),
     )
 
 
@@ -882,11 +905,21 @@ def _count(value: int | None) -> str:
 
 def _lost(rows: Sequence[Row]) -> str:
     """Who wasn't timed and why, a line for each reason."""
+    lost = [row for row in rows if row["status"] != "ok"]
+    return _grouped((row, row["status"] + (f" ({row['reason']})" if row["reason"] else "")) for row in lost)
+
+
+def _uncaptured(rows: Sequence[Row]) -> str:
+    """Of what no CUDA graph was timed and why, as the rows' details tell it, a line for each reason."""
+    clauses = [(row, clause) for row in rows for clause in (row["detail"] or "").split("; ")]
+    return _grouped((row, clause) for row, clause in clauses if clause.startswith(NOT))
+
+
+def _grouped(rows: Iterable[tuple[Row, str]]) -> str:
+    """A line for each contestant and what is said of its rows."""
     found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row["status"] != "ok":
-            words = row["status"] + (f" ({row['reason']})" if row["reason"] else "")
-            found.setdefault((row["contestant"], words), []).append(row)
+    for row, words in rows:
+        found.setdefault((row["contestant"], words), []).append(row)
     lines = []
     for (contestant, words), lost in found.items():
         where = f"{lost[0]['case']}, {lost[0]['pass']}" if len(lost) == 1 else f"{len(lost)} measurements"
@@ -909,6 +942,7 @@ MEASUREMENT: dict[str, Callable[[Row], str]] = {
     "contestant": lambda row: row["contestant"],
     "GPU time [p20, p80]": lambda row: _interval(row["gpu_us"]) or _absent(row),
     "wall time [p20, p80]": lambda row: _interval(row["wall_us"]),
+    "captured [p20, p80]": lambda row: _interval(row.get(CAPTURED)),
     "bytes": lambda row: _count(row["bytes"]),
     "FLOPs": lambda row: _count(row["flops"]),
     "floor": lambda row: _microseconds(row["floor_us"]),

@@ -24,7 +24,7 @@ from benchmarks import sources
 from benchmarks.sources import ROOT
 
 # What a row depends on beside the sources: whose times are taken, of what, how, and for how long.
-MEASURING = ("ceilings", "copy_triton", "correctness", "measure", "model", "networks", "scaling", "timing")
+MEASURING = ("captured", "ceilings", "copy_triton", "correctness", "measure", "model", "networks", "scaling", "timing")
 MEASURING = (*(f"benchmarks/{name}" for name in (*MEASURING, "kernels/*", "peers/*")), "hdit_kernels/testing")
 
 

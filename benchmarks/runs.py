@@ -43,6 +43,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "gpu_us": (dict, _NULL),
     "wall_us": (dict, _NULL),
     "host_us": (dict, _NULL),
+    "captured_us": (dict, _NULL),
     "first_call_s": (*_NUMBER, _NULL),
     "bytes": (int, _NULL),
     "flops": (int, _NULL),
@@ -55,8 +56,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "kernels": (int, _NULL),
     "images_per_s": (*_NUMBER, _NULL),
 }
-OPTIONAL = ("host_us", "first_call_s", "parameters", "kernels", "images_per_s")
-TIMES = ("gpu_us", "wall_us", "host_us")
+OPTIONAL = ("host_us", "captured_us", "first_call_s", "parameters", "kernels", "images_per_s")
+TIMES = ("gpu_us", "wall_us", "host_us", "captured_us")
 STATS = {"median": _NUMBER, "p20": _NUMBER, "p80": _NUMBER, "repeats": (int,)}
 HEADER: dict[str, tuple[type, ...]] = {
     "schema": (int,),

@@ -128,7 +128,7 @@ def measure_models(
         if run.done(*runs.key(row)):
             continue
         expected, left = _expected(run, row), deadline - time.monotonic()
-        needed = overhead + expected * networks.fewest_calls(device) if expected else 0.0
+        needed = overhead + expected * networks.fewest_calls(device, expected) if expected else 0.0
         reason = None
         if _full(run, row):
             reason = "smaller images don't fit into memory"

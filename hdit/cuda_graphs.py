@@ -348,9 +348,10 @@ class CapturedStep(_Replayable):
             return _map(torch.clone, self._results)
 
     def _warm_up(self, watch: bool) -> Any:
-        """A step on the stream that the graph will be made on."""
+        """A step on the stream that the graph will be made on, and in its settings: else what torch.compile made would
+        be compiled anew while the graph is made, which fails."""
         found: list[Any] = []
-        with self._beside(self._device):
+        with self._beside(self._device), _no_autocast_cache():
             reason = _waits(lambda: found.append(self._function(*self._inputs)), watch)
         if reason is not None:
             self._eagerly(reason)

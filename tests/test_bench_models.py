@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import __main__, api, ceilings, model, networks, plots, report, runs, scaling, timing, train
+from benchmarks import __main__, api, captured, ceilings, model, networks, plots, report, runs, scaling, timing, train
+from benchmarks.captured import Pass, Watched
 from benchmarks.measure import DeviceLost
 from benchmarks.networks import Check, Network
 from benchmarks.peers import kdiffusion
@@ -293,6 +294,7 @@ def test_measured_row(tmp_path: Path) -> None:
     assert row["status"] == "ok" and row["gpu_us"] is None and row["peak_bytes"] is None and row["kernels"] is None
     median = row["wall_us"]["median"]
     assert row["images_per_s"] == pytest.approx(2e6 / median) and row["first_call_s"] > 0
+    assert "captured_us" not in row and row["detail"] is None
     assert row["floor_us"] == pytest.approx(row["flops"] / 0.05e6)
     assert row["ratio_to_floor"] == pytest.approx(median / row["floor_us"])
     assert runs.read(tmp_path / "run.json")["rows"] == run.data["rows"] and runs.key(row) in by_name(run)
@@ -384,10 +386,12 @@ class Block:
 
 
 class Memory:
-    """A GPU's allocator, made up: bytes are held from take() until what it gives is dropped."""
+    """A GPU's allocator, made up: bytes are held from take() until what it gives is dropped. before: what was held as
+    each network was built; calls: of them all."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.held = self.most = 0
+        self.held = self.most = self.calls = 0
+        self.before: list[int] = []
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: self.held)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: self.most)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: setattr(self, "most", self.held))
@@ -414,14 +418,17 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     """Networks of 100 bytes whose passes need 30 more, the first one 500 more."""
     found = Memory(monkeypatch)
 
-    def prepare(*_: Any) -> Callable[[], None]:
+    def prepare(*_: Any, capturing: bool = False) -> Pass:
+        found.before.append(found.held)
         weights, needs = found.take(100), [500]
 
-        def call() -> None:
+        def call() -> Tensor:
             assert weights
             found.take(needs.pop() if needs else 30)
+            found.calls += 1
+            return torch.ones(1)
 
-        return call
+        return Pass(call)
 
     monkeypatch.setattr(networks, "prepare", prepare)
     monkeypatch.setattr(networks, "profile", lambda call, device: (float(call() or 1.0), ["gemm"]))
@@ -436,6 +443,7 @@ def test_peak_memory_is_the_network_s_own(memory: Memory) -> None:
     assert row["status"] == "ok" and row["peak_bytes"] == 130, row
     assert networks.peak(own, "forward", 4, GPU) == 130
     assert others and memory.held == 70
+    assert memory.before == [70] * 3  # the one to be captured, too, has the memory for itself
 
 
 def test_nothing_of_earlier_measurements_takes_a_network_s_memory(
@@ -466,6 +474,144 @@ def test_nothing_of_earlier_measurements_takes_a_network_s_memory(
     finally:
         gc.enable()
     assert seen == [100] and memory.held == 0
+
+
+@pytest.mark.parametrize("direction", ["forward", "step", "forward+backward"])
+def test_rows_of_what_is_captured_and_what_is_not(
+    direction: str, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, run = networks.hdit(CONFIG), new_run("train")
+    blank = model.blank("tiny", own, 1, direction, CPU) | {"detail": "checked at 8²"}
+
+    def row() -> runs.Row:
+        memory.calls = 0
+        found = networks.attempt(blank, own, Check(1e-7, 1e-6, 1e-7, 1e-5), run, GPU, 0.0)
+        by_name(run)
+        assert found["status"] == "ok" and memory.held == 0, found
+        return found
+
+    found, calls = row(), memory.calls
+    if direction == "forward+backward":
+        assert "captured_us" not in found and found["detail"] == "checked at 8²"
+        return
+    assert found["captured_us"]["repeats"] == captured.LEAST and found["detail"] == "checked at 8²"
+    assert calls - 1 == networks.fewest_calls(GPU) - (3 if direction == "forward" else 0)
+
+    asked: list[Any] = []
+    monkeypatch.setattr(captured, "measure", lambda *arguments: asked.append(arguments) or "it waits; for me")
+    found = row()
+    assert found["detail"] == "checked at 8²; not captured: it waits, for me" and "captured_us" not in found
+    ((_, kind, wanted, allowed, _, _),) = asked
+    assert (kind, len(wanted), allowed) == (direction, captured.FIRST[direction], 1e-6 if kind == "forward" else 1e-5)
+
+    monkeypatch.setattr(captured, "LONGEST", 0)
+    found = row()
+    assert found["detail"] == "checked at 8²; not captured: a pass takes more than 0 s" and len(asked) == 1
+    assert memory.calls - 1 == networks.fewest_calls(GPU, 1.0)
+
+
+def test_a_gpu_that_is_lost_in_a_graph_ends_the_run(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: Any) -> str:
+        monkeypatch.setattr(networks.timing, "synchronize", dead)
+        if len(memory.before) == 1:
+            memory.before.append(0)
+            return "AcceleratorError: an illegal memory access was encountered"
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(captured, "measure", dead)
+    own, run = networks.hdit(CONFIG), new_run("model")
+    with pytest.raises(DeviceLost, match="tiny batch 1, ours: the GPU no longer answers"):
+        networks.attempt(model.blank("tiny", own, 1, "forward", CPU), own, Check(1e-7, 1e-6), run, GPU, 0.0)
+    (row,) = run.data["rows"]
+    assert row["status"] == "ok" and "not captured: AcceleratorError" in row["detail"]
+
+
+def test_first_results_are_of_random_numbers_of_their_own() -> None:
+    found = []
+    for _ in range(2):
+        watched = Watched(lambda: (torch.rand(2), torch.rand(1)), 2)
+        for _ in range(3):
+            watched()
+            torch.rand(1)
+        found.append(torch.cat(watched.results))
+    assert torch.equal(*found) and len(set(found[0].tolist())) == 6
+
+
+class Graph:
+    """What hdit.capture and hdit.capture_step return, made up: captures at once, and makes each call as it is."""
+
+    reason: str | None = None
+
+    def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
+        self.function, self.results = function, [] if inputs else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.function(*args, **kwargs)
+        assert self.results is not None or not found.requires_grad
+        return found
+
+
+class Waits(Graph):
+    reason = "an operation in it waits"
+
+
+class Full(Graph):
+    reason = "capturing failed (OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has)"
+
+
+class Stale(Graph):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.results = self.results or [super().__call__(*args, **kwargs)]
+        return self.results[0]
+
+
+class Frozen(Graph):
+    """Its random numbers are the same each time."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(0)
+        return super().__call__(*args, **kwargs)
+
+
+class Off(Graph):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().__call__(*args, **kwargs)
+        return (1.01 * found[0], found[1]) if isinstance(found, tuple) else 1.01 * found
+
+
+class Fails(Graph):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of\nluck")
+
+
+def graph_of(direction: str, kind: type[Graph] | None, monkeypatch: pytest.MonkeyPatch) -> timing.Stats | str:
+    """captured.measure of the tiny model, on a CPU."""
+    own = networks.hdit(CONFIG)
+    eager = Watched(networks.prepare(own, direction, 2, CPU), captured.FIRST[direction])
+    for _ in range(captured.FIRST[direction] + 1):
+        eager()
+    for name in ("capture", "capture_step") if kind else ():
+        monkeypatch.setattr(f"hdit.cuda_graphs.{name}", kind)
+    again = functools.partial(networks.prepare, own, direction, 2, CPU, capturing=True)
+    return captured.measure(again, direction, eager.results, 1e-4, CPU, 0.0)
+
+
+@pytest.mark.parametrize("direction", captured.FIRST)
+def test_a_graph_counts_if_it_does_what_the_eager_pass_does(
+    direction: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    assert graph_of(direction, None, monkeypatch) == "no CUDA graphs on cpu" and not recwarn
+    found = graph_of(direction, Graph, monkeypatch)
+    assert isinstance(found, timing.Stats) and found.repeats == captured.LEAST and found.median > 0
+    assert graph_of(direction, Waits, monkeypatch) == "an operation in it waits"
+    assert graph_of(direction, Full, monkeypatch) == "out of memory"
+    assert graph_of(direction, Fails, monkeypatch) == "RuntimeError: out of luck"
+    assert graph_of(direction, Off, monkeypatch) == "it differs from the eager one by 1.0e-02, allowed 2.0e-04"
+    if direction == "step":
+        for kind in (Stale, Frozen):
+            assert str(graph_of(direction, kind, monkeypatch)).startswith("it differs from the eager one by ")
+    monkeypatch.setitem(sys.modules, "hdit.cuda_graphs", None)  # as in older revisions, of benchmarks.compare
+    assert "ModuleNotFoundError" in str(graph_of(direction, None, monkeypatch))
 
 
 @pytest.mark.parametrize("steady", [0.0, 0.2])
@@ -1072,6 +1218,21 @@ def test_measures_on_a_gpu(small_dit: None) -> None:
         assert 0 < row["gpu_us"]["median"] <= 1.05 * row["wall_us"]["median"]
         assert row["kernels"] > 10 and row["peak_bytes"] > 4 * row["parameters"] and row["gpu_us"]["repeats"] >= 5
         assert 0 < row["error"] <= row["allowed_error"] < 0.1
+        if row["pass"] == "forward+backward":
+            assert "captured_us" not in row
+        else:
+            assert 0.95 * row["gpu_us"]["median"] <= row["captured_us"]["median"] <= 1.05 * row["wall_us"]["median"]
+
+
+@pytest.mark.gpu
+def test_what_is_captured_gives_the_same_bits() -> None:
+    """Of a forward pass; a step's losses may differ as two eager ones do, where SDPA's gradients are not the same."""
+    own, found = networks.hdit(replace(presets["flowers-256"], image_size=(64, 64))), []
+    for capturing in (False, True):
+        call = networks.prepare(own, "forward", 2, api.device(), capturing=capturing)
+        found.append(call())
+        assert call.reason is None
+    assert torch.equal(*found)
 
 
 @pytest.mark.gpu

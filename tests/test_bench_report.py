@@ -465,6 +465,54 @@ def test_the_page_has_every_part(page: tuple[Path, list[Path]]) -> None:
     assert "87.1 µs [86.2 µs, 88.0 µs]" in text
 
 
+def test_what_a_user_waits_for_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A column where a run has such times; rows without one show a dash, and below the table is why."""
+    folder = tmp_path / "runs"
+    for kind in ("scaling", "model", "train"):
+        run = made_up_runs.captured(KINDS[kind]())
+        runs.validate(run)
+        results.write(folder / f"{kind}.json", run)
+    monkeypatch.setattr(report, "save_pictures", lambda *_: [])
+    report.write_page(folder, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| GPU time | wall time | captured | kernels |" in text
+    assert "| flowers-256 batch 32 | forward | ours | 4.00 ms | 4.20 ms | 4.20 ms |" in text
+    assert "| flowers-256 batch 32 | forward | k-diffusion | 10.6 ms | 30.0 ms | – | 521 |" in text
+    assert "| flowers-256 batch 32 | forward+backward | ours | 12.0 ms | 12.6 ms | – |" in text
+    assert "| forward | k-diffusion, compiled |  | out of memory | out of memory |" in text
+    why = "- k-diffusion: not captured: an operation in it waits for the GPU"
+    assert text.count(f"{why}: 2 measurements.") == 2  # of forward passes, and of steps
+    assert "| share | HDiT-B/4 captured | DiT-B/4 captured | share |" in text
+    assert "| 1024² | 1,446 | 169,263 | 0.85% | 5.72 ms | 565 ms | 1.01% | 8.22 ms | 568 ms | 1.45% | 5.92 ms |" in text
+    step = "| 4096² | 228 ms | out of memory |  | 230 ms | out of memory |  | 228 ms | out of memory |  | 42.75 GiB |"
+    assert step in text
+    claim = "1.45% of the wall time (measured) and 1.05% of the wall time where both are captured (measured)"
+    assert f"{claim} that DiT-B/4 takes." in text
+    assert "| images/s (wall) | images/s (captured) |" in text and "| step | 8 | 63.8 | 65.0 | 111.76 GiB |" in text
+    assert "87.1 µs [86.2 µs, 88.0 µs]" not in text and "4.20 ms [4.16 ms, 4.24 ms]" in text
+    api.print_table(made_up_runs.captured(made_up_runs.models()))
+    assert re.search(r" wall +┃ captured ", capsys.readouterr().out)
+
+
+def test_a_peer_is_judged_by_graphs_too(tmp_path: Path) -> None:
+    run = made_up_runs.models("train")
+    for found in run["rows"]:
+        if found["status"] == "ok":
+            found["captured_us"] = stats(found["gpu_us"]["median"] + 200)
+    results.write(tmp_path / "train.json", run)
+    records = report.load(tmp_path, tmp_path, tmp_path / "page.md")
+    text = report.BLOCKS["training"](records)
+    assert "2.64x faster (GPU time), 7.14x faster (wall time), 2.62x faster (captured) |" in text
+    for found in run["rows"]:
+        if found["contestant"] == "k-diffusion":
+            found["captured_us"] = stats(12_300, 0.05)
+    results.write(tmp_path / "train.json", run)
+    records = report.load(tmp_path, tmp_path, tmp_path / "page.md")
+    assert "same within noise (captured) |" in report.BLOCKS["training"](records)
+
+
 def test_largest_batches_are_sorted_and_said_to_be_powers_of_two() -> None:
     found = [
         row("a", name, 100, 110, **{"pass": direction}, settings={"size": size, "batch": 4, "largest": True})

@@ -188,7 +188,7 @@ def test_samples_are_kept_of_the_time_that_counts() -> None:
 
 def test_what_measures_is_hashed() -> None:
     names = {path.relative_to(results.ROOT).as_posix() for path in results.measuring_files()}
-    own = ("timing", "networks", "model", "scaling", "peers/dit", "kernels/norms")
+    own = ("captured", "timing", "networks", "model", "scaling", "peers/dit", "kernels/norms")
     assert {"hdit_kernels/testing.py", *(f"benchmarks/{name}.py" for name in own)} <= names
     assert not names & {f"benchmarks/{name}.py" for name in ("report", "plots", "compare", "test_kernels")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,25 @@ def test_a_cpu_runs_eagerly_and_says_so_once(recwarn: pytest.WarningsRecorder) -
     step = hdit.capture_step(lambda x: x * 2, torch.ones(2))
     assert step.reason == "no CUDA graphs on cpu" and step(torch.ones(2)).tolist() == [2, 2]
     assert [str(w.message) for w in recwarn] == ["hdit.capture: runs eagerly: no CUDA graphs on cpu"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:hdit.capture")
+def test_a_step_is_warmed_up_in_the_settings_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile has one piece of code for each: what is compiled while a graph is made fails."""
+    compiled: list[Any] = []
+    linear = torch.compile(nn.functional.linear, backend=lambda graph, _: compiled.append(graph) or graph)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear(x, x)
+
+    step = hdit.capture_step(run, torch.ones(2, 2))
+    monkeypatch.setattr(step, "_beside", lambda device: contextlib.nullcontext())
+    step._warm_up(watch=False)
+    assert torch.is_autocast_cache_enabled() and len(compiled) == 1
+    with cuda_graphs._no_autocast_cache():  # as while the graph is made
+        run(torch.ones(2, 2))
+    assert len(compiled) == 1
 
 
 def test_errors_name_the_argument() -> None:

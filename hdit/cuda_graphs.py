@@ -75,7 +75,7 @@ class _Replayable:
         """Bytes that graphs, their inputs and copies of weights hold."""
         self._function = function
         self._said: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pool: Any = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._used: torch.cuda.Event | None = None
@@ -132,6 +132,7 @@ class Captured(_Replayable):
         checks.boolean("fixed_weights", fixed_weights)
         self._fixed_weights = fixed_weights
         self._graphs: dict[Any, _Graph] = {}
+        self._refused: dict[Any, str] = {}
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,32 +151,37 @@ class Captured(_Replayable):
             except TypeError:
                 self._eagerly("an argument is no tensor, number or None")
                 return self._function(*args, **kwargs)
+            if graph is not None and graph.is_random and graph.taken.changed():
+                self._drop(key)  # before it draws random numbers
+                graph = None
             if graph is not None:
                 self.reason = None
                 results = graph(values)
                 if not graph.taken.changed():  # looked at while the GPU works: it takes as long as the launch
                     return results
-                self.memory -= self._graphs.pop(key).memory
-            graph = self._made(device, values, len(args), list(kwargs))
-            if graph is None:
-                return self._function(*args, **kwargs)
-            self._graphs[key] = graph
-            return graph(values)
+                self._drop(key)
+            graph = self._made(key, device, values, len(args), list(kwargs))
+            return self._function(*args, **kwargs) if graph is None else graph(values)
+
+    def _drop(self, key: Any) -> None:
+        self.memory -= self._graphs.pop(key).memory
 
     def _made(
-        self, device: torch.device, values: Sequence[Any], positional: int, names: Sequence[str]
+        self, key: Any, device: torch.device, values: Sequence[Any], positional: int, names: Sequence[str]
     ) -> _Graph | None:
-        """A new graph, or None, saying why."""
-        modules = _modules(self._function)
-        reason = _hindrance(modules, values)
-        if reason is None and len(self._graphs) >= self._most:
+        """A new graph, kept; or None, saying why."""
+        reason = self._refused.get(key)
+        if len(self._graphs) >= self._most:
             reason = f"more shapes, dtypes and conditions than the {self._most} graphs that are kept"
+        if reason is None:
+            modules = _modules(self._function)
+            reason = _hindrance(modules, values)
         if reason is None:
             graph = _Graph(self, device, values, positional, names, modules)
             if graph.reason is None:
-                self.reason = None
+                self.reason, self._graphs[key] = None, graph
                 return graph
-            reason = graph.reason
+            reason = self._refused[key] = graph.reason
         self._eagerly(reason)
         return None
 
@@ -214,6 +220,7 @@ class _Graph:
         try:
             with self.copies.in_place(), owner._beside(device), _no_autocast_cache():
                 call()  # compiles what is compiled on first use; an error is the caller's
+                self.is_random = not torch.equal(state, torch.cuda.get_rng_state(device))
                 torch.cuda.set_rng_state(state, device)
                 self.reason = _waits(call)
         finally:

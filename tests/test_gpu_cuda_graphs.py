@@ -203,6 +203,14 @@ def test_dropout_is_the_eager_one(seed: int) -> None:
         assert not torch.equal(*wanted)
     model.eval()
     compare(captured, model, **given)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        wanted = [model.train()(**given) for _ in range(2)]
+        torch.manual_seed(0)
+        model.eval()
+        captured(**given)
+        model.train()  # noticed before the graph draws
+        assert all(torch.equal(captured(**given), each) for each in wanted)
 
 
 @pytest.mark.parametrize(
@@ -215,12 +223,15 @@ def test_dropout_is_the_eager_one(seed: int) -> None:
     ids=["item", "mask", "copy"],
 )
 def test_what_waits_runs_eagerly(function: Any, reason: str, seed: int) -> None:
-    captured = hdit.capture(function)
+    calls = []
+    captured = hdit.capture(lambda x: calls.append(1) or function(x))
     x = inputs()["x"]
     with pytest.warns(UserWarning, match=reason):
         found = captured(x)
     assert torch.equal(found, function(x)) and reason in captured.reason
-    assert torch.equal(captured(x), function(x))  # said once
+    before = len(calls)
+    assert torch.equal(captured(x), function(x))  # said once, and tried once
+    assert len(calls) == before + 1
     torch.randn(3, device=GPU)  # the generator still works
     compare(hdit.capture(lambda x: x + 1), lambda x: x + 1, x=x)
 

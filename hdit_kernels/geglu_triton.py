@@ -8,79 +8,51 @@ A program handles a tile of ROWS x BLOCK elements of the output; the tiles of on
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import launch
+from hdit_kernels.launch import Launch, Plan
 
 TILE = 4096  # elements; with 4 warps 32 a thread: four 16-byte loads of bfloat16 from each half
 
 
 def geglu_forward(x: Tensor) -> Tensor:
-    d_ff = x.shape[-1] // 2
-    out = x.new_empty((*x.shape[:-1], d_ff))
-    if out.numel() == 0:
-        return out
-    source = launch.rows(x)
-    vector = launch.vector_width(source.tensor, d_ff, *_strides(source))
-    rows, block, grid = _tiles(out.numel() // d_ff, d_ff)
-    _geglu_forward_kernel[grid](
-        source.tensor,
-        out,
-        out.numel() // d_ff,
-        d_ff // vector,
-        source.n1,
-        source.n2,
-        *(s // vector for s in _strides(source)),
-        ROWS=rows,
-        BLOCK=block,
-        VECTOR=vector,
-        num_warps=4,
-    )
+    (x,) = launch.rows(x)
+    out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    grid, integers, constants = _plan(x.shape, (x.stride(),), launch.aligned(x))
+    launch.run(Launch(_geglu_forward_kernel, grid, (x, out), integers, constants))
     return out
 
 
 def geglu_backward(dout: Tensor, x: Tensor) -> Tensor:
-    d_ff = x.shape[-1] // 2
+    (dout,), (x,) = launch.rows(dout), launch.rows(x)
     dx = x.new_empty(x.shape)
-    if dx.numel() == 0:
-        return dx
-    gradient, source = launch.rows(dout), launch.rows(x)
-    vector = min(
-        launch.vector_width(source.tensor, d_ff, *_strides(source)),
-        launch.vector_width(gradient.tensor, *_strides(gradient)),
-    )
-    rows, block, grid = _tiles(dout.numel() // d_ff, d_ff)
-    _geglu_backward_kernel[grid](
-        gradient.tensor,
-        source.tensor,
-        dx,
-        dout.numel() // d_ff,
-        d_ff // vector,
-        gradient.n1,
-        gradient.n2,
-        *(s // vector for s in _strides(gradient)),
-        source.n1,
-        source.n2,
-        *(s // vector for s in _strides(source)),
-        ROWS=rows,
-        BLOCK=block,
-        VECTOR=vector,
-        num_warps=4,
-    )
+    grid, integers, constants = _plan(x.shape, (dout.stride(), x.stride()), launch.aligned(dout, x))
+    launch.run(Launch(_geglu_backward_kernel, grid, (dout, x, dx), integers, constants))
     return dx
 
 
-def _strides(rows: launch.Rows) -> tuple[int, int, int]:
-    """In elements."""
-    return rows.s0 * rows.vector, rows.s1 * rows.vector, rows.s2 * rows.vector
+@functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
+def _plan(shape: Sequence[int], tensor_strides: tuple[Sequence[int], ...], aligned: bool) -> Plan:
+    """shape: x's. Strides are of what is read, each tensor's merged by themselves, and in units of VECTOR elements.
 
-
-def _tiles(rows: int, d_ff: int) -> tuple[int, int, tuple[int]]:
-    """ROWS, BLOCK and the grid. Widths of 128 · n, the usual ones, fill their tiles; narrow ones waste at most 3/4."""
+    Widths of 128 · n, the usual ones, fill their tiles; narrow ones waste at most 3/4.
+    """
+    rows, d_ff = math.prod(shape[:-1]), shape[-1] // 2
+    merged = [launch.merged(shape, (stride,)) for stride in tensor_strides]
+    vector = launch.vector_width(aligned, d_ff, *[step for _, strides in merged for step in strides])
+    layouts = [(*sizes[1:], *[step // vector for step in strides]) for sizes, strides in merged]
     block = 128 if d_ff > 32 else 32
-    return TILE // block, block, (launch.cdiv(rows, TILE // block) * launch.cdiv(d_ff, block),)
+    constants = {"ROWS": TILE // block, "BLOCK": block, "VECTOR": vector, "num_warps": 4}
+    grid = (launch.cdiv(rows, TILE // block) * launch.cdiv(d_ff, block), 1, 1)
+    return grid, (rows, d_ff // vector, *itertools.chain(*layouts)), constants
 
 
 @triton.jit
@@ -99,19 +71,10 @@ def _normal_cdf(x):
 
 @launch.kernel
 def _geglu_forward_kernel(
-    x_ptr,
-    out_ptr,
-    rows: tl.int32,
-    d_ff: tl.int32,
-    n1: tl.int32,
-    n2: tl.int32,
-    s0: tl.int64,
-    s1: tl.int64,
-    s2: tl.int64,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    x_ptr, out_ptr, rows: tl.int32, d_ff: tl.int32,
+    n1: tl.int32, n2: tl.int32, s0: tl.int64, s1: tl.int64, s2: tl.int64,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """x -> out = a · gelu(g)."""
     d_ff = d_ff * VECTOR
     row, column, inside = _tile(rows, d_ff, ROWS, BLOCK)
@@ -124,25 +87,11 @@ def _geglu_forward_kernel(
 
 @launch.kernel
 def _geglu_backward_kernel(
-    dout_ptr,
-    x_ptr,
-    dx_ptr,
-    rows: tl.int32,
-    d_ff: tl.int32,
-    dout_n1: tl.int32,
-    dout_n2: tl.int32,
-    dout_s0: tl.int64,
-    dout_s1: tl.int64,
-    dout_s2: tl.int64,
-    n1: tl.int32,
-    n2: tl.int32,
-    s0: tl.int64,
-    s1: tl.int64,
-    s2: tl.int64,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    dout_ptr, x_ptr, dx_ptr, rows: tl.int32, d_ff: tl.int32,
+    dout_n1: tl.int32, dout_n2: tl.int32, dout_s0: tl.int64, dout_s1: tl.int64, dout_s2: tl.int64,
+    n1: tl.int32, n2: tl.int32, s0: tl.int64, s1: tl.int64, s2: tl.int64,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """dout, x -> dx: da = dout · gelu(g), dg = dout · a · (cdf(g) + g · density(g)) of the normal distribution."""
     d_ff = d_ff * VECTOR
     row, column, inside = _tile(rows, d_ff, ROWS, BLOCK)

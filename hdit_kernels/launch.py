@@ -1,4 +1,4 @@
-"""What the launchers share: the kernel decorator, row layouts of strided tensors, the GPU family, a deterministic sum.
+"""What the launchers share: the kernel decorator, launches, layouts of strided tensors, a deterministic sum.
 
 Imports Triton, so only the `*_triton` modules import it.
 """
@@ -32,21 +32,7 @@ def kernel(function: Callable[..., Any], jit: Callable[..., Any] = triton.jit) -
     integers = [
         name for name, p in inspect.signature(function).parameters.items() if str(p.annotation).startswith("tl.int")
     ]
-    compiled = jit(function, do_not_specialize=integers)
-    if isinstance(compiled, JITFunction):  # not in the interpreter
-        compiled.run = functools.partial(_launch_or_compile, compiled)  # type: ignore[method-assign]
-    return compiled
-
-
-def _launch_or_compile(function: JITFunction[Any], *args: Any, warmup: bool, **kwargs: Any) -> Any:
-    run = type(function).run
-    if _together is None:
-        return run(function, *args, warmup=warmup, **kwargs)
-    before = active_mode.set(_together)  # in this thread: autograd's backward passes have threads of their own
-    try:
-        return run(function, *args, warmup=True, **kwargs)
-    finally:
-        active_mode.reset(before)
+    return jit(function, do_not_specialize=integers)
 
 
 _together: AsyncCompileMode | None = None
@@ -83,12 +69,16 @@ class Launch(NamedTuple):
     def by_triton(self) -> Any:
         return self.function[self.grid](*self.tensors, *self.numbers, **self.constants)
 
+    def compile(self) -> Any:
+        return self.function.warmup(*self.tensors, *self.numbers, grid=self.grid, **self.constants)
+
     def key(self) -> tuple[Any, ...]:
         """What decides about the binary, where tensors are at multiples of 16 bytes."""
         dtypes = [tensor.dtype for tensor in self.tensors]
         return (id(self.function), self.tensors[0].device, *dtypes, *self.constants.values())
 
 
+Plan = tuple[tuple[int, int, int], Sequence[int], dict[str, Any]]  # a launch's grid, integers and constants
 _compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[Any]]] = {}
 
 
@@ -101,8 +91,12 @@ def run(*launches: Launch) -> None:
     driver for each.
     """
     if _together is not None:
-        for each in launches:
-            each.by_triton()
+        before = active_mode.set(_together)  # in this thread: autograd's backward passes have threads of their own
+        try:
+            for each in launches:
+                each.compile()
+        finally:
+            active_mode.reset(before)
         return
     compiling = True
     for index, each in enumerate(launches):
@@ -132,20 +126,23 @@ def _compile(launches: Sequence[Launch]) -> None:
     """Compiles kernels at the same time, since most of what that takes is outside Python. Launching them then finds
     them.
     """
-    functions = [each for each in launches if isinstance(each.function, JITFunction) and each.key() not in _compiled]
-    if len(functions) < 2:
+    missing = {
+        key: each
+        for each in launches
+        if isinstance(each.function, JITFunction) and (key := each.key()) not in _compiled
+    }
+    if len(missing) < 2:
         return
-    for each in functions:
+    for each in missing.values():
         each.function.cache_key  # noqa: B018 (hashes the helpers that kernels share: not by two threads at once)
 
     def warm_up(each: Launch) -> None:
         with torch.cuda.device(each.tensors[0].device):
-            compiled = each.function.warmup(*each.tensors, *each.numbers, grid=each.grid, **each.constants)
-            compiled.run  # noqa: B018 (brings it onto the GPU)
+            each.compile().run  # noqa: B018 (brings it onto the GPU)
 
     # Triton changes the warnings' filters while it compiles; threads may put them back in the wrong order.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        for _ in pool.map(warm_up, functions):
+        for _ in pool.map(warm_up, missing.values()):
             pass
 
 
@@ -183,62 +180,64 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-class Rows(NamedTuple):
-    """A tensor seen as rows of its last dimension: row r lies at (r // (n1·n2))·s0 + (r // n2 % n1)·s1 + (r % n2)·s2.
+def dense(tensor: Tensor) -> Tensor:
+    """A tensor whose last stride is 1; as a rule the given one itself."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
-    Strides are in units of `vector` elements: kernels multiply them back, which tells the compiler that offsets are
-    multiples.
+
+def rows(*tensors: Tensor, keep_first: bool = False) -> Sequence[Tensor]:
+    """Tensors of one shape, dense and with leading dimensions that `merged` makes three of; as a rule those given."""
+    for tensor in tensors:
+        if tensor.stride(-1) != 1 or tensor.ndim > 4:
+            return _rows([dense(tensor) for tensor in tensors], keep_first)
+    return tensors
+
+
+def _rows(tensors: list[Tensor], keep_first: bool) -> list[Tensor]:
+    sizes, _ = merged(tensors[0].shape, tuple([tensor.stride() for tensor in tensors]), keep_first)
+    return tensors if len(sizes) == 3 else [tensor.contiguous() for tensor in tensors]
+
+
+@functools.lru_cache(maxsize=4096)
+def merged(
+    shape: Sequence[int], tensor_strides: tuple[Sequence[int], ...], keep_first: bool = False
+) -> tuple[list[int], list[int]]:
+    """Sizes (three or more) of the leading dimensions, neighbours merged where all tensors allow it and the first kept
+    apart if asked; and the strides: those of the first tensor, then those of the second.
     """
-
-    tensor: Tensor
-    n1: int
-    n2: int
-    s0: int
-    s1: int
-    s2: int
-    vector: int
-
-
-def rows(x: Tensor) -> Rows:
-    """The rows of x, copied only if its last stride is not 1 or its other dimensions need more than three strides."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        x = x.contiguous()
-    dims = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
-    merged: list[tuple[int, int]] = []
-    for size, stride in dims:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    if len(merged) > 3:
-        return rows(x.contiguous())
-    (_, s0), (n1, s1), (n2, s2) = [(1, 0)] * (3 - len(merged)) + merged
-    vector = vector_width(x, s0, s1, s2)
-    return Rows(x, n1, n2, s0 // vector, s1 // vector, s2 // vector, vector)
+    keep = int(keep_first)
+    dims: list[tuple[int, list[int]]] = []
+    for index, size in enumerate(shape[:-1]):
+        strides = [s[index] for s in tensor_strides]
+        if len(dims) > keep and dims[-1][1] == [s * size for s in strides]:
+            dims[-1] = (dims[-1][0] * size, strides)
+        elif size != 1 or index < keep:
+            dims.append((size, strides))
+    dims[keep:keep] = [(1, [0] * len(tensor_strides))] * (3 - len(dims))
+    return [size for size, _ in dims], [dim[1][t] for t in range(len(tensor_strides)) for dim in dims]
 
 
-def vector_width(x: Tensor, *strides: int) -> int:
-    """8 when every row starts at a multiple of 8 elements and of 16 bytes, so that loads can be wide; else 1."""
-    return 8 if all(s % 8 == 0 for s in strides) and aligned(x) else 1
+def vector_width(is_aligned: bool, *strides: int) -> int:
+    """8 where every row starts at a multiple of 8 elements and of 16 bytes, so that loads can be wide; else 1.
 
-
-def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 [groups, parts, columns], contiguous -> [groups, columns] in dtype: always in the same order of
-    additions.
+    Strides are handed over in units of it: kernels multiply them back, which tells the compiler that they are
+    multiples. (It looks at each, so use it in what is remembered.)
     """
-    total, summing = sum_launch(partials, dtype)
-    run(summing)
-    return total
+    return 8 if is_aligned and all(stride % 8 == 0 for stride in strides) else 1
 
 
-def sum_launch(partials: Tensor, dtype: torch.dtype) -> tuple[Tensor, Launch]:
-    """The result of `sum_partials` and the launch that fills it."""
+def sum_launch(partials: Tensor, like: Tensor) -> tuple[Tensor, Launch]:
+    """float32 [groups, parts, columns], contiguous, summed over the parts, always in the same order of additions: the
+    result [groups, columns], of the shape and dtype of `like`, and the launch that fills it.
+    """
     groups, parts, columns = partials.shape
-    total = torch.empty(groups, columns, dtype=dtype, device=partials.device)
-    block = 16  # narrow and deep: thousands of parts of 128 columns still make several programs of few steps
-    grid = (groups * cdiv(columns, block), 1, 1)
-    constants = {"BLOCK": block, "PARTS": 256, "num_warps": 4}
-    return total, Launch(_sum_partials_kernel, grid, (partials, total), (parts, columns), constants)
+    total = like.new_empty(like.shape)
+    grid = (groups * cdiv(columns, SUM_CONSTANTS["BLOCK"]), 1, 1)
+    return total, Launch(_sum_partials_kernel, grid, (partials, total), (parts, columns), SUM_CONSTANTS)
+
+
+# Narrow and deep: thousands of parts of 128 columns still make several programs of few steps.
+SUM_CONSTANTS = {"BLOCK": 16, "PARTS": 256, "num_warps": 4}
 
 
 @kernel
@@ -258,6 +257,6 @@ def _sum_partials_kernel(
 
 @triton.jit
 def row_offset(row, n1, n2, s0, s1, s2, VECTOR: tl.constexpr):
-    """Where row `row` (int32) of a `Rows` tensor starts, in elements, int64."""
+    """Where row `row` (int32) of a tensor of leading dimensions [n0, n1, n2] starts, in elements, int64."""
     i0, rest = row // (n1 * n2), row % (n1 * n2)
     return (i0.to(tl.int64) * s0 + (rest // n2).to(tl.int64) * s1 + (rest % n2).to(tl.int64) * s2) * VECTOR

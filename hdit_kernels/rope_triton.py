@@ -67,8 +67,8 @@ def qk_norm_rope_backward_launches(
     numbers = (eps, *sizes, per_program, *dready_strides, *strides)
     constants = constants | {"DREADY_VECTOR": of_dready["VECTOR"], "COPY_VALUE": not in_place}
     backward = Launch(_qk_norm_rope_backward_kernel, (parts * heads, 1, 1), tensors, numbers, constants)
-    dscale, summing = sum_launch(partials, scale.dtype)
-    return dscale.view(heads), (backward, summing)
+    dscale, summing = sum_launch(partials, scale)
+    return dscale, (backward, summing)
 
 
 @functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself

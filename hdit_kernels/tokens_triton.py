@@ -1,6 +1,6 @@
 """Kernels and launchers of `token_merge` and `token_split`.
 
-A tensor [B, H·h, W·w, C] of any strides is seen as a matrix (`Patches`) of B·H·W rows, its h x w patches, and h·w·C
+A tensor [B, H·h, W·w, C] of any strides is seen as a matrix of B·H·W rows, its h x w patches, and h·w·C
 columns: the pixel-unshuffle is in the offsets of the loads, the pixel-shuffle in those of the stores, and no rearranged
 copy is written. A plain matrix is the case of 1 x 1 patches. With G the matrix of a gradient, X of an input and W the
 weight [out, in] there are
@@ -17,6 +17,7 @@ Bytes moved for N elements of the fine tensor and M of the coarse one, b bytes e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import launch
+from hdit_kernels.launch import Launch, Plan
 
 WEIGHT_GRADIENT_PROGRAMS = 256  # about: two for each multiprocessor of the largest GPUs
 WEIGHT_BLOCK = 256  # elements of a weight's gradient that a program adds up
+NO_PATCH = (1, 1)
 LERP_TILE = (32, 128)  # tokens and channels
 LERP_PROGRAMS = 1024  # at most: each leaves one number of the sum that is dfac
 
@@ -36,7 +39,7 @@ LERP_PROGRAMS = 1024  # at most: each leaves one number of the sum that is dfac
 def token_merge_forward(x: Tensor, weight: Tensor, patch_size: Sequence[int]) -> Tensor:
     h, w = patch_size
     out = x.new_empty((x.shape[0], x.shape[1] // h, x.shape[2] // w, weight.shape[0]))
-    _project(x, (h, w), weight, out, (1, 1))
+    launch.run(_project(x, (h, w), weight, out, NO_PATCH))
     return out
 
 
@@ -45,11 +48,14 @@ def token_merge_backward(
 ) -> tuple[Tensor, Tensor]:
     h, w = patch_size
     dx, dweight = dout.new_empty(0), dout.new_empty(0)
+    launches: list[Launch] = []
     if needed[0]:
         dx = x.new_empty(x.shape)
-        _project_back(dout, (1, 1), weight, dx, (h, w))
+        launches.append(_project_back(dout, NO_PATCH, weight, dx, (h, w)))
     if needed[1]:
-        dweight = _weight_gradient(dout, (1, 1), x, (h, w), weight)
+        dweight, more = _weight_gradient(dout, NO_PATCH, x, (h, w), weight)
+        launches += more
+    launch.run(*launches)
     return dx, dweight
 
 
@@ -58,7 +64,7 @@ def token_split_forward(
 ) -> Tensor:
     h, w = patch_size
     out = x.new_empty((x.shape[0], x.shape[1] * h, x.shape[2] * w, weight.shape[0] // (h * w)))
-    _project(x, (1, 1), weight, out, (h, w), skip, fac)
+    launch.run(_project(x, NO_PATCH, weight, out, (h, w), skip, fac))
     return out
 
 
@@ -73,63 +79,68 @@ def token_split_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, w = patch_size
     dx, dweight, dskip, dfac = (dout.new_empty(0) for _ in range(4))
+    launches: list[Launch] = []
     if needed[0]:
         dx = x.new_empty(x.shape)
-        _project_back(dout, (h, w), weight, dx, (1, 1), fac)
+        launches.append(_project_back(dout, (h, w), weight, dx, NO_PATCH, fac))
     if skip is None or fac is None:
         if needed[1]:
-            dweight = _weight_gradient(dout, (h, w), x, (1, 1), weight)
+            dweight, more = _weight_gradient(dout, (h, w), x, NO_PATCH, weight)
+            launches += more
+        launch.run(*launches)
         return dx, dweight, dskip, dfac
     # Σ G·(Y − skip): each of the two sums comes with one of the other gradients
     weight_sums, skip_sums = launch.cdiv(weight.numel(), WEIGHT_BLOCK), min(LERP_PROGRAMS, _lerp_tiles(skip))
     sums = dout.new_empty((1, weight_sums + skip_sums, 1), dtype=torch.float32)
     if needed[1] or needed[3]:
-        found = _weight_gradient(dout, (h, w), x, (1, 1), weight, fac, sums)
+        found, more = _weight_gradient(dout, (h, w), x, NO_PATCH, weight, fac, sums)
+        launches += more
         dweight = found if needed[1] else dweight
     if needed[2] or needed[3]:
-        found = _lerp_skip(dout, skip, fac, sums, weight_sums, skip_sums)
+        found = skip.new_empty(skip.shape)
+        launches.append(_lerp_skip(dout, skip, fac, found, sums, weight_sums, skip_sums))
         dskip = found if needed[2] else dskip
     if needed[3]:
-        dfac = launch.sum_partials(sums, fac.dtype).view(1)
+        dfac, summing = launch.sum_launch(sums, fac)
+        launches.append(summing)
+    launch.run(*launches)
     return dx, dweight, dskip, dfac
 
 
-class Patches(NamedTuple):
-    """[B, H·h, W·w, C] as a matrix: its strides and patch. Strides but the last, and C, are in units of a vector."""
+class Layout(NamedTuple):
+    """What a plan has to know of a tensor: [B, H·h, W·w, C] seen as a matrix by its patch, or a weight."""
 
-    s_b: int
-    s_y: int
-    s_x: int
-    s_c: int
-    h: int
-    w: int
-    channels: int
+    shape: Sequence[int]
+    stride: Sequence[int]
+    aligned: bool
+    patch: tuple[int, int]
+
+    def strides(self) -> list[int]:
+        """0 for a dimension of size 1, whose own stride, if odd, would keep loads narrow for nothing."""
+        return [0 if size == 1 else stride for size, stride in zip(self.shape, self.stride, strict=True)]
+
+    def vector(self) -> int:
+        """8 where channels lie side by side and each run of them starts and ends at multiples of 8 elements; else 1."""
+        *outer, s_c = self.strides()
+        return launch.vector_width(self.aligned, self.shape[-1], *outer) if s_c == 1 else 1
+
+    def row_vector(self) -> int:
+        """Of a weight: 8 where every row starts at a multiple of 8 elements; else 1."""
+        return launch.vector_width(self.aligned, self.stride[0])
+
+    def grid(self) -> tuple[int, int, int]:
+        """Rows of the matrix, and rows and columns of patches in the grid."""
+        height, width = self.shape[1] // self.patch[0], self.shape[2] // self.patch[1]
+        return self.shape[0] * height * width, height, width
+
+    def in_units(self, vector: int) -> tuple[int, ...]:
+        """s_b, s_y, s_x, s_c, h, w and C. Strides but the last, and C, are in units of a vector."""
+        s_b, s_y, s_x, s_c = self.strides()
+        return s_b // vector, s_y // vector, s_x // vector, s_c, *self.patch, self.shape[-1] // vector
 
 
-def _patches(tensor: Tensor, patch: tuple[int, int], vector: int) -> Patches:
-    s_b, s_y, s_x, s_c = _strides(tensor)
-    return Patches(s_b // vector, s_y // vector, s_x // vector, s_c, *patch, tensor.shape[-1] // vector)
-
-
-def _strides(tensor: Tensor) -> list[int]:
-    """In elements; 0 for a dimension of size 1, whose own stride, if odd, would keep loads narrow for nothing."""
-    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-
-
-def _vector(tensor: Tensor) -> int:
-    """8 where channels lie side by side and every run of them starts and ends at a multiple of 8 elements; else 1."""
-    *outer, s_c = _strides(tensor)
-    return launch.vector_width(tensor, tensor.shape[-1], *outer) if s_c == 1 else 1
-
-
-def _row_vector(matrix: Tensor) -> int:
-    """8 where every row starts at a multiple of 8 elements; else 1."""
-    return launch.vector_width(matrix, matrix.stride(0))
-
-
-def _dense(matrix: Tensor) -> Tensor:
-    """A weight whose rows are contiguous; as a rule the weight itself."""
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+def _layout(tensor: Tensor, patch: tuple[int, int] = NO_PATCH) -> Layout:
+    return Layout(tensor.shape, tensor.stride(), launch.aligned(tensor), patch)
 
 
 class Tile(NamedTuple):
@@ -141,6 +152,9 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def programs(self, rows: int, columns: int) -> int:
+        return launch.cdiv(rows, self.rows) * launch.cdiv(columns, self.columns)
+
 
 def tile_for(family: str, dtype: torch.dtype) -> Tile:
     """For every product. The defaults stay within the 64 KB of shared memory of AMD GPUs, a float32 weight included."""
@@ -151,25 +165,16 @@ def tile_for(family: str, dtype: torch.dtype) -> Tile:
     return Tile(128, 64, 32, 4, 3)
 
 
-def _grid(fine: Tensor, patch: tuple[int, int]) -> tuple[int, int, int]:
-    """Rows of the matrix, and rows and columns of patches in the grid."""
-    height, width = fine.shape[1] // patch[0], fine.shape[2] // patch[1]
-    return fine.shape[0] * height * width, height, width
+def _tile_and_precision(x: Tensor) -> tuple[Tile, str]:
+    """The tile of a product of x, and tl.dot's precision."""
+    return tile_for(launch.gpu_family(x.device), x.dtype), launch.input_precision(x.dtype)
 
 
-def _programs(tile: Tile, rows: int, columns: int) -> tuple[int]:
-    return (launch.cdiv(rows, tile.rows) * launch.cdiv(columns, tile.columns),)
-
-
-def _options(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
+def _options(tile: Tile, precision: str) -> dict[str, Any]:
     return dict(
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=launch.input_precision(dtype),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 def _project(
@@ -180,30 +185,27 @@ def _project(
     out_patch: tuple[int, int],
     skip: Tensor | None = None,
     fac: Tensor | None = None,
-) -> None:
-    """out = X·Wᵀ; with a skip skip + fac · (X·Wᵀ − skip)."""
-    tile, weight = tile_for(launch.gpu_family(x.device), x.dtype), _dense(weight)
+) -> Launch:
+    """Fills out = X·Wᵀ; with a skip skip + fac · (X·Wᵀ − skip)."""
+    weight = launch.dense(weight)
+    of_skip = None if skip is None else _layout(skip, out_patch)
+    layouts = _layout(x, x_patch), _layout(weight), _layout(out, out_patch)
+    grid, numbers, constants = _project_plan(*_tile_and_precision(x), *layouts, of_skip)
+    tensors = (x, weight, out if skip is None else skip, weight if fac is None else fac, out)
+    return Launch(_project_kernel, grid, tensors, numbers, constants)
+
+
+@functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
+def _project_plan(tile: Tile, precision: str, x: Layout, weight: Layout, out: Layout, skip: Layout | None) -> Plan:
     # the weight's rows run along x's columns
-    whole = x.shape[-1] % tile.depth == 0 and min(_vector(x), _row_vector(weight)) == 8
-    x_vector, vector = 8 if whole else 1, min(_vector(out), 8 if skip is None else _vector(skip))
-    rows, height, width = _grid(x, x_patch)
-    _project_kernel[_programs(tile, rows, weight.shape[0])](
-        x,
-        weight,
-        skip,
-        fac,
-        out,
-        rows,
-        height,
-        width,
-        *_patches(x, x_patch, x_vector),
-        weight.stride(0) // x_vector,
-        *((0, 0, 0, 0) if skip is None else _patches(skip, out_patch, vector)[:4]),
-        *_patches(out, out_patch, vector),
-        WHOLE=whole,
-        VECTOR=vector,
-        **_options(tile, x.dtype),
-    )
+    whole = x.shape[-1] % tile.depth == 0 and min(x.vector(), weight.row_vector()) == 8
+    x_vector, vector = 8 if whole else 1, min(out.vector(), 8 if skip is None else skip.vector())
+    rows, height, width = x.grid()
+    skip_strides = (0, 0, 0, 0) if skip is None else skip.in_units(vector)[:4]
+    x_matrix, out_matrix = x.in_units(x_vector), out.in_units(vector)
+    numbers = (rows, height, width, *x_matrix, weight.stride[0] // x_vector, *skip_strides, *out_matrix)
+    constants = {"WHOLE": whole, "VECTOR": vector, "HAS_SKIP": skip is not None, **_options(tile, precision)}
+    return (tile.programs(rows, weight.shape[0]), 1, 1), numbers, constants
 
 
 def _project_back(
@@ -213,28 +215,24 @@ def _project_back(
     dx: Tensor,
     dx_patch: tuple[int, int],
     fac: Tensor | None = None,
-) -> None:
-    """dx = G·W, with fac times fac."""
-    tile, weight = tile_for(launch.gpu_family(dout.device), dout.dtype), _dense(weight)
-    whole = dout.shape[-1] % tile.depth == 0 and _vector(dout) == 8
+) -> Launch:
+    """Fills dx = G·W, with fac times fac."""
+    weight = launch.dense(weight)
+    layouts = _layout(dout, dout_patch), _layout(weight), _layout(dx, dx_patch)
+    grid, numbers, constants = _project_back_plan(*_tile_and_precision(dout), *layouts, fac is not None)
+    tensors = (dout, weight, weight if fac is None else fac, dx)
+    return Launch(_project_back_kernel, grid, tensors, numbers, constants)
+
+
+@functools.lru_cache(maxsize=4096)
+def _project_back_plan(tile: Tile, precision: str, dout: Layout, weight: Layout, dx: Layout, has_fac: bool) -> Plan:
+    whole = dout.shape[-1] % tile.depth == 0 and dout.vector() == 8
     # the weight's rows run along dx's columns
-    dout_vector, vector = 8 if whole else 1, min(_vector(dx), _row_vector(weight))
-    rows, height, width = _grid(dout, dout_patch)
-    _project_back_kernel[_programs(tile, rows, weight.shape[1])](
-        dout,
-        weight,
-        fac,
-        dx,
-        rows,
-        height,
-        width,
-        *_patches(dout, dout_patch, dout_vector),
-        weight.stride(0) // vector,
-        *_patches(dx, dx_patch, vector),
-        WHOLE=whole,
-        VECTOR=vector,
-        **_options(tile, dout.dtype),
-    )
+    dout_vector, vector = 8 if whole else 1, min(dx.vector(), weight.row_vector())
+    rows, height, width = dout.grid()
+    matrices = (*dout.in_units(dout_vector), weight.stride[0] // vector, *dx.in_units(vector))
+    constants = {"WHOLE": whole, "VECTOR": vector, "HAS_FAC": has_fac, **_options(tile, precision)}
+    return (tile.programs(rows, weight.shape[1]), 1, 1), (rows, height, width, *matrices), constants
 
 
 def _weight_gradient(
@@ -245,71 +243,53 @@ def _weight_gradient(
     weight: Tensor,
     fac: Tensor | None = None,
     sums: Tensor | None = None,
-) -> Tensor:
-    """Gᵀ·X in the weight's shape and dtype; with fac times fac, and parts of Σ W·(Gᵀ·X) go to the first of the sums."""
-    tile = tile_for(launch.gpu_family(x.device), x.dtype)
-    dout_vector, x_vector = _vector(dout), _vector(x)
-    rows, height, width = _grid(x, x_patch)
-    tiles = launch.cdiv(weight.shape[0], tile.rows) * launch.cdiv(weight.shape[1], tile.columns)
+) -> tuple[Tensor, tuple[Launch, Launch]]:
+    """Gᵀ·X in the weight's shape and dtype, and the launches that fill it; with fac times fac, and parts of
+    Σ W·(Gᵀ·X) go to the first of the sums.
+    """
+    layouts = _layout(dout, dout_patch), _layout(x, x_patch)
+    (grid, numbers, constants), parts = _weight_gradient_plan(*_tile_and_precision(x), *layouts, weight.shape)
+    elements = weight.numel()
+    partials = x.new_empty((parts, elements), dtype=torch.float32)
+    product = Launch(_weight_gradient_kernel, grid, (dout, x, partials), numbers, constants)
+    dweight = weight.new_empty(weight.shape)
+    tensors = (partials, weight, weight if fac is None else fac, dweight, partials if sums is None else sums)
+    grid, numbers = (launch.cdiv(elements, WEIGHT_BLOCK), 1, 1), (parts, elements, weight.shape[1], *weight.stride())
+    constants = {"PARTS": 8, "BLOCK": WEIGHT_BLOCK, "HAS_FAC": fac is not None, "num_warps": 4}
+    return dweight, (product, Launch(_sum_parts_kernel, grid, tensors, numbers, constants))
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_gradient_plan(
+    tile: Tile, precision: str, dout: Layout, x: Layout, weight: Sequence[int]
+) -> tuple[Plan, int]:
+    """Also into how many parts the rows are cut. weight: its shape."""
+    dout_vector, x_vector = dout.vector(), x.vector()
+    rows, height, width = x.grid()
+    tiles = tile.programs(*weight)
     parts = max(1, min(WEIGHT_GRADIENT_PROGRAMS // tiles, rows // (4 * tile.depth)))
     length = launch.cdiv(launch.cdiv(rows, parts), tile.depth) * tile.depth
     parts = launch.cdiv(rows, length)
-    partials = x.new_empty((parts, weight.numel()), dtype=torch.float32)
-    _weight_gradient_kernel[(tiles * parts,)](
-        dout,
-        x,
-        partials,
-        rows,
-        length,
-        height,
-        width,
-        *_patches(dout, dout_patch, dout_vector),
-        *_patches(x, x_patch, x_vector),
-        DOUT_VECTOR=dout_vector,
-        X_VECTOR=x_vector,
-        **_options(tile, x.dtype),
-    )
-    dweight = weight.new_empty(weight.shape)
-    _sum_parts_kernel[(launch.cdiv(weight.numel(), WEIGHT_BLOCK),)](
-        partials,
-        weight,
-        fac,
-        dweight,
-        sums,
-        parts,
-        weight.numel(),
-        weight.shape[1],
-        *weight.stride(),
-        PARTS=8,
-        BLOCK=WEIGHT_BLOCK,
-        num_warps=4,
-    )
-    return dweight
+    numbers = (rows, length, height, width, *dout.in_units(dout_vector), *x.in_units(x_vector))
+    constants = {"DOUT_VECTOR": dout_vector, "X_VECTOR": x_vector, **_options(tile, precision)}
+    return ((tiles * parts, 1, 1), numbers, constants), parts
 
 
-def _lerp_skip(dout: Tensor, skip: Tensor, fac: Tensor, sums: Tensor, first_sum: int, programs: int) -> Tensor:
-    """dskip; the parts of −Σ G·skip go to the sums from first_sum on."""
-    vector = min(_vector(dout), _vector(skip))
-    dskip = skip.new_empty(skip.shape)
-    _lerp_skip_kernel[(programs,)](
-        dout,
-        skip,
-        fac,
-        dskip,
-        sums,
-        first_sum,
-        skip.numel() // skip.shape[-1],
-        *skip.shape[1:3],
-        *_patches(dout, (1, 1), vector)[:4],
-        *_patches(skip, (1, 1), vector)[:4],
-        skip.shape[-1] // vector,
-        programs,
-        ROWS=LERP_TILE[0],
-        BLOCK=LERP_TILE[1],
-        VECTOR=vector,
-        num_warps=4,
-    )
-    return dskip
+def _lerp_skip(
+    dout: Tensor, skip: Tensor, fac: Tensor, dskip: Tensor, sums: Tensor, first_sum: int, programs: int
+) -> Launch:
+    """Fills dskip; the parts of −Σ G·skip go to the sums from first_sum on."""
+    grid, numbers, constants = _lerp_plan(_layout(dout), _layout(skip), first_sum, programs)
+    return Launch(_lerp_skip_kernel, grid, (dout, skip, fac, dskip, sums), numbers, constants)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lerp_plan(dout: Layout, skip: Layout, first_sum: int, programs: int) -> Plan:
+    vector = min(dout.vector(), skip.vector())
+    strides = (*dout.in_units(vector)[:4], *skip.in_units(vector)[:4])
+    numbers = (first_sum, *skip.grid(), *strides, skip.shape[-1] // vector, programs)
+    constants = {"ROWS": LERP_TILE[0], "BLOCK": LERP_TILE[1], "VECTOR": vector, "num_warps": 4}
+    return (programs, 1, 1), numbers, constants
 
 
 def _lerp_tiles(skip: Tensor) -> int:
@@ -337,28 +317,10 @@ def _add_dot(total, a, b, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _product(
-    x_ptr,
-    weight_ptr,
-    row,
-    rows,
-    height,
-    width,
-    s_b,
-    s_y,
-    s_x,
-    s_c,
-    h,
-    w,
-    channels,
-    column,
-    columns,
-    weight_s,
-    TRANSPOSED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    WEIGHT_VECTOR: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x_ptr, weight_ptr, row, rows, height, width, s_b, s_y, s_x, s_c, h, w, channels, column, columns, weight_s,
+    TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr, WEIGHT_VECTOR: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The given rows and columns of x · weightᵀ, or of x · weight where TRANSPOSED, in float32.
 
     WHOLE: x's channels are a multiple of DEPTH, so that a block of them stays within one position of the patch.
@@ -390,70 +352,27 @@ def _product(
 
 @launch.kernel
 def _project_kernel(
-    x_ptr,
-    weight_ptr,
-    skip_ptr,
-    fac_ptr,
-    out_ptr,
-    rows: tl.int32,
-    height: tl.int32,
-    width: tl.int32,
-    x_s_b: tl.int64,
-    x_s_y: tl.int64,
-    x_s_x: tl.int64,
-    x_s_c: tl.int64,
-    x_h: tl.int32,
-    x_w: tl.int32,
-    x_channels: tl.int32,
-    weight_s: tl.int64,
-    skip_s_b: tl.int64,
-    skip_s_y: tl.int64,
-    skip_s_x: tl.int64,
-    skip_s_c: tl.int64,
-    out_s_b: tl.int64,
-    out_s_y: tl.int64,
-    out_s_x: tl.int64,
-    out_s_c: tl.int64,
-    h: tl.int32,
-    w: tl.int32,
-    channels: tl.int32,
-    WHOLE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x_ptr, weight_ptr, skip_ptr, fac_ptr, out_ptr, rows: tl.int32, height: tl.int32, width: tl.int32,
+    x_s_b: tl.int64, x_s_y: tl.int64, x_s_x: tl.int64, x_s_c: tl.int64,
+    x_h: tl.int32, x_w: tl.int32, x_channels: tl.int32, weight_s: tl.int64,
+    skip_s_b: tl.int64, skip_s_y: tl.int64, skip_s_x: tl.int64, skip_s_c: tl.int64,
+    out_s_b: tl.int64, out_s_y: tl.int64, out_s_x: tl.int64, out_s_c: tl.int64,
+    h: tl.int32, w: tl.int32, channels: tl.int32,
+    WHOLE: tl.constexpr, VECTOR: tl.constexpr, HAS_SKIP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """A tile of out = y, or of skip + fac · (y − skip), with y = x · weightᵀ."""
     columns = h * w * channels * VECTOR
     blocks = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     y = _product(
-        x_ptr,
-        weight_ptr,
-        row,
-        rows,
-        height,
-        width,
-        x_s_b,
-        x_s_y,
-        x_s_x,
-        x_s_c,
-        x_h,
-        x_w,
-        x_channels,
-        column,
-        columns,
-        weight_s,
-        TRANSPOSED=False,
-        WHOLE=WHOLE,
-        WEIGHT_VECTOR=8 if WHOLE else 1,
-        DEPTH=DEPTH,
-        PRECISION=PRECISION,
-    )
+        x_ptr, weight_ptr, row, rows, height, width,
+        x_s_b, x_s_y, x_s_x, x_s_c, x_h, x_w, x_channels, column, columns, weight_s,
+        TRANSPOSED=False, WHOLE=WHOLE, WEIGHT_VECTOR=8 if WHOLE else 1, DEPTH=DEPTH, PRECISION=PRECISION,
+    )  # fmt: skip
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if skip_ptr is not None:
+    if HAS_SKIP:
         skip_row = launch.row_offset(row, height, width, skip_s_b, skip_s_y * h, skip_s_x * w, VECTOR)
         skip_column = _column_offset(column, w, channels, skip_s_y, skip_s_x, skip_s_c, VECTOR)
         skip = tl.load(skip_ptr + skip_row[:, None] + skip_column[None, :], inside, other=0.0).to(tl.float32)
@@ -465,64 +384,25 @@ def _project_kernel(
 
 @launch.kernel
 def _project_back_kernel(
-    dout_ptr,
-    weight_ptr,
-    fac_ptr,
-    dx_ptr,
-    rows: tl.int32,
-    height: tl.int32,
-    width: tl.int32,
-    dout_s_b: tl.int64,
-    dout_s_y: tl.int64,
-    dout_s_x: tl.int64,
-    dout_s_c: tl.int64,
-    dout_h: tl.int32,
-    dout_w: tl.int32,
-    dout_channels: tl.int32,
-    weight_s: tl.int64,
-    dx_s_b: tl.int64,
-    dx_s_y: tl.int64,
-    dx_s_x: tl.int64,
-    dx_s_c: tl.int64,
-    h: tl.int32,
-    w: tl.int32,
-    channels: tl.int32,
-    WHOLE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dout_ptr, weight_ptr, fac_ptr, dx_ptr, rows: tl.int32, height: tl.int32, width: tl.int32,
+    dout_s_b: tl.int64, dout_s_y: tl.int64, dout_s_x: tl.int64, dout_s_c: tl.int64,
+    dout_h: tl.int32, dout_w: tl.int32, dout_channels: tl.int32, weight_s: tl.int64,
+    dx_s_b: tl.int64, dx_s_y: tl.int64, dx_s_x: tl.int64, dx_s_c: tl.int64,
+    h: tl.int32, w: tl.int32, channels: tl.int32,
+    WHOLE: tl.constexpr, VECTOR: tl.constexpr, HAS_FAC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """A tile of dx = dout · weight, times fac where it is given."""
     columns = h * w * channels * VECTOR
     blocks = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     dx = _product(
-        dout_ptr,
-        weight_ptr,
-        row,
-        rows,
-        height,
-        width,
-        dout_s_b,
-        dout_s_y,
-        dout_s_x,
-        dout_s_c,
-        dout_h,
-        dout_w,
-        dout_channels,
-        column,
-        columns,
-        weight_s,
-        TRANSPOSED=True,
-        WHOLE=WHOLE,
-        WEIGHT_VECTOR=VECTOR,
-        DEPTH=DEPTH,
-        PRECISION=PRECISION,
-    )
-    if fac_ptr is not None:
+        dout_ptr, weight_ptr, row, rows, height, width,
+        dout_s_b, dout_s_y, dout_s_x, dout_s_c, dout_h, dout_w, dout_channels, column, columns, weight_s,
+        TRANSPOSED=True, WHOLE=WHOLE, WEIGHT_VECTOR=VECTOR, DEPTH=DEPTH, PRECISION=PRECISION,
+    )  # fmt: skip
+    if HAS_FAC:
         dx = tl.load(fac_ptr).to(tl.float32) * dx
     dx_row = launch.row_offset(row, height, width, dx_s_b, dx_s_y * h, dx_s_x * w, VECTOR)
     dx_column = _column_offset(column, w, channels, dx_s_y, dx_s_x, dx_s_c, VECTOR)
@@ -531,34 +411,14 @@ def _project_back_kernel(
 
 @launch.kernel
 def _weight_gradient_kernel(
-    dout_ptr,
-    x_ptr,
-    partials_ptr,
-    rows: tl.int32,
-    length: tl.int32,
-    height: tl.int32,
-    width: tl.int32,
-    dout_s_b: tl.int64,
-    dout_s_y: tl.int64,
-    dout_s_x: tl.int64,
-    dout_s_c: tl.int64,
-    dout_h: tl.int32,
-    dout_w: tl.int32,
-    dout_channels: tl.int32,
-    x_s_b: tl.int64,
-    x_s_y: tl.int64,
-    x_s_x: tl.int64,
-    x_s_c: tl.int64,
-    x_h: tl.int32,
-    x_w: tl.int32,
-    x_channels: tl.int32,
-    DOUT_VECTOR: tl.constexpr,
-    X_VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dout_ptr, x_ptr, partials_ptr, rows: tl.int32, length: tl.int32, height: tl.int32, width: tl.int32,
+    dout_s_b: tl.int64, dout_s_y: tl.int64, dout_s_x: tl.int64, dout_s_c: tl.int64,
+    dout_h: tl.int32, dout_w: tl.int32, dout_channels: tl.int32,
+    x_s_b: tl.int64, x_s_y: tl.int64, x_s_x: tl.int64, x_s_c: tl.int64,
+    x_h: tl.int32, x_w: tl.int32, x_channels: tl.int32,
+    DOUT_VECTOR: tl.constexpr, X_VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """A tile of doutᵀ · x, summed over `length` of the rows."""
     out_columns = dout_h * dout_w * dout_channels * DOUT_VECTOR
     in_columns = x_h * x_w * x_channels * X_VECTOR
@@ -585,19 +445,10 @@ def _weight_gradient_kernel(
 
 @launch.kernel
 def _sum_parts_kernel(
-    partials_ptr,
-    weight_ptr,
-    fac_ptr,
-    dweight_ptr,
-    sums_ptr,
-    parts: tl.int32,
-    elements: tl.int32,
-    columns: tl.int32,
-    weight_s0: tl.int64,
-    weight_s1: tl.int64,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partials_ptr, weight_ptr, fac_ptr, dweight_ptr, sums_ptr,
+    parts: tl.int32, elements: tl.int32, columns: tl.int32, weight_s0: tl.int64, weight_s1: tl.int64,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, HAS_FAC: tl.constexpr,
+):  # fmt: skip
     """dweight = the sum of the partials, in a fixed order; with fac times fac, and this block's Σ weight · sum."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([PARTS, BLOCK], tl.float32)
@@ -606,7 +457,7 @@ def _sum_parts_kernel(
         partials_at = part.to(tl.int64)[:, None] * elements + at[None, :]
         total += tl.load(partials_ptr + partials_at, (part < parts)[:, None] & (at < elements)[None, :], other=0.0)
     dweight = tl.sum(total, 0)
-    if fac_ptr is not None:
+    if HAS_FAC:
         weight_at = at // columns * weight_s0 + at % columns * weight_s1
         weight = tl.load(weight_ptr + weight_at, at < elements, other=0.0).to(tl.float32)
         tl.store(sums_ptr + tl.program_id(0), tl.sum(weight * dweight, 0))
@@ -616,29 +467,13 @@ def _sum_parts_kernel(
 
 @launch.kernel
 def _lerp_skip_kernel(
-    dout_ptr,
-    skip_ptr,
-    fac_ptr,
-    dskip_ptr,
-    sums_ptr,
-    first_sum: tl.int32,
-    rows: tl.int32,
-    height: tl.int32,
-    width: tl.int32,
-    dout_s_b: tl.int64,
-    dout_s_y: tl.int64,
-    dout_s_x: tl.int64,
-    dout_s_c: tl.int64,
-    skip_s_b: tl.int64,
-    skip_s_y: tl.int64,
-    skip_s_x: tl.int64,
-    skip_s_c: tl.int64,
-    channels: tl.int32,
-    programs: tl.int32,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    dout_ptr, skip_ptr, fac_ptr, dskip_ptr, sums_ptr,
+    first_sum: tl.int32, rows: tl.int32, height: tl.int32, width: tl.int32,
+    dout_s_b: tl.int64, dout_s_y: tl.int64, dout_s_x: tl.int64, dout_s_c: tl.int64,
+    skip_s_b: tl.int64, skip_s_y: tl.int64, skip_s_x: tl.int64, skip_s_c: tl.int64,
+    channels: tl.int32, programs: tl.int32,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """dskip = (1 − fac) · dout, and this program's part of −Σ dout · skip: every `programs`-th tile."""
     fac = tl.load(fac_ptr).to(tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -173,7 +173,7 @@ def test_the_interpreter_compiles_nothing() -> None:
 
 def test_kernels_take_tensors_first_and_constants_last() -> None:
     """As launch.run hands them over."""
-    from hdit_kernels import rope_triton
+    from hdit_kernels import geglu_triton, norms_triton, rope_triton, tokens_triton
     from hdit_kernels.neighborhood_attention import (
         hopper_backward,
         hopper_backward_wide,
@@ -184,7 +184,7 @@ def test_kernels_take_tensors_first_and_constants_last() -> None:
 
     found = 0
     modules = (triton_backward, triton_forward, hopper_backward, hopper_backward_wide, hopper_forward)
-    for module in (*modules, rope_triton, launch):
+    for module in (*modules, geglu_triton, norms_triton, rope_triton, tokens_triton, launch):
         for name, kernel in vars(module).items():
             if name.startswith("_") and name.endswith("_kernel"):
                 found += 1
@@ -194,4 +194,4 @@ def test_kernels_take_tensors_first_and_constants_last() -> None:
                 assert [p.name.endswith("_ptr") for p in parameters] == sorted(
                     (p.name.endswith("_ptr") for p in parameters), reverse=True
                 ), name
-    assert found == 11
+    assert found == 22

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -24,19 +25,25 @@ TILE = 4096  # elements; with 4 warps 32 a thread: four 16-byte loads of bfloat1
 
 
 def geglu_forward(x: Tensor) -> Tensor:
-    (x,) = launch.rows(x)
     out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
-    grid, integers, constants = _plan(x.shape, (x.stride(),), launch.aligned(x))
-    launch.run(Launch(_geglu_forward_kernel, grid, (x, out), integers, constants))
+    launch.run(_launch(_geglu_forward_kernel, (x,), out))
     return out
 
 
 def geglu_backward(dout: Tensor, x: Tensor) -> Tensor:
-    (dout,), (x,) = launch.rows(dout), launch.rows(x)
-    dx = x.new_empty(x.shape)
-    grid, integers, constants = _plan(x.shape, (dout.stride(), x.stride()), launch.aligned(dout, x))
-    launch.run(Launch(_geglu_backward_kernel, grid, (dout, x, dx), integers, constants))
+    dx = launch.empty_like(x)
+    launch.run(_launch(_geglu_backward_kernel, (dout, x), dx))
     return dx
+
+
+def _launch(function: Any, given: tuple[Tensor, ...], result: Tensor) -> Launch:
+    """The last of what is given is x."""
+    strides = tuple([tensor.stride() for tensor in given])
+    if not launch.readable(strides):
+        given = tuple([launch.rows(tensor)[0] for tensor in given])
+        strides = tuple([tensor.stride() for tensor in given])
+    grid, integers, constants = _plan(given[-1].shape, strides, launch.aligned(*given))
+    return Launch(function, grid, (*given, result), integers, constants)
 
 
 @functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself

@@ -180,22 +180,29 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def empty_like(tensor: Tensor) -> Tensor:
+    """Contiguous, of the tensor's shape and dtype. (new_empty takes twice as long.)"""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def readable(strides: Sequence[Sequence[int]]) -> bool:
+    """Whether kernels can read tensors of these strides for sure: `rows` would give them as they are."""
+    for stride in strides:  # all(…) would take three times as long
+        if stride[-1] != 1 or len(stride) > 4:
+            return False
+    return True
+
+
+def rows(*tensors: Tensor, keep_first: bool = False) -> list[Tensor]:
+    """Tensors of one shape, dense and with leading dimensions that `merged` makes three of, copied only if need be."""
+    found = [dense(tensor) for tensor in tensors]
+    sizes, _ = merged(found[0].shape, tuple([tensor.stride() for tensor in found]), keep_first)
+    return found if len(sizes) == 3 else [tensor.contiguous() for tensor in found]
+
+
 def dense(tensor: Tensor) -> Tensor:
     """A tensor whose last stride is 1; as a rule the given one itself."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def rows(*tensors: Tensor, keep_first: bool = False) -> Sequence[Tensor]:
-    """Tensors of one shape, dense and with leading dimensions that `merged` makes three of; as a rule those given."""
-    for tensor in tensors:
-        if tensor.stride(-1) != 1 or tensor.ndim > 4:
-            return _rows([dense(tensor) for tensor in tensors], keep_first)
-    return tensors
-
-
-def _rows(tensors: list[Tensor], keep_first: bool) -> list[Tensor]:
-    sizes, _ = merged(tensors[0].shape, tuple([tensor.stride() for tensor in tensors]), keep_first)
-    return tensors if len(sizes) == 3 else [tensor.contiguous() for tensor in tensors]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -231,7 +238,7 @@ def sum_launch(partials: Tensor, like: Tensor) -> tuple[Tensor, Launch]:
     result [groups, columns], of the shape and dtype of `like`, and the launch that fills it.
     """
     groups, parts, columns = partials.shape
-    total = like.new_empty(like.shape)
+    total = empty_like(like)
     grid = (groups * cdiv(columns, SUM_CONSTANTS["BLOCK"]), 1, 1)
     return total, Launch(_sum_partials_kernel, grid, (partials, total), (parts, columns), SUM_CONSTANTS)
 

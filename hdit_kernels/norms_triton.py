@@ -60,7 +60,7 @@ def ada_layer_norm_backward(dout: Tensor, x: Tensor, shift: Tensor, scale: Tenso
 def _norm_forward(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) -> Tensor:
     """With a shift a layer norm. scale [C] multiplies as it is; scale [B, C], one per sample, as 1 + scale."""
     tensors, plan = _planned((x,), (scale if shift is None else shift, scale))
-    out = x.new_empty(x.shape)
+    out = launch.empty_like(x)
     constants = plan.constants | {"PER_SAMPLE": scale.ndim == 2, "CENTRED": shift is not None}
     launch.run(Launch(_norm_forward_kernel, plan.grid, (*tensors, out), (*plan.integers, eps), constants))
     return out
@@ -69,7 +69,7 @@ def _norm_forward(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) ->
 def _norm_backward(dout: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
     """dx, then dshift if there is a shift, then dscale."""
     tensors, plan = _planned((dout, x), (scale,), backward=True)
-    dx, scale_partials = x.new_empty(x.shape), scale.new_empty(plan.partials, dtype=torch.float32)
+    dx, scale_partials = launch.empty_like(x), scale.new_empty(plan.partials, dtype=torch.float32)
     shift_partials = scale_partials if shift is None else torch.empty_like(scale_partials)
     constants = plan.constants | {"PER_SAMPLE": scale.ndim == 2, "CENTRED": shift is not None}
     tensors = (*tensors, dx, shift_partials, scale_partials)
@@ -85,14 +85,14 @@ def _norm_backward(dout: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor,
 
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     tensors, plan = _planned((x, y), (gate,))
-    out = x.new_empty(x.shape)
+    out = launch.empty_like(x)
     launch.run(Launch(_gate_forward_kernel, plan.grid, (*tensors, out), plan.integers, plan.constants))
     return out
 
 
 def gated_residual_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     tensors, plan = _planned((dout, y), (gate,), backward=True)
-    dy, partials = y.new_empty(y.shape), gate.new_empty(plan.partials, dtype=torch.float32)
+    dy, partials = launch.empty_like(y), gate.new_empty(plan.partials, dtype=torch.float32)
     backward = Launch(_gate_backward_kernel, plan.grid, (*tensors, dy, partials), plan.integers, plan.constants)
     dgate, sum_gate = launch.sum_launch(partials, gate)
     launch.run(backward, sum_gate)
@@ -115,8 +115,11 @@ def _planned(
     one row for each index of the first dimension.
     """
     per_sample = parameters[0].ndim == 2
-    given = (*launch.rows(*tensors, keep_first=per_sample), *launch.rows(*parameters))
+    given = (*tensors, *parameters)
     strides = tuple([tensor.stride() for tensor in given])
+    if not launch.readable(strides):
+        given = (*launch.rows(*tensors, keep_first=per_sample), *[launch.dense(each) for each in parameters])
+        strides = tuple([tensor.stride() for tensor in given])
     return given, _plan(given[0].shape, strides, len(tensors), per_sample, launch.aligned(*given), backward)
 
 

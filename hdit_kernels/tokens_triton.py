@@ -32,40 +32,35 @@ from hdit_kernels.launch import Launch, Plan
 WEIGHT_GRADIENT_PROGRAMS = 256  # about: two for each multiprocessor of the largest GPUs
 WEIGHT_BLOCK = 256  # elements of a weight's gradient that a program adds up
 NO_PATCH = (1, 1)
+Patch = tuple[int, ...]  # rows and columns
 LERP_TILE = (32, 128)  # tokens and channels
 LERP_PROGRAMS = 1024  # at most: each leaves one number of the sum that is dfac
 
 
 def token_merge_forward(x: Tensor, weight: Tensor, patch_size: Sequence[int]) -> Tensor:
-    h, w = patch_size
-    out = x.new_empty((x.shape[0], x.shape[1] // h, x.shape[2] // w, weight.shape[0]))
-    launch.run(_project(x, (h, w), weight, out, NO_PATCH))
-    return out
+    return _project(x, tuple(patch_size), weight, NO_PATCH)
 
 
 def token_merge_backward(
     dout: Tensor, x: Tensor, weight: Tensor, patch_size: Sequence[int], needed: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    h, w = patch_size
-    dx, dweight = dout.new_empty(0), dout.new_empty(0)
+) -> tuple[Tensor, ...]:
+    patch = tuple(patch_size)
+    dx, dweight = None, None
     launches: list[Launch] = []
     if needed[0]:
-        dx = x.new_empty(x.shape)
-        launches.append(_project_back(dout, NO_PATCH, weight, dx, (h, w)))
+        dx = launch.empty_like(x)
+        launches.append(_project_back(dout, NO_PATCH, weight, dx, patch))
     if needed[1]:
-        dweight, more = _weight_gradient(dout, NO_PATCH, x, (h, w), weight)
+        dweight, more = _weight_gradient(dout, NO_PATCH, x, patch, weight)
         launches += more
     launch.run(*launches)
-    return dx, dweight
+    return _tensors(dout, dx, dweight)
 
 
 def token_split_forward(
     x: Tensor, weight: Tensor, patch_size: Sequence[int], skip: Tensor | None, fac: Tensor | None
 ) -> Tensor:
-    h, w = patch_size
-    out = x.new_empty((x.shape[0], x.shape[1] * h, x.shape[2] * w, weight.shape[0] // (h * w)))
-    launch.run(_project(x, NO_PATCH, weight, out, (h, w), skip, fac))
-    return out
+    return _project(x, NO_PATCH, weight, tuple(patch_size), skip, fac)
 
 
 def token_split_backward(
@@ -76,35 +71,40 @@ def token_split_backward(
     skip: Tensor | None,
     fac: Tensor | None,
     needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, w = patch_size
-    dx, dweight, dskip, dfac = (dout.new_empty(0) for _ in range(4))
+) -> tuple[Tensor, ...]:
+    patch = tuple(patch_size)
+    dx, dweight, dskip, dfac = None, None, None, None
     launches: list[Launch] = []
     if needed[0]:
-        dx = x.new_empty(x.shape)
-        launches.append(_project_back(dout, (h, w), weight, dx, NO_PATCH, fac))
+        dx = launch.empty_like(x)
+        launches.append(_project_back(dout, patch, weight, dx, NO_PATCH, fac))
     if skip is None or fac is None:
         if needed[1]:
-            dweight, more = _weight_gradient(dout, (h, w), x, NO_PATCH, weight)
+            dweight, more = _weight_gradient(dout, patch, x, NO_PATCH, weight)
             launches += more
         launch.run(*launches)
-        return dx, dweight, dskip, dfac
+        return _tensors(dout, dx, dweight, None, None)
     # Σ G·(Y − skip): each of the two sums comes with one of the other gradients
     weight_sums, skip_sums = launch.cdiv(weight.numel(), WEIGHT_BLOCK), min(LERP_PROGRAMS, _lerp_tiles(skip))
     sums = dout.new_empty((1, weight_sums + skip_sums, 1), dtype=torch.float32)
     if needed[1] or needed[3]:
-        found, more = _weight_gradient(dout, (h, w), x, NO_PATCH, weight, fac, sums)
+        found, more = _weight_gradient(dout, patch, x, NO_PATCH, weight, fac, sums)
         launches += more
-        dweight = found if needed[1] else dweight
+        dweight = found if needed[1] else None
     if needed[2] or needed[3]:
-        found = skip.new_empty(skip.shape)
+        found = launch.empty_like(skip)
         launches.append(_lerp_skip(dout, skip, fac, found, sums, weight_sums, skip_sums))
-        dskip = found if needed[2] else dskip
+        dskip = found if needed[2] else None
     if needed[3]:
         dfac, summing = launch.sum_launch(sums, fac)
         launches.append(summing)
     launch.run(*launches)
-    return dx, dweight, dskip, dfac
+    return _tensors(dout, dx, dweight, dskip, dfac)
+
+
+def _tensors(dout: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients, empty where not needed: an operator returns tensors, each its own."""
+    return tuple([dout.new_empty(0) if gradient is None else gradient for gradient in gradients])
 
 
 class Layout(NamedTuple):
@@ -113,7 +113,7 @@ class Layout(NamedTuple):
     shape: Sequence[int]
     stride: Sequence[int]
     aligned: bool
-    patch: tuple[int, int]
+    patch: Patch
 
     def strides(self) -> list[int]:
         """0 for a dimension of size 1, whose own stride, if odd, would keep loads narrow for nothing."""
@@ -139,8 +139,14 @@ class Layout(NamedTuple):
         return s_b // vector, s_y // vector, s_x // vector, s_c, *self.patch, self.shape[-1] // vector
 
 
-def _layout(tensor: Tensor, patch: tuple[int, int] = NO_PATCH) -> Layout:
+def _layout(tensor: Tensor, patch: Patch = NO_PATCH) -> Layout:
     return Layout(tensor.shape, tensor.stride(), launch.aligned(tensor), patch)
+
+
+def _contiguous(shape: Sequence[int], patch: Patch) -> Layout:
+    """Of a tensor that a launcher allocates."""
+    _, height, width, channels = shape
+    return Layout(shape, (height * width * channels, width * channels, channels, 1), True, patch)
 
 
 class Tile(NamedTuple):
@@ -178,54 +184,54 @@ def _options(tile: Tile, precision: str) -> dict[str, Any]:
 
 
 def _project(
-    x: Tensor,
-    x_patch: tuple[int, int],
-    weight: Tensor,
-    out: Tensor,
-    out_patch: tuple[int, int],
-    skip: Tensor | None = None,
-    fac: Tensor | None = None,
-) -> Launch:
-    """Fills out = X·Wᵀ; with a skip skip + fac · (X·Wᵀ − skip)."""
+    x: Tensor, x_patch: Patch, weight: Tensor, out_patch: Patch, skip: Tensor | None = None, fac: Tensor | None = None
+) -> Tensor:
+    """X·Wᵀ; with a skip skip + fac · (X·Wᵀ − skip)."""
     weight = launch.dense(weight)
-    of_skip = None if skip is None else _layout(skip, out_patch)
-    layouts = _layout(x, x_patch), _layout(weight), _layout(out, out_patch)
-    grid, numbers, constants = _project_plan(*_tile_and_precision(x), *layouts, of_skip)
+    layouts = _layout(x, x_patch), _layout(weight), None if skip is None else _layout(skip, out_patch)
+    (grid, numbers, constants), shape = _project_plan(*_tile_and_precision(x), *layouts, out_patch)
+    out = x.new_empty(shape)
     tensors = (x, weight, out if skip is None else skip, weight if fac is None else fac, out)
-    return Launch(_project_kernel, grid, tensors, numbers, constants)
+    launch.run(Launch(_project_kernel, grid, tensors, numbers, constants))
+    return out
 
 
 @functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
-def _project_plan(tile: Tile, precision: str, x: Layout, weight: Layout, out: Layout, skip: Layout | None) -> Plan:
+def _project_plan(
+    tile: Tile, precision: str, x: Layout, weight: Layout, skip: Layout | None, out_patch: Patch
+) -> tuple[Plan, Sequence[int]]:
+    """Also the output's shape."""
+    rows, height, width = x.grid()
+    h, w = out_patch
+    out = _contiguous((x.shape[0], height * h, width * w, weight.shape[0] // (h * w)), out_patch)
     # the weight's rows run along x's columns
     whole = x.shape[-1] % tile.depth == 0 and min(x.vector(), weight.row_vector()) == 8
     x_vector, vector = 8 if whole else 1, min(out.vector(), 8 if skip is None else skip.vector())
-    rows, height, width = x.grid()
     skip_strides = (0, 0, 0, 0) if skip is None else skip.in_units(vector)[:4]
     x_matrix, out_matrix = x.in_units(x_vector), out.in_units(vector)
     numbers = (rows, height, width, *x_matrix, weight.stride[0] // x_vector, *skip_strides, *out_matrix)
     constants = {"WHOLE": whole, "VECTOR": vector, "HAS_SKIP": skip is not None, **_options(tile, precision)}
-    return (tile.programs(rows, weight.shape[0]), 1, 1), numbers, constants
+    return ((tile.programs(rows, weight.shape[0]), 1, 1), numbers, constants), out.shape
 
 
 def _project_back(
-    dout: Tensor,
-    dout_patch: tuple[int, int],
-    weight: Tensor,
-    dx: Tensor,
-    dx_patch: tuple[int, int],
-    fac: Tensor | None = None,
+    dout: Tensor, dout_patch: Patch, weight: Tensor, dx: Tensor, dx_patch: Patch, fac: Tensor | None = None
 ) -> Launch:
     """Fills dx = G·W, with fac times fac."""
     weight = launch.dense(weight)
-    layouts = _layout(dout, dout_patch), _layout(weight), _layout(dx, dx_patch)
-    grid, numbers, constants = _project_back_plan(*_tile_and_precision(dout), *layouts, fac is not None)
+    layouts = _layout(dout, dout_patch), _layout(weight)
+    of_dx = dx.shape, dx_patch
+    grid, numbers, constants = _project_back_plan(*_tile_and_precision(dout), *layouts, *of_dx, fac is not None)
     tensors = (dout, weight, weight if fac is None else fac, dx)
     return Launch(_project_back_kernel, grid, tensors, numbers, constants)
 
 
 @functools.lru_cache(maxsize=4096)
-def _project_back_plan(tile: Tile, precision: str, dout: Layout, weight: Layout, dx: Layout, has_fac: bool) -> Plan:
+def _project_back_plan(
+    tile: Tile, precision: str, dout: Layout, weight: Layout, shape: Sequence[int], patch: Patch, has_fac: bool
+) -> Plan:
+    """shape, patch: dx's."""
+    dx = _contiguous(shape, patch)
     whole = dout.shape[-1] % tile.depth == 0 and dout.vector() == 8
     # the weight's rows run along dx's columns
     dout_vector, vector = 8 if whole else 1, min(dx.vector(), weight.row_vector())
@@ -237,9 +243,9 @@ def _project_back_plan(tile: Tile, precision: str, dout: Layout, weight: Layout,
 
 def _weight_gradient(
     dout: Tensor,
-    dout_patch: tuple[int, int],
+    dout_patch: Patch,
     x: Tensor,
-    x_patch: tuple[int, int],
+    x_patch: Patch,
     weight: Tensor,
     fac: Tensor | None = None,
     sums: Tensor | None = None,
@@ -252,7 +258,7 @@ def _weight_gradient(
     elements = weight.numel()
     partials = x.new_empty((parts, elements), dtype=torch.float32)
     product = Launch(_weight_gradient_kernel, grid, (dout, x, partials), numbers, constants)
-    dweight = weight.new_empty(weight.shape)
+    dweight = launch.empty_like(weight)
     tensors = (partials, weight, weight if fac is None else fac, dweight, partials if sums is None else sums)
     grid, numbers = (launch.cdiv(elements, WEIGHT_BLOCK), 1, 1), (parts, elements, weight.shape[1], *weight.stride())
     constants = {"PARTS": 8, "BLOCK": WEIGHT_BLOCK, "HAS_FAC": fac is not None, "num_warps": 4}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 
 pytest.importorskip("triton", reason="the launchers need Triton: install the extra [test] on Linux")
 
-from triton.runtime.jit import JITFunction  # noqa: E402 (after the skip)
+from triton.runtime._async_compile import active_mode  # noqa: E402 (after the skip)
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 from hdit_kernels import launch  # noqa: E402 (imports triton)
 
@@ -136,6 +139,34 @@ def test_what_is_missing_behind_one_that_is_there_is_compiled_side_by_side(monke
     launch.run(first, second, third)
     assert sorted(events[3:5]) == ["b loaded", "c loaded"]
     assert events[5:] == ["b launched", "c launched"]
+
+
+def test_a_kernel_that_is_launched_twice_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the sum of a norm's partial sums, for shift and for scale."""
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    events: list[str] = []
+    barrier = threading.Barrier(2)
+    first, second = (launch.Launch(Function(name, events, barrier), (1, 1, 1), [aligned()], [], {}) for name in "ab")
+    launch.run(first, second, second)
+    assert sorted(events[2:]) == ["a launched", "a loaded", "b launched", "b loaded"]
+
+
+def test_inside_compiled_together_nothing_is_launched() -> None:
+    events: list[str] = []
+    only = launch.Launch(Function("a", events, threading.Barrier(1)), (1, 1, 1), [aligned()], [], {})
+    with launch.compiled_together():
+        launch.run(only, only)
+        assert active_mode.get() is None
+    assert events == []
+    launch.run(only)
+    assert events == ["a launched"]
+
+
+def test_every_kernel_is_launched_by_run() -> None:
+    package = Path(launch.__file__).parent
+    sources = {path: path.read_text() for path in package.rglob("*.py")}
+    assert sum("launch.run(" in source or " run(" in source for source in sources.values()) >= 5
+    assert [path.name for path, source in sources.items() if re.search(r"_kernel\[", source)] == []
 
 
 def test_one_that_is_left_to_compile_is_compiled_as_it_is_launched() -> None:

@@ -302,8 +302,8 @@ def test_tf32_only_when_torch_allows_it(seed: int) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [dict(stride=2), dict(is_causal=True), dict(additional=True)],
-    ids=["stride", "is_causal", "additional_keys"],
+    [dict(stride=2), dict(additional=True)],
+    ids=["stride", "additional_keys"],
 )
 def test_not_on_a_gpu_yet(change: dict) -> None:
     from hdit_kernels import na2d

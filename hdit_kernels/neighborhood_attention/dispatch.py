@@ -12,6 +12,7 @@ from torch import Tensor
 from hdit_kernels import backend, launch, rope_triton
 from hdit_kernels.neighborhood_attention import hopper_plan, triton_backward, triton_forward
 from hdit_kernels.neighborhood_attention.buffers import dense
+from hdit_kernels.neighborhood_attention.options import Options, options
 
 LOG2_E = math.log2(math.e)
 NO_DILATION = (1, 1)
@@ -31,11 +32,12 @@ def na2d_forward(
     return_lse: bool,
     save_stats: bool,
 ) -> list[Tensor]:
-    """Launcher: arguments as checked by `na2d.na2d`; add_k, add_v, stride and causal have their defaults on a GPU.
+    """Launcher: arguments as checked by `na2d.na2d`; add_k, add_v and stride have their defaults on a GPU.
 
     Returns what `forward_launch` does.
     """
-    results, forward = forward_launch(query, key, value, window, dilation, scale, return_lse, save_stats)
+    more = options(causal)
+    results, forward = forward_launch(query, key, value, window, dilation, scale, return_lse, save_stats, more)
     launch.run(forward)
     return results
 
@@ -58,7 +60,8 @@ def na2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher: arguments as of `na2d_forward`."""
     dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    launch.run(*backward_launches(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale))
+    given = (dout, dlse, query, key, value, out, stats, window, dilation, scale, options(causal))
+    launch.run(*backward_launches(dq, dk, dv, *given))
     return dq, dk, dv, query.new_empty(0), query.new_empty(0)
 
 
@@ -110,6 +113,7 @@ def forward_launch(
     scale: float,
     return_lse: bool,
     save_stats: bool,
+    more: Options | None = None,
 ) -> tuple[list[Tensor], launch.Launch]:
     """The results and the launch that fills them.
 
@@ -120,11 +124,13 @@ def forward_launch(
     """
     query, key, value = dense(query), dense(key), dense(value)
     logit_scale = scale * LOG2_E
-    if on_hopper(query) and hopper_plan.takes(hopper_plan.FORWARD, (query, key, value), window, dilation):
+    hopper = more is None and on_hopper(query)
+    if hopper and hopper_plan.takes(hopper_plan.FORWARD, (query, key, value), window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_forward
 
         return hopper_forward.forward_launch(query, key, value, window, logit_scale, return_lse, save_stats)
-    return triton_forward.forward_launch(query, key, value, window, dilation, logit_scale, return_lse, save_stats)
+    settings = (window, dilation, logit_scale, return_lse, save_stats, more)
+    return triton_forward.forward_launch(query, key, value, *settings)
 
 
 def backward_launches(
@@ -141,6 +147,7 @@ def backward_launches(
     window: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    more: Options | None = None,
 ) -> tuple[launch.Launch, launch.Launch]:
     """The launches that write the gradients into dq, dk, dv, which share their strides (slices of one packed tensor,
     say).
@@ -148,18 +155,19 @@ def backward_launches(
     dout, query, key, value = dense(dout), dense(query), dense(key), dense(value)
     dlse = None if dlse is None else dlse.contiguous()
     tensors, scales = (dout, query, key, value), (scale, scale * LOG2_E)
-    if on_hopper(query) and hopper_plan.takes(hopper_plan.BACKWARD, (query, key, value), window, dilation):
+    hopper = more is None and on_hopper(query)
+    if hopper and hopper_plan.takes(hopper_plan.BACKWARD, (query, key, value), window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_backward
 
         return hopper_backward.backward_launches(dq, dk, dv, *tensors, dlse, out, stats, window, *scales)
-    dq_launch, terms = triton_backward.dq_launch(dq, *tensors, dlse, out, stats, window, dilation, *scales)
-    if on_hopper(query) and hopper_plan.takes(hopper_plan.BACKWARD_WIDE, (query, key, value, dout), window, dilation):
+    dq_launch, terms = triton_backward.dq_launch(dq, *tensors, dlse, out, stats, window, dilation, *scales, more)
+    if hopper and hopper_plan.takes(hopper_plan.BACKWARD_WIDE, (query, key, value, dout), window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_backward_wide
 
         return dq_launch, hopper_backward_wide.dkdv_launch(dk, dv, *tensors, terms, window, *scales)
-    return dq_launch, triton_backward.dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, *scales)
+    return dq_launch, triton_backward.dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, *scales, more)
 
 
 def on_hopper(tensor: Tensor) -> bool:
-    """Whether Hopper's own kernels may be asked."""
+    """Whether Hopper's own kernels may be asked (for plain calls)."""
     return backend.chosen == "auto" and launch.gpu_family(tensor.device) == "hopper"

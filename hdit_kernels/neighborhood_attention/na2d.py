@@ -93,7 +93,8 @@ def na2d(
         kernel_size: window, one number or (rows, columns), any parity; kernel_size · dilation ≤ (H, W).
         stride: queries that share a window, at most kernel_size (1: each its own). More than 1: CPU only.
         dilation: the step between the keys of a window; the grid splits into dilation² interleaved ones.
-        is_causal: per axis, see no later key; None means False, as in NATTEN. True: CPU only.
+        is_causal: per axis, whether a query sees the keys from i − K + 1 on to its own, i, at a border fewer than K;
+            None means False, as in NATTEN.
         scale: factor of the logits, positive, default head_dim ** -0.5.
         additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query. CPU only.
         return_lse: also return the logarithm of the softmax denominator.
@@ -109,7 +110,7 @@ def na2d(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
-        NotImplementedError: stride, is_causal or additional keys on a GPU.
+        NotImplementedError: stride or additional keys on a GPU.
 
     Source: Hassani et al. 2023, arXiv:2204.07143 and 2209.15001 (dilation); HDiT section 4.2. Under autocast it runs in
     the autocast dtype.
@@ -163,9 +164,9 @@ def _checked_settings(
         checks.shape("additional_values", additional_values, additional_keys.shape)
     if query.is_cuda:
         check_head_dim(query.shape[-1])
-        if strides != (1, 1) or causal != (False, False) or additional_keys is not None:
+        if strides != (1, 1) or additional_keys is not None:
             raise NotImplementedError(
-                "na2d: stride, is_causal and additional_keys run on the CPU only so far; on a GPU leave them out"
+                "na2d: stride and additional_keys run on the CPU only so far; on a GPU leave them out"
             )
     checks.same_dtype(**{n: registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()})
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention.buffers import aligned
+from hdit_kernels.neighborhood_attention.options import Options, with_options
 from hdit_kernels.neighborhood_attention.triton_configs import Configure, dkdv_config, dq_config, plan_tiles
 from hdit_kernels.neighborhood_attention.triton_device import (
     as_operand,
     first_query,
+    keys_end,
+    keys_seen,
     last_query,
     mask_bias,
     offsets,
@@ -28,7 +31,6 @@ from hdit_kernels.neighborhood_attention.triton_device import (
     token_at,
     unpack,
     unsigned,
-    window_start,
 )
 
 
@@ -45,6 +47,7 @@ def dq_launch(
     dilation: Sequence[int],
     scale: float,
     logit_scale: float,
+    options: Options | None = None,
     configure: Configure = dq_config,
 ) -> tuple[launch.Launch, Tensor]:
     """The launch that writes the query's gradient, of the kernel of this module; all but dq are dense.
@@ -57,7 +60,7 @@ def dq_launch(
     constants = constants | {"HAS_DLSE": dlse is not None, "PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms)
     numbers = [scale, logit_scale, terms.numel(), *integers]
-    return launch.Launch(_na2d_dq_kernel, grid, tensors, numbers, constants), terms
+    return launch.Launch(_na2d_dq_kernel, grid, tensors, numbers, *with_options(constants, options)), terms
 
 
 def dkdv_launch(
@@ -73,6 +76,7 @@ def dkdv_launch(
     dilation: Sequence[int],
     scale: float,
     logit_scale: float,
+    options: Options | None = None,
     configure: Configure = dkdv_config,
 ) -> launch.Launch:
     """That which writes the gradients of key and value, dk and dv, with the terms of `dq_launch`."""
@@ -80,7 +84,7 @@ def dkdv_launch(
     constants = constants | {"PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, terms, stats, dk, dv)
     numbers = [scale, logit_scale, terms.numel(), *integers]
-    return launch.Launch(_na2d_dkdv_kernel, grid, tensors, numbers, constants)
+    return launch.Launch(_na2d_dkdv_kernel, grid, tensors, numbers, *with_options(constants, options))
 
 
 def _plan_backward(
@@ -112,9 +116,11 @@ def _na2d_dq_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
+    OPTIONS: tl.constexpr = False, causal_y=None, causal_x=None,
 ):  # fmt: skip
-    # Tiles, blocks, strides (o: dout; g: the gradient), stats, rows, images, VECTOR and WIDE: as of the forward kernel.
-    # dlse: [B, H, W, heads], read if HAS_DLSE. terms: [B, H, W, heads] of int64, written for the second kernel.
+    # Tiles, blocks, strides (o: dout; g: the gradient), stats, rows, images, VECTOR, WIDE and what follows OPTIONS: as
+    # of the forward kernel. dlse: [B, H, W, heads], read if HAS_DLSE. terms: [B, H, W, heads] of int64, written for the
+    # second kernel.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
@@ -126,7 +132,10 @@ def _na2d_dq_kernel(
     tile_row, tile_column = in_tile // TILE_X, in_tile % TILE_X
     query_y, query_x = first_y + tile_row, first_x + tile_column
     is_query = (query_y < length_y) & (query_x < length_x)
-    start_y, start_x = window_start(query_y, window_y, length_y), window_start(query_x, window_x, length_x)
+    start_y, count_y = keys_seen(query_y, window_y, length_y, causal_y)
+    start_x, count_x = keys_seen(query_x, window_x, length_x, causal_x)
+    if OPTIONS:
+        count_y, count_x = count_y[:, None], count_x[:, None]
 
     dim = tl.arange(0, BLOCK_D)
     in_dim = (dim < D)[None, :]
@@ -150,9 +159,10 @@ def _na2d_dq_kernel(
         log_total = tl.load(stats_ptr + rows + token + at, mask=is_query, other=0.0)
     tl.store(terms_ptr + token + at, pack(maximum, delta), mask=is_query)
 
-    low_y, low_x = window_start(first_y, window_y, length_y), window_start(first_x, window_x, length_x)
-    high_y = window_start(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + window_y
-    high_x = window_start(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x) + window_x
+    low_y, _ = keys_seen(first_y, window_y, length_y, causal_y)
+    low_x, _ = keys_seen(first_x, window_x, length_x, causal_x)
+    high_y = keys_end(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, causal_y)
+    high_x = keys_end(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, causal_x)
     block_row, block_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
     key_ptr = token_at(key_ptr, batch, head, block_row, block_column, k_b, k_h, k_w, k_n, VECTOR)
     value_ptr = token_at(value_ptr, batch, head, block_row, block_column, v_b, v_h, v_w, v_n, VECTOR)
@@ -163,7 +173,7 @@ def _na2d_dq_kernel(
 
     dq = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
     for x in range(low_x, high_x, BLOCK_X):  # masked as in the forward
-        column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], window_x)
+        column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], count_x)
         first_row = start_y[:, None] - block_y[None, :]
         end = tl.where(x + block_x < high_x, high_y - block_y, low_y)
         k_ptr, v_ptr = key_ptr, value_ptr
@@ -174,7 +184,7 @@ def _na2d_dq_kernel(
             k_ptr += dilation_y * k_h * (BLOCK_Y * VECTOR)
             v_ptr += dilation_y * v_h * (BLOCK_Y * VECTOR)
 
-            products = tl.dot(q, tl.trans(k), column_bias + mask_bias(y - first_row, window_y), PRECISION)
+            products = tl.dot(q, tl.trans(k), column_bias + mask_bias(y - first_row, count_y), PRECISION)
             exponent = tl.math.fma(products, logit_scale, -maximum[:, None])
             if query_ptr.dtype.element_ty == tl.float32:
                 exponent -= log_total[:, None]
@@ -201,6 +211,7 @@ def _na2d_dkdv_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
+    OPTIONS: tl.constexpr = False, causal_y=None, causal_x=None,
 ):  # fmt: skip
     # A program: TILE_Y x TILE_X keys of one head, with BLOCK_Y x BLOCK_X queries at a time. Arguments: as of the kernel
     # above, whose terms it reads; dk and dv share the strides g.
@@ -227,12 +238,12 @@ def _na2d_dkdv_kernel(
     v = as_operand(tl.load(value_ptr + at[:, None] + dim[None, :], mask=tile_mask, other=0.0), PRECISION)
 
     # The queries that see a key are an interval on each axis, as the keys that a query sees.
-    start_y, start_x = first_query(key_y, window_y), first_query(key_x, window_x)
-    count_y = last_query(key_y, window_y, length_y) + 1 - start_y
-    count_x = last_query(key_x, window_x, length_x) + 1 - start_x
-    low_y, low_x = first_query(first_y, window_y), first_query(first_x, window_x)
-    high_y = last_query(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + 1
-    high_x = last_query(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x) + 1
+    start_y, start_x = first_query(key_y, window_y, causal_y), first_query(key_x, window_x, causal_x)
+    count_y = last_query(key_y, window_y, length_y, causal_y) + 1 - start_y
+    count_x = last_query(key_x, window_x, length_x, causal_x) + 1 - start_x
+    low_y, low_x = first_query(first_y, window_y, causal_y), first_query(first_x, window_x, causal_x)
+    high_y = last_query(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, causal_y) + 1
+    high_x = last_query(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, causal_x) + 1
     block_row, block_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
     query_ptr = token_at(query_ptr, batch, head, block_row, block_column, q_b, q_h, q_w, q_n, VECTOR)
     dout_ptr = token_at(dout_ptr, batch, head, block_row, block_column, o_b, o_h, o_w, o_n, VECTOR)

@@ -33,6 +33,23 @@ def window_start(query, window, length):
 
 
 @triton.jit
+def keys_seen(query, window, length, causal):
+    """The first key of each query's window, and how many there are. causal: None in the plain binaries."""
+    start, count = window_start(query, window, length), window
+    if causal is not None:
+        start = tl.where(causal > 0, tl.maximum(query - window + 1, 0), start)
+        count = tl.where(causal > 0, query + 1 - start, window)
+    return start, count
+
+
+@triton.jit
+def keys_end(query, window, length, causal):
+    """One past the last key of a query's window."""
+    start, count = keys_seen(query, window, length, causal)
+    return start + count
+
+
+@triton.jit
 def mask_bias(offset, length):
     """0 where 0 <= offset < length, else -inf. One comparison: a negative offset is a large unsigned number."""
     return tl.where(offset.to(tl.uint32, bitcast=True) < length.to(tl.uint32, bitcast=True), 0.0, float("-inf"))
@@ -82,12 +99,18 @@ def unpack(both):
 
 
 @triton.jit
-def first_query(key, window):
+def first_query(key, window, causal):
     """The first query whose window reaches the key, along one axis."""
-    return tl.where(key < window, 0, key - window + 1 + (window >> 1))
+    first = tl.where(key < window, 0, key - window + 1 + (window >> 1))
+    if causal is not None:
+        first = tl.where(causal > 0, key, first)
+    return first
 
 
 @triton.jit
-def last_query(key, window, length):
+def last_query(key, window, length, causal):
     """The last query whose window reaches the key: everyone clamped at the end sees the last `window` keys."""
-    return tl.where(key >= length - window, length - 1, key + (window >> 1))
+    last = tl.where(key >= length - window, length - 1, key + (window >> 1))
+    if causal is not None:
+        last = tl.where(causal > 0, tl.minimum(key + window, length) - 1, last)
+    return last

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention.buffers import aligned, empty_results
+from hdit_kernels.neighborhood_attention.options import Options, with_options
 from hdit_kernels.neighborhood_attention.triton_configs import Configure, forward_config, plan_tiles
 from hdit_kernels.neighborhood_attention.triton_device import (
     as_operand,
+    keys_end,
+    keys_seen,
     mask_bias,
     offsets,
     tile_of_program,
     token_at,
     unsigned,
-    window_start,
 )
 
 LOWEST = tl.constexpr(-3e38)  # where a running maximum starts: finite, so that it can be subtracted
@@ -37,6 +39,7 @@ def forward_launch(
     logit_scale: float,
     return_lse: bool,
     save_stats: bool,
+    options: Options | None = None,
     configure: Configure = forward_config,
 ) -> tuple[list[Tensor], launch.Launch]:
     """As `dispatch.forward_launch`; inputs are dense."""
@@ -48,7 +51,7 @@ def forward_launch(
     constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
     numbers = [logit_scale, int(save_stats), query.shape[:-1].numel(), *integers]
     tensors = (query, key, value, out, stats, lse)
-    forward = launch.Launch(_na2d_forward_kernel, grid, tensors, numbers, constants)
+    forward = launch.Launch(_na2d_forward_kernel, grid, tensors, numbers, *with_options(constants, options))
     return [out] + return_lse * [lse] + save_stats * [stats], forward
 
 
@@ -62,12 +65,14 @@ def _na2d_forward_kernel(
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
-    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, OPTIONS: tl.constexpr = False,
+    causal_y=None, causal_x=None,
 ):  # fmt: skip
     # A program: TILE_Y x TILE_X queries of one head, with BLOCK_Y x BLOCK_X keys at a time. Tensors are
     # [B, H, W, heads, D] with strides of batch, row, column and head in units of VECTOR elements; out is contiguous.
     # stats and lse are [B, H, W, heads], stats twice in float32, `rows` numbers apart. images: batch · dilation², each
     # sub-grid its own. tiles_x: tiles in a row. BLOCK_D: D as a power of 2. WIDE: a block's offsets need 64 bits.
+    # OPTIONS: the arguments behind it are given. causal: 1 for an axis of causal windows, 0 for another.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
@@ -78,7 +83,10 @@ def _na2d_forward_kernel(
     in_tile = tl.arange(0, TILE_Y * TILE_X)
     query_y, query_x = first_y + in_tile // TILE_X, first_x + in_tile % TILE_X
     is_query = (query_y < length_y) & (query_x < length_x)
-    start_y, start_x = window_start(query_y, window_y, length_y), window_start(query_x, window_x, length_x)
+    start_y, count_y = keys_seen(query_y, window_y, length_y, causal_y)
+    start_x, count_x = keys_seen(query_x, window_x, length_x, causal_x)
+    if OPTIONS:
+        count_y, count_x = count_y[:, None], count_x[:, None]
 
     dim = tl.arange(0, BLOCK_D)
     in_dim = (dim < D)[None, :]
@@ -87,9 +95,10 @@ def _na2d_forward_kernel(
     q = tl.load(query_ptr + at[:, None] + dim[None, :], mask=is_query[:, None] & in_dim, other=0.0)
     q = as_operand(q, PRECISION)
 
-    low_y, low_x = window_start(first_y, window_y, length_y), window_start(first_x, window_x, length_x)
-    high_y = window_start(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y) + window_y
-    high_x = window_start(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x) + window_x
+    low_y, _ = keys_seen(first_y, window_y, length_y, causal_y)
+    low_x, _ = keys_seen(first_x, window_x, length_x, causal_x)
+    high_y = keys_end(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, causal_y)
+    high_x = keys_end(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, causal_x)
     row, column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
     key_ptr = token_at(key_ptr, batch, head, row, column, k_b, k_h, k_w, k_n, VECTOR)
     value_ptr = token_at(value_ptr, batch, head, row, column, v_b, v_h, v_w, v_n, VECTOR)
@@ -104,7 +113,7 @@ def _na2d_forward_kernel(
     for x in range(low_x, high_x, BLOCK_X):
         # Down a column of blocks, what a query sees changes only by the rows: the bias of the columns is made once, and
         # one addition joins it to that of the rows, as the accumulator from which the product starts.
-        column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], window_x)
+        column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], count_x)
         first_row = start_y[:, None] - block_y[None, :]
         end = tl.where(x + block_x < high_x, high_y - block_y, low_y)  # the row from which on nothing is read
         k_ptr, v_ptr = key_ptr, value_ptr
@@ -115,7 +124,7 @@ def _na2d_forward_kernel(
             k_ptr += dilation_y * k_h * (BLOCK_Y * VECTOR)
             v_ptr += dilation_y * v_h * (BLOCK_Y * VECTOR)
 
-            products = tl.dot(q, tl.trans(k), column_bias + mask_bias(y - first_row, window_y), PRECISION)
+            products = tl.dot(q, tl.trans(k), column_bias + mask_bias(y - first_row, count_y), PRECISION)
             new_maximum = tl.maximum(maximum, tl.max(products, 1) * logit_scale)
             probability = tl.exp2(tl.math.fma(products, logit_scale, -new_maximum[:, None]))
             decay = tl.exp2(maximum - new_maximum)

@@ -81,6 +81,30 @@ def na2d_large_windows(sizes: random.Random, values: torch.Generator, dtype: tor
     return na2d(sizes, values, dtype, mixed, (10, 11, 12, 13, 13), dilations=((1, 1),), head_dims=(32, 64))
 
 
+def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
+    """What only the portable kernels take, in variants of their own: few head_dims and windows, since each may compile
+    anew.
+    """
+    while True:
+        window = tuple(sizes.choice((1, 2, 3, 4, 6, 7, 7, 9, 12)) for _ in range(2))
+        if math.prod(window) > 2:  # of fewer keys the gradients of query and key are mostly rounding
+            break
+    dilation = sizes.choice(((1, 1), (1, 1), (2, 2), (1, 3), (2, 1)))
+    causal = (sizes.random() < 0.5, sizes.random() < 0.5)
+    height, width = (_axis(sizes, w, d) for w, d in zip(window, dilation, strict=True))
+    batch, heads, head_dim = sizes.randint(1, 4), sizes.randint(1, 4), sizes.choice((16, 64))
+    query, key, value = (
+        strided(torch.randn(batch, height, width, heads, head_dim, generator=values).to(dtype), sizes) for _ in range(3)
+    )
+    settings = dict(kernel_size=window, dilation=dilation, is_causal=causal, scale=head_dim**-0.5)
+    return Case(
+        f"na2d {list(query.shape)} window {window} dilation {dilation} causal {causal}",
+        dict(query=query, key=key, value=value),
+        functools.partial(hdit_kernels.na2d, **settings, return_lse=True),
+        functools.partial(reference.na2d, **settings),
+    )
+
+
 def na2d_large_logits(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
     """Logits up to ±1e4: the running maximum is what keeps the softmax finite."""
     while True:
@@ -131,5 +155,6 @@ OPERATORS = {
     "na2d_small_windows": na2d_small_windows,
     "na2d_large_windows": na2d_large_windows,
     "na2d_large_logits": na2d_large_logits,
+    "na2d_options": na2d_options,
     "neighborhood_self_attention": neighborhood_self_attention,
 }

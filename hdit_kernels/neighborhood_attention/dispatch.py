@@ -32,11 +32,11 @@ def na2d_forward(
     return_lse: bool,
     save_stats: bool,
 ) -> list[Tensor]:
-    """Launcher: arguments as checked by `na2d.na2d`; add_k, add_v and stride have their defaults on a GPU.
+    """Launcher: arguments as checked by `na2d.na2d`; add_k and add_v are None on a GPU.
 
     Returns what `forward_launch` does.
     """
-    more = options(causal)
+    more = options(stride, causal)
     results, forward = forward_launch(query, key, value, window, dilation, scale, return_lse, save_stats, more)
     launch.run(forward)
     return results
@@ -60,7 +60,7 @@ def na2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher: arguments as of `na2d_forward`."""
     dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    given = (dout, dlse, query, key, value, out, stats, window, dilation, scale, options(causal))
+    given = (dout, dlse, query, key, value, out, stats, window, dilation, scale, options(stride, causal))
     launch.run(*backward_launches(dq, dk, dv, *given))
     return dq, dk, dv, query.new_empty(0), query.new_empty(0)
 

@@ -91,10 +91,12 @@ def na2d(
             dtype; any strides whose last is 1 are read without a copy. On a GPU head_dim is a multiple of 8, at most
             128.
         kernel_size: window, one number or (rows, columns), any parity; kernel_size · dilation ≤ (H, W).
-        stride: queries that share a window, at most kernel_size (1: each its own). More than 1: CPU only.
+        stride: queries that share the window of the middle one of them, its group's leader; at most kernel_size (1:
+            each its own).
         dilation: the step between the keys of a window; the grid splits into dilation² interleaved ones.
-        is_causal: per axis, whether a query sees the keys from i − K + 1 on to its own, i, at a border fewer than K;
-            None means False, as in NATTEN.
+        is_causal: per axis, whether a query sees the keys from i − K + 1 to i, its own, only: fewer than K at the
+            first border. With a stride, from leader − K + 1 to i, the leader being the last of its group. None means
+            False, as in NATTEN.
         scale: factor of the logits, positive, default head_dim ** -0.5.
         additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query. CPU only.
         return_lse: also return the logarithm of the softmax denominator.
@@ -110,7 +112,7 @@ def na2d(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
-        NotImplementedError: stride or additional keys on a GPU.
+        NotImplementedError: additional keys on a GPU.
 
     Source: Hassani et al. 2023, arXiv:2204.07143 and 2209.15001 (dilation); HDiT section 4.2. Under autocast it runs in
     the autocast dtype.
@@ -164,10 +166,8 @@ def _checked_settings(
         checks.shape("additional_values", additional_values, additional_keys.shape)
     if query.is_cuda:
         check_head_dim(query.shape[-1])
-        if strides != (1, 1) or additional_keys is not None:
-            raise NotImplementedError(
-                "na2d: stride and additional_keys run on the CPU only so far; on a GPU leave them out"
-            )
+        if additional_keys is not None:
+            raise NotImplementedError("additional_keys: run on the CPU only so far; on a GPU leave them out")
     checks.same_dtype(**{n: registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()})
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
     # two lists less to dispatch take a microsecond less

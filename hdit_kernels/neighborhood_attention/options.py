@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 class Options(NamedTuple):
     """Of a call that is not plain."""
 
+    stride: Sequence[int]
     causal: Sequence[bool]
 
     def arguments(self) -> dict[str, Any]:
         """The optional arguments of the portable kernels that walk windows, in their order."""
-        return dict(causal_y=int(self.causal[0]), causal_x=int(self.causal[1]))
+        (stride_y, stride_x), (causal_y, causal_x) = self.stride, self.causal
+        return dict(stride_y=stride_y, stride_x=stride_x, causal_y=int(causal_y), causal_x=int(causal_x))
 
 
 def with_options(constants: dict[str, Any], options: Options | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -23,8 +25,8 @@ def with_options(constants: dict[str, Any], options: Options | None) -> tuple[di
     return (constants, {}) if options is None else (constants | {"OPTIONS": True}, options.arguments())
 
 
-def options(causal: Sequence[bool] | None) -> Options | None:
+def options(stride: Sequence[int] | None, causal: Sequence[bool] | None) -> Options | None:
     """None for a plain call."""
-    if causal is None or not any(causal):
+    if (stride is None or max(stride) == 1) and (causal is None or not any(causal)):
         return None
-    return Options(causal)
+    return Options(stride or (1, 1), causal or (False, False))

@@ -116,7 +116,7 @@ def _na2d_dq_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
-    OPTIONS: tl.constexpr = False, causal_y=None, causal_x=None,
+    OPTIONS: tl.constexpr = False, stride_y=None, stride_x=None, causal_y=None, causal_x=None,
 ):  # fmt: skip
     # Tiles, blocks, strides (o: dout; g: the gradient), stats, rows, images, VECTOR, WIDE and what follows OPTIONS: as
     # of the forward kernel. dlse: [B, H, W, heads], read if HAS_DLSE. terms: [B, H, W, heads] of int64, written for the
@@ -132,8 +132,8 @@ def _na2d_dq_kernel(
     tile_row, tile_column = in_tile // TILE_X, in_tile % TILE_X
     query_y, query_x = first_y + tile_row, first_x + tile_column
     is_query = (query_y < length_y) & (query_x < length_x)
-    start_y, count_y = keys_seen(query_y, window_y, length_y, causal_y)
-    start_x, count_x = keys_seen(query_x, window_x, length_x, causal_x)
+    start_y, count_y = keys_seen(query_y, window_y, length_y, stride_y, causal_y)
+    start_x, count_x = keys_seen(query_x, window_x, length_x, stride_x, causal_x)
     if OPTIONS:
         count_y, count_x = count_y[:, None], count_x[:, None]
 
@@ -159,10 +159,10 @@ def _na2d_dq_kernel(
         log_total = tl.load(stats_ptr + rows + token + at, mask=is_query, other=0.0)
     tl.store(terms_ptr + token + at, pack(maximum, delta), mask=is_query)
 
-    low_y, _ = keys_seen(first_y, window_y, length_y, causal_y)
-    low_x, _ = keys_seen(first_x, window_x, length_x, causal_x)
-    high_y = keys_end(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, causal_y)
-    high_x = keys_end(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, causal_x)
+    low_y, _ = keys_seen(first_y, window_y, length_y, stride_y, causal_y)
+    low_x, _ = keys_seen(first_x, window_x, length_x, stride_x, causal_x)
+    high_y = keys_end(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, stride_y, causal_y)
+    high_x = keys_end(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, stride_x, causal_x)
     block_row, block_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
     key_ptr = token_at(key_ptr, batch, head, block_row, block_column, k_b, k_h, k_w, k_n, VECTOR)
     value_ptr = token_at(value_ptr, batch, head, block_row, block_column, v_b, v_h, v_w, v_n, VECTOR)
@@ -211,7 +211,7 @@ def _na2d_dkdv_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
-    OPTIONS: tl.constexpr = False, causal_y=None, causal_x=None,
+    OPTIONS: tl.constexpr = False, stride_y=None, stride_x=None, causal_y=None, causal_x=None,
 ):  # fmt: skip
     # A program: TILE_Y x TILE_X keys of one head, with BLOCK_Y x BLOCK_X queries at a time. Arguments: as of the kernel
     # above, whose terms it reads; dk and dv share the strides g.
@@ -238,12 +238,14 @@ def _na2d_dkdv_kernel(
     v = as_operand(tl.load(value_ptr + at[:, None] + dim[None, :], mask=tile_mask, other=0.0), PRECISION)
 
     # The queries that see a key are an interval on each axis, as the keys that a query sees.
-    start_y, start_x = first_query(key_y, window_y, causal_y), first_query(key_x, window_x, causal_x)
-    count_y = last_query(key_y, window_y, length_y, causal_y) + 1 - start_y
-    count_x = last_query(key_x, window_x, length_x, causal_x) + 1 - start_x
-    low_y, low_x = first_query(first_y, window_y, causal_y), first_query(first_x, window_x, causal_x)
-    high_y = last_query(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, causal_y) + 1
-    high_x = last_query(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, causal_x) + 1
+    start_y = first_query(key_y, window_y, stride_y, causal_y)
+    start_x = first_query(key_x, window_x, stride_x, causal_x)
+    count_y = last_query(key_y, window_y, length_y, stride_y, causal_y) + 1 - start_y
+    count_x = last_query(key_x, window_x, length_x, stride_x, causal_x) + 1 - start_x
+    low_y = first_query(first_y, window_y, stride_y, causal_y)
+    low_x = first_query(first_x, window_x, stride_x, causal_x)
+    high_y = last_query(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, stride_y, causal_y) + 1
+    high_x = last_query(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, stride_x, causal_x) + 1
     block_row, block_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
     query_ptr = token_at(query_ptr, batch, head, block_row, block_column, q_b, q_h, q_w, q_n, VECTOR)
     dout_ptr = token_at(dout_ptr, batch, head, block_row, block_column, o_b, o_h, o_w, o_n, VECTOR)

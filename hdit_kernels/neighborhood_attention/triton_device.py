@@ -33,19 +33,24 @@ def window_start(query, window, length):
 
 
 @triton.jit
-def keys_seen(query, window, length, causal):
-    """The first key of each query's window, and how many there are. causal: None in the plain binaries."""
-    start, count = window_start(query, window, length), window
-    if causal is not None:
-        start = tl.where(causal > 0, tl.maximum(query - window + 1, 0), start)
+def keys_seen(query, window, length, stride, causal):
+    """The first key of each query's window, and how many there are (reference.windows). stride and causal: None in the
+    plain binaries.
+    """
+    if stride is None:
+        start, count = window_start(query, window, length), window
+    else:
+        leader = query // stride * stride + tl.where(causal > 0, stride - 1, stride >> 1)
+        leader = tl.minimum(leader, length - 1)
+        start = tl.where(causal > 0, tl.maximum(leader - window + 1, 0), window_start(leader, window, length))
         count = tl.where(causal > 0, query + 1 - start, window)
     return start, count
 
 
 @triton.jit
-def keys_end(query, window, length, causal):
+def keys_end(query, window, length, stride, causal):
     """One past the last key of a query's window."""
-    start, count = keys_seen(query, window, length, causal)
+    start, count = keys_seen(query, window, length, stride, causal)
     return start + count
 
 
@@ -99,18 +104,26 @@ def unpack(both):
 
 
 @triton.jit
-def first_query(key, window, causal):
-    """The first query whose window reaches the key, along one axis."""
+def first_query(key, window, stride, causal):
+    """The first query whose window reaches the key, along one axis: with a stride, that of a group, whose leader is at
+    least as far as such a query would be without. Causal: the key's own.
+    """
     first = tl.where(key < window, 0, key - window + 1 + (window >> 1))
-    if causal is not None:
-        first = tl.where(causal > 0, key, first)
+    if stride is not None:
+        group = (tl.maximum(first - (stride >> 1), 0) + stride - 1) // stride
+        first = tl.where(causal > 0, key, group * stride)
     return first
 
 
 @triton.jit
-def last_query(key, window, length, causal):
-    """The last query whose window reaches the key: everyone clamped at the end sees the last `window` keys."""
+def last_query(key, window, length, stride, causal):
+    """The last query whose window reaches the key: everyone clamped at the end sees the last `window` keys. With a
+    stride, that of the last group whose leader is no further than such a query would be without.
+    """
     last = tl.where(key >= length - window, length - 1, key + (window >> 1))
-    if causal is not None:
-        last = tl.where(causal > 0, tl.minimum(key + window, length) - 1, last)
+    if stride is not None:
+        group = (last - (stride >> 1)) // stride
+        last = tl.where(key >= length - window, last, tl.minimum((group + 1) * stride, length) - 1)
+        reach = tl.where(key + window >= length, length, (key + window) // stride * stride)
+        last = tl.where(causal > 0, reach - 1, last)
     return last

@@ -66,13 +66,14 @@ def _na2d_forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
     HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, OPTIONS: tl.constexpr = False,
-    causal_y=None, causal_x=None,
+    stride_y=None, stride_x=None, causal_y=None, causal_x=None,
 ):  # fmt: skip
     # A program: TILE_Y x TILE_X queries of one head, with BLOCK_Y x BLOCK_X keys at a time. Tensors are
     # [B, H, W, heads, D] with strides of batch, row, column and head in units of VECTOR elements; out is contiguous.
     # stats and lse are [B, H, W, heads], stats twice in float32, `rows` numbers apart. images: batch · dilation², each
     # sub-grid its own. tiles_x: tiles in a row. BLOCK_D: D as a power of 2. WIDE: a block's offsets need 64 bits.
-    # OPTIONS: the arguments behind it are given. causal: 1 for an axis of causal windows, 0 for another.
+    # OPTIONS: the arguments behind it are given. stride: queries that share a window. causal: 1 for an axis of causal
+    # windows, 0 for another.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
@@ -83,8 +84,8 @@ def _na2d_forward_kernel(
     in_tile = tl.arange(0, TILE_Y * TILE_X)
     query_y, query_x = first_y + in_tile // TILE_X, first_x + in_tile % TILE_X
     is_query = (query_y < length_y) & (query_x < length_x)
-    start_y, count_y = keys_seen(query_y, window_y, length_y, causal_y)
-    start_x, count_x = keys_seen(query_x, window_x, length_x, causal_x)
+    start_y, count_y = keys_seen(query_y, window_y, length_y, stride_y, causal_y)
+    start_x, count_x = keys_seen(query_x, window_x, length_x, stride_x, causal_x)
     if OPTIONS:
         count_y, count_x = count_y[:, None], count_x[:, None]
 
@@ -95,10 +96,10 @@ def _na2d_forward_kernel(
     q = tl.load(query_ptr + at[:, None] + dim[None, :], mask=is_query[:, None] & in_dim, other=0.0)
     q = as_operand(q, PRECISION)
 
-    low_y, _ = keys_seen(first_y, window_y, length_y, causal_y)
-    low_x, _ = keys_seen(first_x, window_x, length_x, causal_x)
-    high_y = keys_end(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, causal_y)
-    high_x = keys_end(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, causal_x)
+    low_y, _ = keys_seen(first_y, window_y, length_y, stride_y, causal_y)
+    low_x, _ = keys_seen(first_x, window_x, length_x, stride_x, causal_x)
+    high_y = keys_end(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, stride_y, causal_y)
+    high_x = keys_end(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, stride_x, causal_x)
     row, column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
     key_ptr = token_at(key_ptr, batch, head, row, column, k_b, k_h, k_w, k_n, VECTOR)
     value_ptr = token_at(value_ptr, batch, head, row, column, v_b, v_h, v_w, v_n, VECTOR)

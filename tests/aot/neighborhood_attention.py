@@ -16,3 +16,12 @@ def launch(dtype: torch.dtype, wide: bool) -> None:
         out, lse, stats = na2d_forward(*qkv.unbind(3), None, None, window, *REST, True, True)
         na2d_forward(*qkv.unbind(3), None, None, window, *REST, False, False)
         na2d_backward(out, lse, *qkv.unbind(3), None, None, out, stats, window, *REST)
+    options(dtype, wide)
+
+
+def options(dtype: torch.dtype, wide: bool) -> None:
+    """The variants of the portable kernels, which have no shapes of windows of their own."""
+    qkv = torch.randn(1, 13, 13, 3, 2, 128 if wide else 64, dtype=dtype)
+    settings = ([7, 7], [2, 3], [1, 1], [True, False], 0.125)
+    out, lse, stats = na2d_forward(*qkv.unbind(3), None, None, *settings, True, True)
+    na2d_backward(out, lse, *qkv.unbind(3), None, None, out, stats, *settings)

@@ -91,14 +91,16 @@ def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dty
             break
     dilation = sizes.choice(((1, 1), (1, 1), (2, 2), (1, 3), (2, 1)))
     causal = (sizes.random() < 0.5, sizes.random() < 0.5)
+    stride = tuple(sizes.choice((1, 1, 2, w, sizes.randint(1, w))) for w in window)
+    stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
     height, width = (_axis(sizes, w, d) for w, d in zip(window, dilation, strict=True))
     batch, heads, head_dim = sizes.randint(1, 4), sizes.randint(1, 4), sizes.choice((16, 64))
     query, key, value = (
         strided(torch.randn(batch, height, width, heads, head_dim, generator=values).to(dtype), sizes) for _ in range(3)
     )
-    settings = dict(kernel_size=window, dilation=dilation, is_causal=causal, scale=head_dim**-0.5)
+    settings = dict(kernel_size=window, stride=stride, dilation=dilation, is_causal=causal, scale=head_dim**-0.5)
     return Case(
-        f"na2d {list(query.shape)} window {window} dilation {dilation} causal {causal}",
+        f"na2d {list(query.shape)} window {window} stride {stride} dilation {dilation} causal {causal}",
         dict(query=query, key=key, value=value),
         functools.partial(hdit_kernels.na2d, **settings, return_lse=True),
         functools.partial(reference.na2d, **settings),

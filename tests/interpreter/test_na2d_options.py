@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import reference
+from hdit_kernels.neighborhood_attention import triton_device
 from hdit_kernels.neighborhood_attention.dispatch import na2d_backward, na2d_forward
 from hdit_kernels.testing import FLOOR, relative_error
 from tests.lanes import kernels_only
@@ -28,17 +31,18 @@ def check(
     window: tuple[int, int],
     dilation: tuple[int, int] = (1, 1),
     causal: tuple[bool, bool] | None = None,
+    stride: tuple[int, int] = (1, 1),
     dtype: torch.dtype = torch.float32,
 ) -> None:
     heads, dim = 1, 8
     tensors = [strided(torch.randn(1, *grid, heads, dim).to(dtype)) for _ in range(3)]
     dout, dlse = strided(torch.randn(1, *grid, heads, dim).to(dtype)), torch.randn(1, *grid, heads)
     exact = [t.double() for t in tensors]
-    axes: dict[str, Any] = dict(dilation=dilation, is_causal=causal or (False, False), scale=0.5)
+    axes: dict[str, Any] = dict(stride=stride, dilation=dilation, is_causal=causal or (False, False), scale=0.5)
     out, lse = reference.na2d(*exact, window, **axes)
     wanted = reference.na2d_backward(dout.double(), dlse.double(), *exact, window, **axes)
 
-    settings = ([*window], None, [*dilation], causal, 0.5)
+    settings = ([*window], [*stride], [*dilation], causal, 0.5)
     with kernels_only():
         found, found_lse, stats = na2d_forward(*tensors, None, None, *settings, True, True)
         gradients = na2d_backward(dout, dlse, *tensors, None, None, found, stats, *settings)
@@ -58,4 +62,53 @@ def check(
     ],
 )
 def test_causal(grid, window, dilation, causal, dtype, seed) -> None:
-    check(grid, window, dilation, causal, dtype)
+    check(grid, window, dilation, causal, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "dilation", "causal", "stride", "dtype"),
+    [
+        ((8, 9), (4, 3), (1, 1), (False, False), (3, 2), torch.float32),
+        ((4, 13), (4, 4), (1, 2), (False, True), (4, 2), torch.float16),
+        ((9, 10), (5, 3), (1, 1), (True, False), (4, 3), torch.float32),
+    ],
+)
+def test_strides(grid, window, dilation, causal, stride, dtype, seed) -> None:
+    check(grid, window, dilation, causal, stride, dtype)
+
+
+@triton.jit
+def _axis_kernel(length_ptr, window_ptr, stride_ptr, causal_ptr, token_ptr, found_ptr, count, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = at < count
+    length = tl.load(length_ptr + at, inside, other=1)
+    window = tl.load(window_ptr + at, inside, other=1)
+    stride = tl.load(stride_ptr + at, inside, other=1)
+    causal = tl.load(causal_ptr + at, inside, other=0)
+    token = tl.load(token_ptr + at, inside, other=0)
+    start, seen = triton_device.keys_seen(token, window, length, stride, causal)
+    tl.store(found_ptr + at, start, inside)
+    tl.store(found_ptr + count + at, seen, inside)
+    tl.store(found_ptr + 2 * count + at, triton_device.keys_end(token, window, length, stride, causal), inside)
+    tl.store(found_ptr + 3 * count + at, triton_device.first_query(token, window, stride, causal), inside)
+    tl.store(found_ptr + 4 * count + at, triton_device.last_query(token, window, length, stride, causal), inside)
+
+
+def test_windows_and_their_inverse() -> None:
+    """Every token of every axis to 13: the keys that a query sees, and the first and last query that see a key."""
+    cases, wanted = [], []
+    for length in range(1, 14):
+        for window in range(1, length + 1):
+            for stride in range(1, window + 1):
+                for causal in (0, 1):
+                    start, end = reference.windows(length, window, stride, bool(causal))
+                    for token in range(length):
+                        seeing = ((start <= token) & (token < end)).nonzero().flatten().tolist()
+                        assert seeing == list(range(seeing[0], seeing[-1] + 1))
+                        first, last = int(start[token]), int(end[token])
+                        cases.append((length, window, stride, causal, token))
+                        wanted.append((first, last - first, last, seeing[0], seeing[-1]))
+    columns = torch.tensor(cases, dtype=torch.int32).T.contiguous()
+    found = torch.full((5, len(cases)), -1, dtype=torch.int32)
+    _axis_kernel[(1,)](*columns, found, len(cases), BLOCK=triton.next_power_of_2(len(cases)))
+    assert found.T.tolist() == [list(w) for w in wanted]

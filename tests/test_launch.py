@@ -208,13 +208,14 @@ def test_kernels_take_tensors_first_and_constants_last() -> None:
         hopper_backward,
         hopper_backward_wide,
         hopper_forward,
+        triton_additional,
         triton_backward,
         triton_forward,
     )
 
     found = 0
-    modules = (triton_backward, triton_forward, hopper_backward, hopper_backward_wide, hopper_forward)
-    for module in (*modules, rope_triton, launch):
+    modules = (triton_additional, triton_backward, triton_forward, rope_triton, launch)
+    for module in (*modules, hopper_backward, hopper_backward_wide, hopper_forward):
         for name, kernel in vars(module).items():
             if name.startswith("_") and name.endswith("_kernel"):
                 found += 1
@@ -226,4 +227,4 @@ def test_kernels_take_tensors_first_and_constants_last() -> None:
                 assert [p.name.endswith("_ptr") for p in parameters] == sorted(
                     (p.name.endswith("_ptr") for p in parameters), reverse=True
                 ), name
-    assert found == 11
+    assert found == 12

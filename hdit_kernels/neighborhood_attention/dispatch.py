@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hdit_kernels import backend, launch, rope_triton
-from hdit_kernels.neighborhood_attention import hopper_plan, triton_backward, triton_forward
+from hdit_kernels.neighborhood_attention import hopper_plan, triton_additional, triton_backward, triton_forward
 from hdit_kernels.neighborhood_attention.buffers import dense
-from hdit_kernels.neighborhood_attention.options import Options, options
+from hdit_kernels.neighborhood_attention.options import options
 
 LOG2_E = math.log2(math.e)
 NO_DILATION = (1, 1)
@@ -22,8 +22,8 @@ def na2d_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    add_k: None,
-    add_v: None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
     window: Sequence[int],
     stride: Sequence[int] | None,
     dilation: Sequence[int],
@@ -32,12 +32,13 @@ def na2d_forward(
     return_lse: bool,
     save_stats: bool,
 ) -> list[Tensor]:
-    """Launcher: arguments as checked by `na2d.na2d`; add_k and add_v are None on a GPU.
-
-    Returns what `forward_launch` does.
-    """
-    more = options(stride, causal)
-    results, forward = forward_launch(query, key, value, window, dilation, scale, return_lse, save_stats, more)
+    """Launcher: arguments as checked by `na2d.na2d`. Returns what `forward_launch` does."""
+    more = options(key, value, add_k, add_v, stride, causal)
+    if more is None:
+        results, forward = forward_launch(query, key, value, window, dilation, scale, return_lse, save_stats)
+    else:
+        settings = (window, dilation, scale * LOG2_E, return_lse, save_stats, more)
+        results, forward = triton_forward.forward_launch(dense(query), dense(key), dense(value), *settings)
     launch.run(forward)
     return results
 
@@ -48,8 +49,8 @@ def na2d_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    add_k: None,
-    add_v: None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
     out: Tensor,
     stats: Tensor,
     window: Sequence[int],
@@ -60,9 +61,21 @@ def na2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher: arguments as of `na2d_forward`."""
     dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    given = (dout, dlse, query, key, value, out, stats, window, dilation, scale, options(stride, causal))
-    launch.run(*backward_launches(dq, dk, dv, *given))
-    return dq, dk, dv, query.new_empty(0), query.new_empty(0)
+    more = options(key, value, add_k, add_v, stride, causal)
+    if more is None:
+        launch.run(*backward_launches(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale))
+        return dq, dk, dv, query.new_empty(0), query.new_empty(0)
+    dlse = None if dlse is None else dlse.contiguous()
+    tensors, scales = (dense(dout), dense(query), dense(key), dense(value)), (scale, scale * LOG2_E)
+    first, terms = triton_backward.dq_launch(dq, *tensors, dlse, out, stats, window, dilation, *scales, more)
+    second = triton_backward.dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, *scales, more)
+    if more.extra > 0:
+        dextra_k, dextra_v, *others = triton_additional.launches(*tensors[:2], terms, stats, *scales, more)
+        launch.run(first, second, *others)
+    else:
+        dextra_k, dextra_v = (query.new_empty(0 if t is None else t.shape) for t in (add_k, add_v))
+        launch.run(first, second)
+    return dq, dk, dv, dextra_k, dextra_v
 
 
 def self_attention_forward(
@@ -113,7 +126,6 @@ def forward_launch(
     scale: float,
     return_lse: bool,
     save_stats: bool,
-    more: Options | None = None,
 ) -> tuple[list[Tensor], launch.Launch]:
     """The results and the launch that fills them.
 
@@ -124,13 +136,11 @@ def forward_launch(
     """
     query, key, value = dense(query), dense(key), dense(value)
     logit_scale = scale * LOG2_E
-    hopper = more is None and on_hopper(query)
-    if hopper and hopper_plan.takes(hopper_plan.FORWARD, (query, key, value), window, dilation):
+    if on_hopper(query) and hopper_plan.takes(hopper_plan.FORWARD, (query, key, value), window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_forward
 
         return hopper_forward.forward_launch(query, key, value, window, logit_scale, return_lse, save_stats)
-    settings = (window, dilation, logit_scale, return_lse, save_stats, more)
-    return triton_forward.forward_launch(query, key, value, *settings)
+    return triton_forward.forward_launch(query, key, value, window, dilation, logit_scale, return_lse, save_stats)
 
 
 def backward_launches(
@@ -147,7 +157,6 @@ def backward_launches(
     window: Sequence[int],
     dilation: Sequence[int],
     scale: float,
-    more: Options | None = None,
 ) -> tuple[launch.Launch, launch.Launch]:
     """The launches that write the gradients into dq, dk, dv, which share their strides (slices of one packed tensor,
     say).
@@ -155,19 +164,18 @@ def backward_launches(
     dout, query, key, value = dense(dout), dense(query), dense(key), dense(value)
     dlse = None if dlse is None else dlse.contiguous()
     tensors, scales = (dout, query, key, value), (scale, scale * LOG2_E)
-    hopper = more is None and on_hopper(query)
-    if hopper and hopper_plan.takes(hopper_plan.BACKWARD, (query, key, value), window, dilation):
+    if on_hopper(query) and hopper_plan.takes(hopper_plan.BACKWARD, (query, key, value), window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_backward
 
         return hopper_backward.backward_launches(dq, dk, dv, *tensors, dlse, out, stats, window, *scales)
-    dq_launch, terms = triton_backward.dq_launch(dq, *tensors, dlse, out, stats, window, dilation, *scales, more)
-    if hopper and hopper_plan.takes(hopper_plan.BACKWARD_WIDE, (query, key, value, dout), window, dilation):
+    dq_launch, terms = triton_backward.dq_launch(dq, *tensors, dlse, out, stats, window, dilation, *scales)
+    if on_hopper(query) and hopper_plan.takes(hopper_plan.BACKWARD_WIDE, (query, key, value, dout), window, dilation):
         from hdit_kernels.neighborhood_attention import hopper_backward_wide
 
         return dq_launch, hopper_backward_wide.dkdv_launch(dk, dv, *tensors, terms, window, *scales)
-    return dq_launch, triton_backward.dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, *scales, more)
+    return dq_launch, triton_backward.dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, *scales)
 
 
 def on_hopper(tensor: Tensor) -> bool:
-    """Whether Hopper's own kernels may be asked (for plain calls)."""
+    """Whether Hopper's own kernels may be asked."""
     return backend.chosen == "auto" and launch.gpu_family(tensor.device) == "hopper"

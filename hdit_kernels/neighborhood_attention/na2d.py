@@ -98,7 +98,7 @@ def na2d(
             first border. With a stride, from leader − K + 1 to i, the leader being the last of its group. None means
             False, as in NATTEN.
         scale: factor of the logits, positive, default head_dim ** -0.5.
-        additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query. CPU only.
+        additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query.
         return_lse: also return the logarithm of the softmax denominator.
 
     Returns:
@@ -112,7 +112,6 @@ def na2d(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
-        NotImplementedError: additional keys on a GPU.
 
     Source: Hassani et al. 2023, arXiv:2204.07143 and 2209.15001 (dilation); HDiT section 4.2. Under autocast it runs in
     the autocast dtype.
@@ -166,8 +165,6 @@ def _checked_settings(
         checks.shape("additional_values", additional_values, additional_keys.shape)
     if query.is_cuda:
         check_head_dim(query.shape[-1])
-        if additional_keys is not None:
-            raise NotImplementedError("additional_keys: run on the CPU only so far; on a GPU leave them out")
     checks.same_dtype(**{n: registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()})
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
     # two lists less to dispatch take a microsecond less

@@ -7,26 +7,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from hdit_kernels.launch import Launch
+
 
 class Options(NamedTuple):
-    """Of a call that is not plain."""
+    """Of a call that is not plain. Keys and values that every query sees: [B, extra, heads, head_dim], contiguous, at
+    multiples of 16 bytes; where there are none (extra 0), any tensors.
+    """
 
     stride: Sequence[int]
     causal: Sequence[bool]
+    extra: int
+    extra_k: Tensor
+    extra_v: Tensor
 
-    def arguments(self) -> dict[str, Any]:
-        """The optional arguments of the portable kernels that walk windows, in their order."""
+    def windows(self) -> dict[str, Any]:
+        """Optional arguments of the portable kernels, the first of them."""
         (stride_y, stride_x), (causal_y, causal_x) = self.stride, self.causal
         return dict(stride_y=stride_y, stride_x=stride_x, causal_y=int(causal_y), causal_x=int(causal_x))
 
+    def arguments(self) -> dict[str, Any]:
+        """All of them, in their order."""
+        return self.windows() | dict(extra=self.extra, extra_k_ptr=self.extra_k, extra_v_ptr=self.extra_v)
 
-def with_options(constants: dict[str, Any], options: Options | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constants of a launch and its optional arguments."""
-    return (constants, {}) if options is None else (constants | {"OPTIONS": True}, options.arguments())
 
-
-def options(stride: Sequence[int] | None, causal: Sequence[bool] | None) -> Options | None:
+def options(
+    key: Tensor,
+    value: Tensor,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    stride: Sequence[int] | None,
+    causal: Sequence[bool] | None,
+) -> Options | None:
     """None for a plain call."""
-    if (stride is None or max(stride) == 1) and (causal is None or not any(causal)):
+    if add_k is None and (stride is None or max(stride) == 1) and (causal is None or not any(causal)):
         return None
-    return Options(stride or (1, 1), causal or (False, False))
+    stride, causal = stride or (1, 1), causal or (False, False)
+    if add_k is None or add_v is None or add_k.shape[1] == 0:
+        return Options(stride, causal, 0, key, value)
+    return Options(stride, causal, add_k.shape[1], _packed(add_k), _packed(add_v))
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def with_options(plain: Launch, arguments: dict[str, Any]) -> Launch:
+    """The launch of the variant that takes these optional arguments."""
+    return plain._replace(constants={**plain.constants, "OPTIONS": True}, optional=arguments)

@@ -19,6 +19,10 @@ from hdit_kernels.neighborhood_attention.buffers import aligned
 from hdit_kernels.neighborhood_attention.options import Options, with_options
 from hdit_kernels.neighborhood_attention.triton_configs import Configure, dkdv_config, dq_config, plan_tiles
 from hdit_kernels.neighborhood_attention.triton_device import (
+    add_dkdv,
+    add_dq,
+    additional_bias,
+    additional_keys,
     as_operand,
     first_query,
     keys_end,
@@ -60,7 +64,8 @@ def dq_launch(
     constants = constants | {"HAS_DLSE": dlse is not None, "PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms)
     numbers = [scale, logit_scale, terms.numel(), *integers]
-    return launch.Launch(_na2d_dq_kernel, grid, tensors, numbers, *with_options(constants, options)), terms
+    first = launch.Launch(_na2d_dq_kernel, grid, tensors, numbers, constants)
+    return first if options is None else with_options(first, options.arguments()), terms
 
 
 def dkdv_launch(
@@ -84,7 +89,8 @@ def dkdv_launch(
     constants = constants | {"PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, terms, stats, dk, dv)
     numbers = [scale, logit_scale, terms.numel(), *integers]
-    return launch.Launch(_na2d_dkdv_kernel, grid, tensors, numbers, *with_options(constants, options))
+    second = launch.Launch(_na2d_dkdv_kernel, grid, tensors, numbers, constants)
+    return second if options is None else with_options(second, options.windows())
 
 
 def _plan_backward(
@@ -117,6 +123,7 @@ def _na2d_dq_kernel(
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
     OPTIONS: tl.constexpr = False, stride_y=None, stride_x=None, causal_y=None, causal_x=None,
+    extra=None, extra_k_ptr=None, extra_v_ptr=None,
 ):  # fmt: skip
     # Tiles, blocks, strides (o: dout; g: the gradient), stats, rows, images, VECTOR, WIDE and what follows OPTIONS: as
     # of the forward kernel. dlse: [B, H, W, heads], read if HAS_DLSE. terms: [B, H, W, heads] of int64, written for the
@@ -155,6 +162,7 @@ def _na2d_dq_kernel(
     dout = as_operand(dout, PRECISION)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + token + at, mask=is_query, other=0.0)
+    log_total = None
     if query_ptr.dtype.element_ty == tl.float32:  # else the first statistic is their sum
         log_total = tl.load(stats_ptr + rows + token + at, mask=is_query, other=0.0)
     tl.store(terms_ptr + token + at, pack(maximum, delta), mask=is_query)
@@ -172,6 +180,13 @@ def _na2d_dq_kernel(
     v_at = offsets(block_y, block_x, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)[:, None] + dim[None, :]
 
     dq = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
+    if OPTIONS:
+        for first in range(0, extra, BLOCK_Y * BLOCK_X):
+            k = additional_keys(extra_k_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
+            v = additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
+            k, v = as_operand(k, PRECISION), as_operand(v, PRECISION)
+            bias = additional_bias(first, extra, TILE_Y * TILE_X, BLOCK_Y * BLOCK_X)
+            dq = add_dq(dq, q, k, v, dout, bias, logit_scale, maximum, log_total, delta, PRECISION)
     for x in range(low_x, high_x, BLOCK_X):  # masked as in the forward
         column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], count_x)
         first_row = start_y[:, None] - block_y[None, :]
@@ -184,13 +199,8 @@ def _na2d_dq_kernel(
             k_ptr += dilation_y * k_h * (BLOCK_Y * VECTOR)
             v_ptr += dilation_y * v_h * (BLOCK_Y * VECTOR)
 
-            products = tl.dot(q, tl.trans(k), column_bias + mask_bias(y - first_row, count_y), PRECISION)
-            exponent = tl.math.fma(products, logit_scale, -maximum[:, None])
-            if query_ptr.dtype.element_ty == tl.float32:
-                exponent -= log_total[:, None]
-            dprobability = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            dlogits = tl.exp2(exponent) * (dprobability - delta[:, None])
-            dq = tl.dot(as_operand(dlogits.to(k.dtype), PRECISION), k, dq, PRECISION)
+            bias = column_bias + mask_bias(y - first_row, count_y)
+            dq = add_dq(dq, q, k, v, dout, bias, logit_scale, maximum, log_total, delta, PRECISION)
         key_ptr += dilation_x * k_w * (BLOCK_X * VECTOR)
         value_ptr += dilation_x * v_w * (BLOCK_X * VECTOR)
 
@@ -272,15 +282,11 @@ def _na2d_dkdv_kernel(
             dout = as_operand(tl.load(o_ptr + o_at, mask=mask, other=0.0), PRECISION)
             maximum, delta = unpack(tl.load(t_ptr + t_at, mask=y + block_y < high_y, other=0))
 
-            products = tl.dot(k, tl.trans(q), column_bias + mask_bias(y - first_row, count_y[:, None]), PRECISION)
-            exponent = tl.math.fma(products, logit_scale, -maximum[None, :])
+            log_total = None
             if query_ptr.dtype.element_ty == tl.float32:
-                exponent -= tl.load(s_ptr + t_at, mask=y + block_y < high_y, other=0.0)[None, :]
-            probability = tl.exp2(exponent)
-            dv = tl.dot(as_operand(probability.to(dout.dtype), PRECISION), dout, dv, PRECISION)
-            dprobability = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-            dlogits = probability * (dprobability - delta[None, :])
-            dk = tl.dot(as_operand(dlogits.to(q.dtype), PRECISION), q, dk, PRECISION)
+                log_total = tl.load(s_ptr + t_at, mask=y + block_y < high_y, other=0.0)
+            bias = column_bias + mask_bias(y - first_row, count_y[:, None])
+            dk, dv = add_dkdv(dk, dv, k, v, q, dout, bias, logit_scale, maximum, log_total, delta, PRECISION)
             q_ptr += dilation_y * q_h * (BLOCK_Y * VECTOR)
             o_ptr += dilation_y * o_h * (BLOCK_Y * VECTOR)
             t_ptr += step_y * BLOCK_Y

@@ -91,6 +91,61 @@ def offsets(y, x, step_y, step_x, VECTOR: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def additional_keys(pointer, batch, head, heads, first, extra, dim, in_dim, D: tl.constexpr, COUNT: tl.constexpr):
+    """A block of the additional keys or values of one sample and head, from number `first` on; zeros behind the
+    last.
+    """
+    number = first + tl.arange(0, COUNT)
+    at = ((unsigned(batch) * extra + number) * heads + head) * D
+    return tl.load(pointer + at[:, None] + dim[None, :], mask=(number < extra)[:, None] & in_dim, other=0.0)
+
+
+@triton.jit
+def additional_bias(first, extra, QUERIES: tl.constexpr, COUNT: tl.constexpr):
+    """0 for such a block's keys, -inf behind the last."""
+    return tl.zeros([QUERIES, COUNT], tl.float32) + mask_bias(first + tl.arange(0, COUNT), extra)[None, :]
+
+
+@triton.jit
+def attend(q, k, v, bias, logit_scale, maximum, total, acc, PRECISION: tl.constexpr):
+    """A running softmax with a block of keys more."""
+    products = tl.dot(q, tl.trans(k), bias, PRECISION)
+    new_maximum = tl.maximum(maximum, tl.max(products, 1) * logit_scale)
+    probability = tl.exp2(tl.math.fma(products, logit_scale, -new_maximum[:, None]))
+    decay = tl.exp2(maximum - new_maximum)
+    total = total * decay + tl.sum(probability, 1)
+    acc = tl.dot(as_operand(probability.to(v.dtype), PRECISION), v, acc * decay[:, None], PRECISION)
+    return new_maximum, total, acc
+
+
+@triton.jit
+def add_dq(dq, q, k, v, dout, bias, logit_scale, maximum, log_total, delta, PRECISION: tl.constexpr):
+    """dq with what a block of keys adds. log_total: of float32; else the first statistic is the sum of both."""
+    products = tl.dot(q, tl.trans(k), bias, PRECISION)
+    exponent = tl.math.fma(products, logit_scale, -maximum[:, None])
+    if q.dtype == tl.float32:
+        exponent -= log_total[:, None]
+    dprobability = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dlogits = tl.exp2(exponent) * (dprobability - delta[:, None])
+    return tl.dot(as_operand(dlogits.to(k.dtype), PRECISION), k, dq, PRECISION)
+
+
+@triton.jit
+def add_dkdv(dk, dv, k, v, q, dout, bias, logit_scale, maximum, log_total, delta, PRECISION: tl.constexpr):
+    """dk and dv with what a block of queries adds. log_total: as of add_dq."""
+    products = tl.dot(k, tl.trans(q), bias, PRECISION)
+    exponent = tl.math.fma(products, logit_scale, -maximum[None, :])
+    if q.dtype == tl.float32:
+        exponent -= log_total[None, :]
+    probability = tl.exp2(exponent)
+    dv = tl.dot(as_operand(probability.to(dout.dtype), PRECISION), dout, dv, PRECISION)
+    dprobability = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dlogits = probability * (dprobability - delta[None, :])
+    dk = tl.dot(as_operand(dlogits.to(q.dtype), PRECISION), q, dk, PRECISION)
+    return dk, dv
+
+
+@triton.jit
 def pack(first, second):
     """Two float32 in one 64-bit integer."""
     low = first.to(tl.uint32, bitcast=True).to(tl.uint64)

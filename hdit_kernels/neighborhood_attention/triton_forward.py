@@ -17,7 +17,10 @@ from hdit_kernels.neighborhood_attention.buffers import aligned, empty_results
 from hdit_kernels.neighborhood_attention.options import Options, with_options
 from hdit_kernels.neighborhood_attention.triton_configs import Configure, forward_config, plan_tiles
 from hdit_kernels.neighborhood_attention.triton_device import (
+    additional_bias,
+    additional_keys,
     as_operand,
+    attend,
     keys_end,
     keys_seen,
     mask_bias,
@@ -51,7 +54,9 @@ def forward_launch(
     constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
     numbers = [logit_scale, int(save_stats), query.shape[:-1].numel(), *integers]
     tensors = (query, key, value, out, stats, lse)
-    forward = launch.Launch(_na2d_forward_kernel, grid, tensors, numbers, *with_options(constants, options))
+    forward = launch.Launch(_na2d_forward_kernel, grid, tensors, numbers, constants)
+    if options is not None:
+        forward = with_options(forward, options.arguments())
     return [out] + return_lse * [lse] + save_stats * [stats], forward
 
 
@@ -66,14 +71,14 @@ def _na2d_forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
     HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, OPTIONS: tl.constexpr = False,
-    stride_y=None, stride_x=None, causal_y=None, causal_x=None,
+    stride_y=None, stride_x=None, causal_y=None, causal_x=None, extra=None, extra_k_ptr=None, extra_v_ptr=None,
 ):  # fmt: skip
     # A program: TILE_Y x TILE_X queries of one head, with BLOCK_Y x BLOCK_X keys at a time. Tensors are
     # [B, H, W, heads, D] with strides of batch, row, column and head in units of VECTOR elements; out is contiguous.
     # stats and lse are [B, H, W, heads], stats twice in float32, `rows` numbers apart. images: batch · dilation², each
     # sub-grid its own. tiles_x: tiles in a row. BLOCK_D: D as a power of 2. WIDE: a block's offsets need 64 bits.
     # OPTIONS: the arguments behind it are given. stride: queries that share a window. causal: 1 for an axis of causal
-    # windows, 0 for another.
+    # windows, 0 for another. extra_k and extra_v: [B, extra, heads, D], contiguous, seen by every query.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
@@ -111,6 +116,13 @@ def _na2d_forward_kernel(
     maximum = tl.full([TILE_Y * TILE_X], LOWEST, tl.float32)
     total = tl.zeros([TILE_Y * TILE_X], tl.float32)
     acc = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
+    if OPTIONS:
+        for first in range(0, extra, BLOCK_Y * BLOCK_X):
+            k = additional_keys(extra_k_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
+            v = additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
+            k, v = as_operand(k, PRECISION), as_operand(v, PRECISION)
+            bias = additional_bias(first, extra, TILE_Y * TILE_X, BLOCK_Y * BLOCK_X)
+            maximum, total, acc = attend(q, k, v, bias, logit_scale, maximum, total, acc, PRECISION)
     for x in range(low_x, high_x, BLOCK_X):
         # Down a column of blocks, what a query sees changes only by the rows: the bias of the columns is made once, and
         # one addition joins it to that of the rows, as the accumulator from which the product starts.
@@ -125,13 +137,8 @@ def _na2d_forward_kernel(
             k_ptr += dilation_y * k_h * (BLOCK_Y * VECTOR)
             v_ptr += dilation_y * v_h * (BLOCK_Y * VECTOR)
 
-            products = tl.dot(q, tl.trans(k), column_bias + mask_bias(y - first_row, count_y), PRECISION)
-            new_maximum = tl.maximum(maximum, tl.max(products, 1) * logit_scale)
-            probability = tl.exp2(tl.math.fma(products, logit_scale, -new_maximum[:, None]))
-            decay = tl.exp2(maximum - new_maximum)
-            total = total * decay + tl.sum(probability, 1)
-            acc = tl.dot(as_operand(probability.to(v.dtype), PRECISION), v, acc * decay[:, None], PRECISION)
-            maximum = new_maximum
+            bias = column_bias + mask_bias(y - first_row, count_y)
+            maximum, total, acc = attend(q, k, v, bias, logit_scale, maximum, total, acc, PRECISION)
         key_ptr += dilation_x * k_w * (BLOCK_X * VECTOR)
         value_ptr += dilation_x * v_w * (BLOCK_X * VECTOR)
 

@@ -22,6 +22,7 @@ def launch(dtype: torch.dtype, wide: bool) -> None:
 def options(dtype: torch.dtype, wide: bool) -> None:
     """The variants of the portable kernels, which have no shapes of windows of their own."""
     qkv = torch.randn(1, 13, 13, 3, 2, 128 if wide else 64, dtype=dtype)
+    more = (qkv[:, 0, :, 0], qkv[:, 0, :, 1])
     settings = ([7, 7], [2, 3], [1, 1], [True, False], 0.125)
-    out, lse, stats = na2d_forward(*qkv.unbind(3), None, None, *settings, True, True)
-    na2d_backward(out, lse, *qkv.unbind(3), None, None, out, stats, *settings)
+    out, lse, stats = na2d_forward(*qkv.unbind(3), *more, *settings, True, True)
+    na2d_backward(out, lse, *qkv.unbind(3), *more, out, stats, *settings)

@@ -98,12 +98,19 @@ def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dty
     query, key, value = (
         strided(torch.randn(batch, height, width, heads, head_dim, generator=values).to(dtype), sizes) for _ in range(3)
     )
+    tensors = dict(query=query, key=key, value=value)
+    extra = sizes.choice((None, None, 1, 4, 40))
+    if extra is not None:
+        for name in ("additional_keys", "additional_values"):
+            more = torch.randn(batch, extra, heads, head_dim, generator=values).to(dtype)
+            tensors[name] = strided(more, sizes)
     settings = dict(kernel_size=window, stride=stride, dilation=dilation, is_causal=causal, scale=head_dim**-0.5)
     return Case(
-        f"na2d {list(query.shape)} window {window} stride {stride} dilation {dilation} causal {causal}",
-        dict(query=query, key=key, value=value),
+        f"na2d {list(query.shape)} window {window} stride {stride} dilation {dilation} causal {causal} extra {extra}",
+        tensors,
         functools.partial(hdit_kernels.na2d, **settings, return_lse=True),
         functools.partial(reference.na2d, **settings),
+        pooled=frozenset({"additional_keys", "additional_values"}),
     )
 
 

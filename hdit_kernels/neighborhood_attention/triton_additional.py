@@ -1,0 +1,108 @@
+"""Gradients of the additional keys and values of `na2d`, which every query sees: deterministic, by partial sums.
+
+A program takes a block of them, of one sample and head, and walks a part of the queries; then the parts are summed,
+always in one order. Least traffic: q and dout read once for each block, each part's sums written and read once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hdit_kernels import launch
+from hdit_kernels.neighborhood_attention.options import Options
+from hdit_kernels.neighborhood_attention.triton_device import (
+    add_dkdv,
+    additional_keys,
+    as_operand,
+    unpack,
+    unsigned,
+)
+
+KEYS, QUERIES = 16, 32  # of a block: few, so that any head_dim fits into any GPU
+PROGRAMS = 512  # that fill a GPU
+
+
+def launches(
+    dout: Tensor, query: Tensor, terms: Tensor, stats: Tensor, scale: float, logit_scale: float, options: Options
+) -> tuple[Tensor, Tensor, launch.Launch, launch.Launch, launch.Launch]:
+    """The gradients of options.extra_k and extra_v, and the launches that fill them after `dq_launch`'s, whose terms
+    they read; dout and query are dense.
+    """
+    batch, height, width, heads, head_dim = query.shape
+    extra, tokens, blocks = options.extra, height * width, triton.cdiv(options.extra, KEYS)
+    parts = min(triton.cdiv(PROGRAMS, blocks * heads * batch), triton.cdiv(tokens, 4 * QUERIES))
+    length = triton.cdiv(triton.cdiv(tokens, parts), QUERIES) * QUERIES
+    parts = triton.cdiv(tokens, length)
+    sums = [torch.empty(1, parts, t.numel(), dtype=torch.float32, device=t.device) for t in _both(options)]
+    strides = [*dout.stride()[:-1], *query.stride()[:-1]]
+    vector = launch.vector_width(query, *strides) if dout.data_ptr() % 16 == 0 else 1
+    numbers = [scale, logit_scale, terms.numel(), tokens, length, width, heads, extra, *(s // vector for s in strides)]
+    constants: dict[str, Any] = dict(
+        D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector, KEYS=KEYS, QUERIES=QUERIES,
+        PRECISION=launch.input_precision(query.dtype), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    tensors = (dout, query, *_both(options), terms, stats, *sums)
+    grid = (blocks * heads * batch, parts, 1)
+    adding = launch.Launch(_na2d_additional_kernel, grid, tensors, numbers, constants)
+    (dk, sum_k), (dv, sum_v) = (launch.sum_launch(partial, query.dtype) for partial in sums)
+    return dk.view(options.extra_k.shape), dv.view(options.extra_v.shape), adding, sum_k, sum_v
+
+
+def _both(options: Options) -> tuple[Tensor, Tensor]:
+    return options.extra_k, options.extra_v
+
+
+@launch.kernel
+def _na2d_additional_kernel(
+    dout_ptr, query_ptr, extra_k_ptr, extra_v_ptr, terms_ptr, stats_ptr, dk_ptr, dv_ptr,
+    scale, logit_scale, rows: tl.int64,
+    tokens: tl.int32, length: tl.int32, width: tl.int32, heads: tl.int32, extra: tl.int32,
+    o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
+    q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # A program: KEYS additional keys of one sample and head, with `length` queries, QUERIES at a time. Tensors and
+    # strides as of the other kernels; dk and dv: float32 [parts, B, extra, heads, D].
+    pid = tl.program_id(0)
+    head, rest = pid % heads, pid // heads
+    blocks = tl.cdiv(extra, KEYS)
+    batch, first = rest // blocks, rest % blocks * KEYS
+    dim = tl.arange(0, BLOCK_D)
+    in_dim = (dim < D)[None, :]
+    k = as_operand(additional_keys(extra_k_ptr, batch, head, heads, first, extra, dim, in_dim, D, KEYS), PRECISION)
+    v = as_operand(additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim, in_dim, D, KEYS), PRECISION)
+
+    query_ptr += (unsigned(batch) * q_b + unsigned(head) * q_n) * VECTOR
+    dout_ptr += (unsigned(batch) * o_b + unsigned(head) * o_n) * VECTOR
+    begin = tl.program_id(1) * length
+    end = tl.minimum(begin + length, tokens)
+    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    no_bias = tl.zeros([KEYS, QUERIES], tl.float32)  # behind the last key nothing is stored; a query there is all zeros
+    for block in range(begin, end, QUERIES):
+        token = block + tl.arange(0, QUERIES)
+        is_token = token < end
+        y, x = (token // width).to(tl.int64), (token % width).to(tl.int64)
+        mask = is_token[:, None] & in_dim
+        q = tl.load(query_ptr + ((y * q_h + x * q_w) * VECTOR)[:, None] + dim[None, :], mask=mask, other=0.0)
+        dout = tl.load(dout_ptr + ((y * o_h + x * o_w) * VECTOR)[:, None] + dim[None, :], mask=mask, other=0.0)
+        q, dout = as_operand(q, PRECISION), as_operand(dout, PRECISION)
+        at = (unsigned(batch) * tokens + token) * heads + head
+        maximum, delta = unpack(tl.load(terms_ptr + at, mask=is_token, other=0))
+        log_total = None
+        if query_ptr.dtype.element_ty == tl.float32:
+            log_total = tl.load(stats_ptr + rows + at, mask=is_token, other=0.0)
+        dk, dv = add_dkdv(dk, dv, k, v, q, dout, no_bias, logit_scale, maximum, log_total, delta, PRECISION)
+
+    number = first + tl.arange(0, KEYS)
+    samples = tl.num_programs(0) // (heads * blocks)
+    at = ((unsigned(tl.program_id(1)) * samples + batch) * extra + number) * heads + head
+    is_extra = (number < extra)[:, None]
+    tl.store(dk_ptr + at[:, None] * D + dim[None, :], dk * scale, mask=is_extra & in_dim)
+    tl.store(dv_ptr + at[:, None] * D + dim[None, :], dv, mask=is_extra & in_dim)

@@ -30,7 +30,8 @@ def kernel(function: Callable[..., Any], jit: Callable[..., Any] = triton.jit) -
     integers = [
         name
         for name, p in inspect.signature(function).parameters.items()
-        if str(p.annotation).startswith("tl.int") or (p.default is None and not name.endswith("_ptr"))
+        if str(p.annotation).startswith("tl.int")
+        or (p.default is None and p.annotation is p.empty and not name.endswith("_ptr"))
     ]
     return jit(function, do_not_specialize=integers)
 

@@ -303,5 +303,8 @@ def test_tf32_only_when_torch_allows_it(seed: int) -> None:
 def test_head_dims_that_no_kernel_takes() -> None:
     from hdit_kernels import na2d
 
-    with pytest.raises(ValueError, match="multiple of 8, at most 128, on a GPU, got 136"):
-        na2d(*[torch.randn(1, 8, 8, 1, 136, device="cuda")] * 3, 3)
+    query, value = (torch.randn(1, 8, 8, 1, dim, device="cuda") for dim in (264, 520))
+    with pytest.raises(ValueError, match="head_dim: expected a multiple of 8, at most 256, on a GPU, got 264"):
+        na2d(query, query, query, 3)
+    with pytest.raises(ValueError, match="value: expected a head_dim .* at most 512, on a GPU, got 520"):
+        na2d(query[..., :8], query[..., :8], value, 3)

@@ -86,7 +86,7 @@ def test_optional_arguments_come_last() -> None:
 
 
 def test_integers_are_no_compile_keys() -> None:
-    def kernel(x_ptr, n: tl.int32, A: tl.constexpr, extra_ptr=None, stride=None):
+    def kernel(x_ptr, n: tl.int32, A: tl.constexpr, B: tl.constexpr = None, extra_ptr=None, stride=None):
         pass
 
     assert launch.kernel(kernel, lambda function, do_not_specialize: do_not_specialize) == ["n", "stride"]

@@ -19,7 +19,7 @@ from hdit_kernels import na2d, neighborhood_self_attention, qk_norm_rope, refere
 def by_definition(query, key, value, kernel_size, stride, dilation, causal, scale, extra_k=None, extra_v=None):
     """One query at a time, in words of the definition; the slowest and plainest there is."""
     batch, height, width, heads, _ = query.shape
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
+    out, lse = query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1])
 
     def seen(i, length, window, stride, dilation, causal):
         index, residue = i // dilation, i % dilation
@@ -52,20 +52,21 @@ def problems(draw):
     grid = tuple(w * d + draw(st.integers(0, 12)) for w, d in zip(window, dilation, strict=True))
     stride = tuple(draw(st.integers(1, w)) for w in window)
     causal = draw(st.tuples(st.booleans(), st.booleans()))
-    return grid, window, stride, dilation, causal, draw(st.integers(0, 3)), draw(st.integers(0, 2**31))
+    head_dim_v = draw(st.integers(1, 6))
+    return grid, window, stride, dilation, causal, draw(st.integers(0, 3)), head_dim_v, draw(st.integers(0, 2**31))
 
 
 @settings(max_examples=25, deadline=None)
 @given(problems())
 def test_equals_the_definition(problem) -> None:
-    (height, width), window, stride, dilation, causal, extra, seed = problem
+    (height, width), window, stride, dilation, causal, extra, head_dim_v, seed = problem
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    query, key, value = (draw(1, height, width, 2, 4) for _ in range(3))
-    extra_k, extra_v = (draw(1, extra, 2, 4), draw(1, extra, 2, 4)) if extra else (None, None)
+    query, key, value = (draw(1, height, width, 2, dim) for dim in (4, 4, head_dim_v))
+    extra_k, extra_v = (draw(1, extra, 2, 4), draw(1, extra, 2, head_dim_v)) if extra else (None, None)
     wanted = by_definition(query, key, value, window, stride, dilation, causal, 0.7, extra_k, extra_v)
     found = na2d(query, key, value, window, stride, dilation, causal, 0.7, extra_k, extra_v, return_lse=True)
     torch.testing.assert_close(found, wanted)
@@ -267,6 +268,12 @@ GRID = torch.randn(1, 6, 6, 2, 8)
         (dict(query=GRID.int()), "query: expected bfloat16"),
         (dict(query=GRID[0]), r"query: expected shape \[B, H, W, heads, head_dim\], got \[6, 6, 2, 8\]"),
         (dict(key=GRID[..., :4]), r"key: expected shape .* got \[1, 6, 6, 2, 4\]"),
+        (dict(value=GRID[:, 1:]), r"value: expected shape \[1, 6, 6, 2, head_dim_v\], got \[1, 5, 6, 2, 8\]"),
+        (dict(value=GRID[..., :0]), "value: expected every size but the batch's to be at least 1"),
+        (
+            dict(value=GRID[..., :4], additional_keys=GRID[:, 0], additional_values=GRID[:, 0]),
+            r"additional_values: expected shape \[1, 6, 2, 4\], got \[1, 6, 2, 8\]",
+        ),
         (dict(value=GRID.half()), "value: expected float32 like query, got float16"),
         (dict(kernel_size=7), r"kernel_size: .* at most the grid \(6, 6\), got kernel_size \(7, 7\)"),
         (dict(dilation=3), r"kernel_size .* with dilation \(3, 3\)"),

@@ -33,7 +33,7 @@ def na2d_forward(
     save_stats: bool,
 ) -> list[Tensor]:
     """Launcher: arguments as checked by `na2d.na2d`. Returns what `forward_launch` does."""
-    more = options(key, value, add_k, add_v, stride, causal)
+    more = options(query, key, value, add_k, add_v, stride, causal)
     if more is None:
         results, forward = forward_launch(query, key, value, window, dilation, scale, return_lse, save_stats)
     else:
@@ -60,8 +60,8 @@ def na2d_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher: arguments as of `na2d_forward`."""
-    dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    more = options(key, value, add_k, add_v, stride, causal)
+    dq, dk, dv = (query.new_empty(tensor.shape) for tensor in (query, key, value))
+    more = options(query, key, value, add_k, add_v, stride, causal)
     if more is None:
         launch.run(*backward_launches(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale))
         return dq, dk, dv, query.new_empty(0), query.new_empty(0)

@@ -87,9 +87,9 @@ def na2d(
     so windows at a border move inwards and keep their size; the 2-D window is the product of the two axes.
 
     Args:
-        query, key, value: [B, H, W, heads, head_dim], bfloat16, float16 or float32 (float64 takes the reference), one
-            dtype; any strides whose last is 1 are read without a copy. On a GPU head_dim is a multiple of 8, at most
-            128.
+        query, key: [B, H, W, heads, head_dim], bfloat16, float16 or float32 (float64 takes the reference), one dtype;
+            any strides whose last is 1 are read without a copy. On a GPU head_dim is a multiple of 8, at most 256.
+        value: as key, but of any head_dim_v. On a GPU a multiple of 8, at most 512.
         kernel_size: window, one number or (rows, columns), any parity; kernel_size · dilation ≤ (H, W).
         stride: queries that share the window of the middle one of them, its group's leader; at most kernel_size (1:
             each its own).
@@ -98,11 +98,12 @@ def na2d(
             first border. With a stride, from leader − K + 1 to i, the leader being the last of its group. None means
             False, as in NATTEN.
         scale: factor of the logits, positive, default head_dim ** -0.5.
-        additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query.
+        additional_keys, additional_values: [B, extra, heads, head_dim] and [B, extra, heads, head_dim_v], seen by every
+            query.
         return_lse: also return the logarithm of the softmax denominator.
 
     Returns:
-        out [B, H, W, heads, head_dim] in the query's dtype; with return_lse (out, lse), lse float32 (float64 for
+        out [B, H, W, heads, head_dim_v] in the query's dtype; with return_lse (out, lse), lse float32 (float64 for
         float64) [B, H, W, heads], natural logarithm. Both are differentiable, to any order; the gradients are
         deterministic. A batch of 0 gives empty results and zero gradients.
 
@@ -152,8 +153,9 @@ def _checked_settings(
     checks.floating(**tensors)
     checks.shape("query", query, ["B", "H", "W", "heads", "head_dim"])
     checks.shape("key", key, query.shape)
-    checks.shape("value", value, query.shape)
+    checks.shape("value", value, [*key.shape[:-1], "head_dim_v"])
     checks.nonempty("query", query)
+    checks.nonempty("value", value)
     window, strides = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride)
     steps, causal = checks.pair("dilation", dilation), _causal(is_causal)
     check_window(query.shape[1:3], window, steps)
@@ -162,9 +164,9 @@ def _checked_settings(
     if additional_keys is not None and additional_values is not None:
         expected = [query.shape[0], "extra", *query.shape[3:]]
         checks.shape("additional_keys", additional_keys, expected)
-        checks.shape("additional_values", additional_values, additional_keys.shape)
+        checks.shape("additional_values", additional_values, [*additional_keys.shape[:-1], value.shape[-1]])
     if query.is_cuda:
-        check_head_dim(query.shape[-1])
+        check_head_dims(query.shape[-1], value.shape[-1])
     checks.same_dtype(**{n: registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()})
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
     # two lists less to dispatch take a microsecond less
@@ -188,9 +190,15 @@ def check_window(grid: Sequence[int], window: tuple[int, int], dilation: tuple[i
         )
 
 
-def check_head_dim(head_dim: int) -> None:
-    if head_dim % 8 != 0 or head_dim > 128:
-        raise ValueError(f"head_dim: expected a multiple of 8, at most 128, on a GPU, got {head_dim}")
+def check_head_dims(head_dim: int, head_dim_v: int) -> None:
+    """What the kernels take."""
+    if head_dim % 8 != 0 or head_dim > 256:
+        raise ValueError(f"head_dim: expected a multiple of 8, at most 256, on a GPU, got {head_dim}")
+    if head_dim_v % 8 != 0 or head_dim_v > 512:
+        raise ValueError(
+            f"value: expected a head_dim that is a multiple of 8, at most 512, on a GPU, got {head_dim_v}. Pad it with "
+            "zeros, or split it and call na2d for each part"
+        )
 
 
 def _reference_forward(
@@ -220,7 +228,7 @@ def _reference_backward(
 
 def _fake_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse, save_stats):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    results = [query.new_empty(query.shape)]
+    results = [query.new_empty((*query.shape[:-1], value.shape[-1]))]
     if return_lse:
         results.append(query.new_empty(query.shape[:-1], dtype=wide))
     if save_stats:
@@ -233,13 +241,18 @@ def _fake_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, wind
 
 
 def flops_forward(query: Any, key: Any, value: Any, add_k: Any, add_v: Any, window: Sequence[int], *_: Any) -> int:
-    """Two products of query rows with the keys of one window: 4 · B·H·W·heads · (Kh·Kw + extra) · head_dim."""
-    batch, height, width, heads, dim = query
-    return 4 * batch * height * width * heads * dim * (window[0] * window[1] + (add_k[1] if add_k else 0))
+    """Of q·k and p·v: 2 · (head_dim + head_dim_v) a query and key that it sees; windows count whole if causal, too."""
+    return 2 * _pairs(query, add_k, window) * (query[-1] + value[-1])
+
+
+def _pairs(query: Any, add_k: Any, window: Sequence[int]) -> int:
+    """Of queries and keys: B·H·W·heads · (Kh·Kw + extra)."""
+    return math.prod(query[:-1]) * (window[0] * window[1] + (add_k[1] if add_k else 0))
 
 
 def _flops_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, window, *_):
-    return flops_forward(query, key, value, add_k, add_v, window) * 5 // 2
+    """Of q·k, dq and dk; dout·v and dv."""
+    return 2 * _pairs(query, add_k, window) * (3 * query[-1] + 2 * value[-1])
 
 
 def kernels():

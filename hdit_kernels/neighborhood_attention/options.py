@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
 
 from hdit_kernels.launch import Launch
@@ -34,6 +35,7 @@ class Options(NamedTuple):
 
 
 def options(
+    query: Tensor,
     key: Tensor,
     value: Tensor,
     add_k: Tensor | None,
@@ -42,7 +44,8 @@ def options(
     causal: Sequence[bool] | None,
 ) -> Options | None:
     """None for a plain call."""
-    if add_k is None and (stride is None or max(stride) == 1) and (causal is None or not any(causal)):
+    one_by_one = stride is None or max(stride) == 1
+    if one_by_one and add_k is None and (causal is None or not any(causal)) and query.shape == value.shape:
         return None
     stride, causal = stride or (1, 1), causal or (False, False)
     if add_k is None or add_v is None or add_k.shape[1] == 0:
@@ -55,6 +58,7 @@ def _packed(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def with_options(plain: Launch, arguments: dict[str, Any]) -> Launch:
+def with_options(plain: Launch, value_dim: int, arguments: dict[str, Any]) -> Launch:
     """The launch of the variant that takes these optional arguments."""
-    return plain._replace(constants={**plain.constants, "OPTIONS": True}, optional=arguments)
+    constants = dict(OPTIONS=True, VALUE_D=value_dim, BLOCK_VALUE_D=max(16, triton.next_power_of_2(value_dim)))
+    return plain._replace(constants={**plain.constants, **constants}, optional=arguments)

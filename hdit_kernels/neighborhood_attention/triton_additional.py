@@ -23,7 +23,7 @@ from hdit_kernels.neighborhood_attention.triton_device import (
     unsigned,
 )
 
-KEYS, QUERIES = 16, 32  # of a block: few, so that any head_dim fits into any GPU
+KEYS = 16  # of a block
 PROGRAMS = 512  # that fill a GPU
 
 
@@ -34,17 +34,21 @@ def launches(
     they read; dout and query are dense.
     """
     batch, height, width, heads, head_dim = query.shape
+    value_dim = dout.shape[-1]
     extra, tokens, blocks = options.extra, height * width, triton.cdiv(options.extra, KEYS)
-    parts = min(triton.cdiv(PROGRAMS, blocks * heads * batch), triton.cdiv(tokens, 4 * QUERIES))
-    length = triton.cdiv(triton.cdiv(tokens, parts), QUERIES) * QUERIES
+    queries = 32 if max(head_dim, value_dim) * query.itemsize <= 512 else 16  # of a block: long rows need their space
+    parts = min(triton.cdiv(PROGRAMS, blocks * heads * batch), triton.cdiv(tokens, 4 * queries))
+    length = triton.cdiv(triton.cdiv(tokens, parts), queries) * queries
     parts = triton.cdiv(tokens, length)
     sums = [torch.empty(1, parts, t.numel(), dtype=torch.float32, device=t.device) for t in _both(options)]
     strides = [*dout.stride()[:-1], *query.stride()[:-1]]
     vector = launch.vector_width(query, *strides) if dout.data_ptr() % 16 == 0 else 1
     numbers = [scale, logit_scale, terms.numel(), tokens, length, width, heads, extra, *(s // vector for s in strides)]
     constants: dict[str, Any] = dict(
-        D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector, KEYS=KEYS, QUERIES=QUERIES,
-        PRECISION=launch.input_precision(query.dtype), num_warps=4, num_stages=1,
+        D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        VALUE_D=value_dim, BLOCK_VALUE_D=max(16, triton.next_power_of_2(value_dim)),
+        VECTOR=vector, KEYS=KEYS, QUERIES=queries, PRECISION=launch.input_precision(query.dtype),
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     tensors = (dout, query, *_both(options), terms, stats, *sums)
     grid = (blocks * heads * batch, parts, 1)
@@ -64,34 +68,36 @@ def _na2d_additional_kernel(
     tokens: tl.int32, length: tl.int32, width: tl.int32, heads: tl.int32, extra: tl.int32,
     o_b: tl.int64, o_h: tl.int64, o_w: tl.int64, o_n: tl.int64,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_D: tl.constexpr, BLOCK_VALUE_D: tl.constexpr, VECTOR: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A program: KEYS additional keys of one sample and head, with `length` queries, QUERIES at a time. Tensors and
-    # strides as of the other kernels; dk and dv: float32 [parts, B, extra, heads, D].
+    # strides as of the other kernels; dk and dv: float32 [parts, B, extra, heads, …].
     pid = tl.program_id(0)
     head, rest = pid % heads, pid // heads
     blocks = tl.cdiv(extra, KEYS)
     batch, first = rest // blocks, rest % blocks * KEYS
-    dim = tl.arange(0, BLOCK_D)
-    in_dim = (dim < D)[None, :]
-    k = as_operand(additional_keys(extra_k_ptr, batch, head, heads, first, extra, dim, in_dim, D, KEYS), PRECISION)
-    v = as_operand(additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim, in_dim, D, KEYS), PRECISION)
+    dim, dim_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_VALUE_D)
+    in_dim, in_dim_v = (dim < D)[None, :], (dim_v < VALUE_D)[None, :]
+    k = additional_keys(extra_k_ptr, batch, head, heads, first, extra, dim, in_dim, D, KEYS)
+    v = additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim_v, in_dim_v, VALUE_D, KEYS)
+    k, v = as_operand(k, PRECISION), as_operand(v, PRECISION)
 
     query_ptr += (unsigned(batch) * q_b + unsigned(head) * q_n) * VECTOR
     dout_ptr += (unsigned(batch) * o_b + unsigned(head) * o_n) * VECTOR
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, tokens)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_VALUE_D], tl.float32)
     no_bias = tl.zeros([KEYS, QUERIES], tl.float32)  # behind the last key nothing is stored; a query there is all zeros
     for block in range(begin, end, QUERIES):
         token = block + tl.arange(0, QUERIES)
         is_token = token < end
         y, x = (token // width).to(tl.int64), (token % width).to(tl.int64)
-        mask = is_token[:, None] & in_dim
-        q = tl.load(query_ptr + ((y * q_h + x * q_w) * VECTOR)[:, None] + dim[None, :], mask=mask, other=0.0)
-        dout = tl.load(dout_ptr + ((y * o_h + x * o_w) * VECTOR)[:, None] + dim[None, :], mask=mask, other=0.0)
+        at = ((y * q_h + x * q_w) * VECTOR)[:, None] + dim[None, :]
+        q = tl.load(query_ptr + at, mask=is_token[:, None] & in_dim, other=0.0)
+        at = ((y * o_h + x * o_w) * VECTOR)[:, None] + dim_v[None, :]
+        dout = tl.load(dout_ptr + at, mask=is_token[:, None] & in_dim_v, other=0.0)
         q, dout = as_operand(q, PRECISION), as_operand(dout, PRECISION)
         at = (unsigned(batch) * tokens + token) * heads + head
         maximum, delta = unpack(tl.load(terms_ptr + at, mask=is_token, other=0))
@@ -105,4 +111,4 @@ def _na2d_additional_kernel(
     at = ((unsigned(tl.program_id(1)) * samples + batch) * extra + number) * heads + head
     is_extra = (number < extra)[:, None]
     tl.store(dk_ptr + at[:, None] * D + dim[None, :], dk * scale, mask=is_extra & in_dim)
-    tl.store(dv_ptr + at[:, None] * D + dim[None, :], dv, mask=is_extra & in_dim)
+    tl.store(dv_ptr + at[:, None] * VALUE_D + dim_v[None, :], dv, mask=is_extra & in_dim_v)

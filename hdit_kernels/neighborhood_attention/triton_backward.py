@@ -60,12 +60,12 @@ def dq_launch(
     and delta, two float32 that one load brings.
     """
     terms = torch.empty(stats.shape[1:], dtype=torch.int64, device=stats.device)
-    grid, integers, constants = _plan_backward(configure, dq, dout, query, key, value, window, dilation)
+    grid, integers, constants = _plan_backward(configure, options, dq, dout, query, key, value, window, dilation)
     constants = constants | {"HAS_DLSE": dlse is not None, "PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, out, stats, stats if dlse is None else dlse, dq, terms)
     numbers = [scale, logit_scale, terms.numel(), *integers]
     first = launch.Launch(_na2d_dq_kernel, grid, tensors, numbers, constants)
-    return first if options is None else with_options(first, options.arguments()), terms
+    return first if options is None else with_options(first, value.shape[-1], options.arguments()), terms
 
 
 def dkdv_launch(
@@ -85,16 +85,17 @@ def dkdv_launch(
     configure: Configure = dkdv_config,
 ) -> launch.Launch:
     """That which writes the gradients of key and value, dk and dv, with the terms of `dq_launch`."""
-    grid, integers, constants = _plan_backward(configure, dk, dout, query, key, value, window, dilation)
+    grid, integers, constants = _plan_backward(configure, options, dk, dout, query, key, value, window, dilation)
     constants = constants | {"PRECISION": launch.input_precision(query.dtype)}
     tensors = (dout, query, key, value, terms, stats, dk, dv)
     numbers = [scale, logit_scale, terms.numel(), *integers]
     second = launch.Launch(_na2d_dkdv_kernel, grid, tensors, numbers, constants)
-    return second if options is None else with_options(second, options.windows())
+    return second if options is None else with_options(second, value.shape[-1], options.windows())
 
 
 def _plan_backward(
     configure: Configure,
+    options: Options | None,
     gradient: Tensor,
     dout: Tensor,
     query: Tensor,
@@ -105,8 +106,9 @@ def _plan_backward(
 ) -> Any:
     strides = (dout.stride(), query.stride(), key.stride(), value.stride(), gradient.stride())
     all_aligned = aligned(dout, query, key, value, gradient)
-    family = launch.gpu_family(query.device)
-    return plan_tiles(configure, family, query.dtype, query.shape, strides, all_aligned, tuple(window), tuple(dilation))
+    family, value_dim = launch.gpu_family(query.device), 0 if options is None else value.shape[-1]
+    axes = (tuple(window), tuple(dilation))
+    return plan_tiles(configure, family, query.dtype, query.shape, strides, all_aligned, *axes, value_dim)
 
 
 @launch.kernel
@@ -122,7 +124,8 @@ def _na2d_dq_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
-    OPTIONS: tl.constexpr = False, stride_y=None, stride_x=None, causal_y=None, causal_x=None,
+    OPTIONS: tl.constexpr = False, VALUE_D: tl.constexpr = None, BLOCK_VALUE_D: tl.constexpr = None,
+    stride_y=None, stride_x=None, causal_y=None, causal_x=None,
     extra=None, extra_k_ptr=None, extra_v_ptr=None,
 ):  # fmt: skip
     # Tiles, blocks, strides (o: dout; g: the gradient), stats, rows, images, VECTOR, WIDE and what follows OPTIONS: as
@@ -144,19 +147,20 @@ def _na2d_dq_kernel(
     if OPTIONS:
         count_y, count_x = count_y[:, None], count_x[:, None]
 
-    dim = tl.arange(0, BLOCK_D)
-    in_dim = (dim < D)[None, :]
-    mask = is_query[:, None] & in_dim
+    DV: tl.constexpr = VALUE_D if OPTIONS else D
+    dim, dim_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_VALUE_D if OPTIONS else BLOCK_D)
+    in_dim, in_dim_v = (dim < D)[None, :], (dim_v < DV)[None, :]
+    mask, mask_v = is_query[:, None] & in_dim, is_query[:, None] & in_dim_v
     query_ptr = token_at(query_ptr, batch, head, row, column, q_b, q_h, q_w, q_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * q_h, dilation_x * q_w, VECTOR, WIDE)
     q = as_operand(tl.load(query_ptr + at[:, None] + dim[None, :], mask=mask, other=0.0), PRECISION)
     dout_ptr = token_at(dout_ptr, batch, head, row, column, o_b, o_h, o_w, o_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * o_h, dilation_x * o_w, VECTOR, WIDE)
-    dout = tl.load(dout_ptr + at[:, None] + dim[None, :], mask=mask, other=0.0)
+    dout = tl.load(dout_ptr + at[:, None] + dim_v[None, :], mask=mask_v, other=0.0)
 
     token = (unsigned(batch) * height + row) * (unsigned(width) * heads) + (column * heads + head)
     at = offsets(tile_row, tile_column, unsigned(width) * dilation_y * heads, dilation_x * heads, 1, WIDE)
-    out = tl.load(out_ptr + token * D + (at[:, None] * D + dim[None, :]), mask=mask, other=0.0)
+    out = tl.load(out_ptr + token * DV + (at[:, None] * DV + dim_v[None, :]), mask=mask_v, other=0.0)
     maximum = tl.load(stats_ptr + token + at, mask=is_query, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     dout = as_operand(dout, PRECISION)
@@ -177,13 +181,13 @@ def _na2d_dq_kernel(
     in_block = tl.arange(0, BLOCK_Y * BLOCK_X)
     block_y, block_x = in_block // BLOCK_X, in_block % BLOCK_X
     k_at = offsets(block_y, block_x, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)[:, None] + dim[None, :]
-    v_at = offsets(block_y, block_x, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    v_at = offsets(block_y, block_x, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)[:, None] + dim_v[None, :]
 
     dq = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
     if OPTIONS:
         for first in range(0, extra, BLOCK_Y * BLOCK_X):
             k = additional_keys(extra_k_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
-            v = additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
+            v = additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim_v, in_dim_v, DV, BLOCK_Y * BLOCK_X)
             k, v = as_operand(k, PRECISION), as_operand(v, PRECISION)
             bias = additional_bias(first, extra, TILE_Y * TILE_X, BLOCK_Y * BLOCK_X)
             dq = add_dq(dq, q, k, v, dout, bias, logit_scale, maximum, log_total, delta, PRECISION)
@@ -193,9 +197,9 @@ def _na2d_dq_kernel(
         end = tl.where(x + block_x < high_x, high_y - block_y, low_y)
         k_ptr, v_ptr = key_ptr, value_ptr
         for y in range(low_y, high_y, BLOCK_Y):
-            is_key = (y < end)[:, None] & in_dim
-            k = as_operand(tl.load(k_ptr + k_at, mask=is_key, other=0.0), PRECISION)
-            v = as_operand(tl.load(v_ptr + v_at, mask=is_key, other=0.0), PRECISION)
+            is_key = (y < end)[:, None]
+            k = as_operand(tl.load(k_ptr + k_at, mask=is_key & in_dim, other=0.0), PRECISION)
+            v = as_operand(tl.load(v_ptr + v_at, mask=is_key & in_dim_v, other=0.0), PRECISION)
             k_ptr += dilation_y * k_h * (BLOCK_Y * VECTOR)
             v_ptr += dilation_y * v_h * (BLOCK_Y * VECTOR)
 
@@ -221,10 +225,11 @@ def _na2d_dkdv_kernel(
     g_b: tl.int64, g_h: tl.int64, g_w: tl.int64, g_n: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
-    OPTIONS: tl.constexpr = False, stride_y=None, stride_x=None, causal_y=None, causal_x=None,
+    OPTIONS: tl.constexpr = False, VALUE_D: tl.constexpr = None, BLOCK_VALUE_D: tl.constexpr = None,
+    stride_y=None, stride_x=None, causal_y=None, causal_x=None,
 ):  # fmt: skip
     # A program: TILE_Y x TILE_X keys of one head, with BLOCK_Y x BLOCK_X queries at a time. Arguments: as of the kernel
-    # above, whose terms it reads; dk and dv share the strides g.
+    # above, whose terms it reads; dk and dv share the strides g, or are contiguous both.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
@@ -237,15 +242,16 @@ def _na2d_dkdv_kernel(
     key_y, key_x = first_y + tile_row, first_x + tile_column
     is_key = (key_y < length_y) & (key_x < length_x)
 
-    dim = tl.arange(0, BLOCK_D)
-    in_dim = (dim < D)[None, :]
-    tile_mask = is_key[:, None] & in_dim
+    DV: tl.constexpr = VALUE_D if OPTIONS else D
+    dim, dim_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_VALUE_D if OPTIONS else BLOCK_D)
+    in_dim, in_dim_v = (dim < D)[None, :], (dim_v < DV)[None, :]
+    tile_mask, tile_mask_v = is_key[:, None] & in_dim, is_key[:, None] & in_dim_v
     key_ptr = token_at(key_ptr, batch, head, row, column, k_b, k_h, k_w, k_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)
     k = as_operand(tl.load(key_ptr + at[:, None] + dim[None, :], mask=tile_mask, other=0.0), PRECISION)
     value_ptr = token_at(value_ptr, batch, head, row, column, v_b, v_h, v_w, v_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)
-    v = as_operand(tl.load(value_ptr + at[:, None] + dim[None, :], mask=tile_mask, other=0.0), PRECISION)
+    v = as_operand(tl.load(value_ptr + at[:, None] + dim_v[None, :], mask=tile_mask_v, other=0.0), PRECISION)
 
     # The queries that see a key are an interval on each axis, as the keys that a query sees.
     start_y = first_query(key_y, window_y, stride_y, causal_y)
@@ -265,11 +271,11 @@ def _na2d_dkdv_kernel(
     in_block = tl.arange(0, BLOCK_Y * BLOCK_X)
     block_y, block_x = in_block // BLOCK_X, in_block % BLOCK_X
     q_at = offsets(block_y, block_x, dilation_y * q_h, dilation_x * q_w, VECTOR, WIDE)[:, None] + dim[None, :]
-    o_at = offsets(block_y, block_x, dilation_y * o_h, dilation_x * o_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    o_at = offsets(block_y, block_x, dilation_y * o_h, dilation_x * o_w, VECTOR, WIDE)[:, None] + dim_v[None, :]
     step_y, step_x = unsigned(width) * dilation_y * heads, unsigned(heads) * dilation_x
 
     dk = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
-    dv = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
+    dv = tl.zeros([TILE_Y * TILE_X, BLOCK_VALUE_D if OPTIONS else BLOCK_D], tl.float32)
     for x in range(low_x, high_x, BLOCK_X):
         column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], count_x[:, None])
         first_row = start_y[:, None] - block_y[None, :]
@@ -277,9 +283,9 @@ def _na2d_dkdv_kernel(
         t_at = offsets(block_y, tl.minimum(block_x, high_x - x - 1), step_y, step_x, 1, WIDE)
         q_ptr, o_ptr, t_ptr, s_ptr = query_ptr, dout_ptr, terms_ptr, stats_ptr
         for y in range(low_y, high_y, BLOCK_Y):
-            mask = (y < end)[:, None] & in_dim
-            q = as_operand(tl.load(q_ptr + q_at, mask=mask, other=0.0), PRECISION)
-            dout = as_operand(tl.load(o_ptr + o_at, mask=mask, other=0.0), PRECISION)
+            is_query = (y < end)[:, None]
+            q = as_operand(tl.load(q_ptr + q_at, mask=is_query & in_dim, other=0.0), PRECISION)
+            dout = as_operand(tl.load(o_ptr + o_at, mask=is_query & in_dim_v, other=0.0), PRECISION)
             maximum, delta = unpack(tl.load(t_ptr + t_at, mask=y + block_y < high_y, other=0))
 
             log_total = None
@@ -297,7 +303,13 @@ def _na2d_dkdv_kernel(
         stats_ptr += step_x * BLOCK_X
 
     dk_ptr = token_at(dk_ptr, batch, head, row, column, g_b, g_h, g_w, g_n, VECTOR)
-    dv_ptr = token_at(dv_ptr, batch, head, row, column, g_b, g_h, g_w, g_n, VECTOR)
     at = offsets(tile_row, tile_column, dilation_y * g_h, dilation_x * g_w, VECTOR, WIDE)[:, None] + dim[None, :]
     tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=tile_mask)
-    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=tile_mask)
+    if OPTIONS:  # contiguous, and of its own head_dim
+        token = (unsigned(batch) * height + row) * (unsigned(width) * heads) + (column * heads + head)
+        at = offsets(tile_row, tile_column, unsigned(width) * dilation_y * heads, dilation_x * heads, 1, WIDE)
+        dv_ptr += token * DV
+        at = at[:, None] * DV + dim_v[None, :]
+    else:
+        dv_ptr = token_at(dv_ptr, batch, head, row, column, g_b, g_h, g_w, g_n, VECTOR)
+    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=tile_mask_v)

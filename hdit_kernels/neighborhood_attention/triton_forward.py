@@ -46,17 +46,19 @@ def forward_launch(
     configure: Configure = forward_config,
 ) -> tuple[list[Tensor], launch.Launch]:
     """As `dispatch.forward_launch`; inputs are dense."""
-    out, lse, stats = empty_results(query, return_lse, save_stats)
+    value_dim = 0 if options is None else value.shape[-1]
+    out, lse, stats = empty_results(query, return_lse, save_stats, value_dim or None)
     grid, integers, constants = plan_tiles(
         configure, launch.gpu_family(query.device), query.dtype, query.shape,
         (query.stride(), key.stride(), value.stride()), aligned(query, key, value), tuple(window), tuple(dilation),
+        value_dim,
     )  # fmt: skip
     constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
     numbers = [logit_scale, int(save_stats), query.shape[:-1].numel(), *integers]
     tensors = (query, key, value, out, stats, lse)
     forward = launch.Launch(_na2d_forward_kernel, grid, tensors, numbers, constants)
     if options is not None:
-        forward = with_options(forward, options.arguments())
+        forward = with_options(forward, value_dim, options.arguments())
     return [out] + return_lse * [lse] + save_stats * [stats], forward
 
 
@@ -70,7 +72,8 @@ def _na2d_forward_kernel(
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
-    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, OPTIONS: tl.constexpr = False,
+    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    OPTIONS: tl.constexpr = False, VALUE_D: tl.constexpr = None, BLOCK_VALUE_D: tl.constexpr = None,
     stride_y=None, stride_x=None, causal_y=None, causal_x=None, extra=None, extra_k_ptr=None, extra_v_ptr=None,
 ):  # fmt: skip
     # A program: TILE_Y x TILE_X queries of one head, with BLOCK_Y x BLOCK_X keys at a time. Tensors are
@@ -78,7 +81,8 @@ def _na2d_forward_kernel(
     # stats and lse are [B, H, W, heads], stats twice in float32, `rows` numbers apart. images: batch · dilation², each
     # sub-grid its own. tiles_x: tiles in a row. BLOCK_D: D as a power of 2. WIDE: a block's offsets need 64 bits.
     # OPTIONS: the arguments behind it are given. stride: queries that share a window. causal: 1 for an axis of causal
-    # windows, 0 for another. extra_k and extra_v: [B, extra, heads, D], contiguous, seen by every query.
+    # windows, 0 for another. extra_k and extra_v: [B, extra, heads, …], contiguous, seen by every query. VALUE_D: D of
+    # values and out.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
@@ -94,8 +98,9 @@ def _na2d_forward_kernel(
     if OPTIONS:
         count_y, count_x = count_y[:, None], count_x[:, None]
 
-    dim = tl.arange(0, BLOCK_D)
-    in_dim = (dim < D)[None, :]
+    DV: tl.constexpr = VALUE_D if OPTIONS else D
+    dim, dim_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_VALUE_D if OPTIONS else BLOCK_D)
+    in_dim, in_dim_v = (dim < D)[None, :], (dim_v < DV)[None, :]
     query_ptr = token_at(query_ptr, batch, head, row, column, q_b, q_h, q_w, q_n, VECTOR)
     at = offsets(in_tile // TILE_X, in_tile % TILE_X, dilation_y * q_h, dilation_x * q_w, VECTOR, WIDE)
     q = tl.load(query_ptr + at[:, None] + dim[None, :], mask=is_query[:, None] & in_dim, other=0.0)
@@ -111,15 +116,15 @@ def _na2d_forward_kernel(
     in_block = tl.arange(0, BLOCK_Y * BLOCK_X)
     block_y, block_x = in_block // BLOCK_X, in_block % BLOCK_X
     k_at = offsets(block_y, block_x, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)[:, None] + dim[None, :]
-    v_at = offsets(block_y, block_x, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    v_at = offsets(block_y, block_x, dilation_y * v_h, dilation_x * v_w, VECTOR, WIDE)[:, None] + dim_v[None, :]
 
     maximum = tl.full([TILE_Y * TILE_X], LOWEST, tl.float32)
     total = tl.zeros([TILE_Y * TILE_X], tl.float32)
-    acc = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
+    acc = tl.zeros([TILE_Y * TILE_X, BLOCK_VALUE_D if OPTIONS else BLOCK_D], tl.float32)
     if OPTIONS:
         for first in range(0, extra, BLOCK_Y * BLOCK_X):
             k = additional_keys(extra_k_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
-            v = additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
+            v = additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim_v, in_dim_v, DV, BLOCK_Y * BLOCK_X)
             k, v = as_operand(k, PRECISION), as_operand(v, PRECISION)
             bias = additional_bias(first, extra, TILE_Y * TILE_X, BLOCK_Y * BLOCK_X)
             maximum, total, acc = attend(q, k, v, bias, logit_scale, maximum, total, acc, PRECISION)
@@ -131,9 +136,9 @@ def _na2d_forward_kernel(
         end = tl.where(x + block_x < high_x, high_y - block_y, low_y)  # the row from which on nothing is read
         k_ptr, v_ptr = key_ptr, value_ptr
         for y in range(low_y, high_y, BLOCK_Y):
-            is_key = (y < end)[:, None] & in_dim
-            k = as_operand(tl.load(k_ptr + k_at, mask=is_key, other=0.0), PRECISION)
-            v = as_operand(tl.load(v_ptr + v_at, mask=is_key, other=0.0), PRECISION)
+            is_key = (y < end)[:, None]
+            k = as_operand(tl.load(k_ptr + k_at, mask=is_key & in_dim, other=0.0), PRECISION)
+            v = as_operand(tl.load(v_ptr + v_at, mask=is_key & in_dim_v, other=0.0), PRECISION)
             k_ptr += dilation_y * k_h * (BLOCK_Y * VECTOR)
             v_ptr += dilation_y * v_h * (BLOCK_Y * VECTOR)
 
@@ -155,5 +160,5 @@ def _na2d_forward_kernel(
     if HAS_LSE:
         tl.store(lse_ptr + token + at, lse * 0.6931471805599453, mask=is_query)
     out = acc * (1.0 / total)[:, None]
-    at = at[:, None] * D + dim[None, :]
-    tl.store(out_ptr + token * D + at, out.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & in_dim)
+    at = at[:, None] * DV + dim_v[None, :]
+    tl.store(out_ptr + token * DV + at, out.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & in_dim_v)

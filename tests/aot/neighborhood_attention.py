@@ -21,8 +21,9 @@ def launch(dtype: torch.dtype, wide: bool) -> None:
 
 def options(dtype: torch.dtype, wide: bool) -> None:
     """The variants of the portable kernels, which have no shapes of windows of their own."""
-    qkv = torch.randn(1, 13, 13, 3, 2, 128 if wide else 64, dtype=dtype)
-    more = (qkv[:, 0, :, 0], qkv[:, 0, :, 1])
     settings = ([7, 7], [2, 3], [1, 1], [True, False], 0.125)
-    out, lse, stats = na2d_forward(*qkv.unbind(3), *more, *settings, True, True)
-    na2d_backward(out, lse, *qkv.unbind(3), *more, out, stats, *settings)
+    for head_dim, head_dim_v in [(256, 256), (64, 384)] if wide else [(64, 64)]:
+        query, key, value = (torch.randn(1, 9, 9, 2, dim, dtype=dtype) for dim in (head_dim, head_dim, head_dim_v))
+        tensors = (query, key, value, key[:, 0], value[:, 0])
+        out, lse, stats = na2d_forward(*tensors, *settings, True, True)
+        na2d_backward(out, lse, *tensors, out, stats, *settings)

@@ -94,19 +94,22 @@ def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dty
     stride = tuple(sizes.choice((1, 1, 2, w, sizes.randint(1, w))) for w in window)
     stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
     height, width = (_axis(sizes, w, d) for w, d in zip(window, dilation, strict=True))
-    batch, heads, head_dim = sizes.randint(1, 4), sizes.randint(1, 4), sizes.choice((16, 64))
+    batch, heads = sizes.randint(1, 4), sizes.randint(1, 4)
+    head_dim, head_dim_v = sizes.choice(((16, 16), (64, 64), (64, 64), (64, 16), (32, 384), (256, 256)))
+    dims = (head_dim, head_dim, head_dim_v)
     query, key, value = (
-        strided(torch.randn(batch, height, width, heads, head_dim, generator=values).to(dtype), sizes) for _ in range(3)
+        strided(torch.randn(batch, height, width, heads, dim, generator=values).to(dtype), sizes) for dim in dims
     )
     tensors = dict(query=query, key=key, value=value)
     extra = sizes.choice((None, None, 1, 4, 40))
     if extra is not None:
-        for name in ("additional_keys", "additional_values"):
-            more = torch.randn(batch, extra, heads, head_dim, generator=values).to(dtype)
+        for name, dim in (("additional_keys", head_dim), ("additional_values", head_dim_v)):
+            more = torch.randn(batch, extra, heads, dim, generator=values).to(dtype)
             tensors[name] = strided(more, sizes)
     settings = dict(kernel_size=window, stride=stride, dilation=dilation, is_causal=causal, scale=head_dim**-0.5)
+    options = f"window {window} stride {stride} dilation {dilation} causal {causal} extra {extra}"
     return Case(
-        f"na2d {list(query.shape)} window {window} stride {stride} dilation {dilation} causal {causal} extra {extra}",
+        f"na2d {list(query.shape)} values {head_dim_v} {options}",
         tensors,
         functools.partial(hdit_kernels.na2d, **settings, return_lse=True),
         functools.partial(reference.na2d, **settings),

@@ -150,8 +150,9 @@ def na2d(
     window is the product of the axes. Dilation d splits an axis into d interleaved ones. With stride s, queries share
     the window of their group's leader, the one in the middle of each s. Causal: the keys from leader − K + 1 to i, the
     leader being the last of its group. Additional keys [B, extra, heads, D] are seen by every query. Values, and so
-    out, may have another D. lse [B, H, W, heads] in float32 (float64 for float64): the natural logarithm of the
-    softmax's denominator. Memory is O(queries in one tile), not O(H·W·K²).
+    out, may have another D. Keys and values may have fewer heads, each for as many heads of queries beside each other.
+    lse [B, H, W, heads] in float32 (float64 for float64): the natural logarithm of the softmax's denominator. Memory is
+    O(queries in one tile), not O(H·W·K²).
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     wide = [None if t is None else _widen(t) for t in (query, key, value, additional_keys, additional_values)]
@@ -223,10 +224,11 @@ def _attend(
     if extra_k is not None and extra_v is not None:
         keys, values = torch.cat([keys, extra_k], 1), torch.cat([values, extra_v], 1)
         mask = F.pad(mask, (0, extra_k.shape[1]), value=True)
-    logits = torch.einsum("bqhd,bkhd->bhqk", q.flatten(1, 2) * scale, keys).masked_fill(~mask, float("-inf"))
+    grouped = (q.flatten(1, 2) * scale).unflatten(2, (k.shape[-2], -1))  # g: heads that share keys
+    logits = torch.einsum("bqhgd,bkhd->bhgqk", grouped, keys).masked_fill(~mask, float("-inf"))
     lse = logits.logsumexp(-1)
-    out = torch.einsum("bhqk,bkhd->bqhd", (logits - lse[..., None]).exp(), values)
-    return out.reshape(*q.shape[:-1], v.shape[-1]), lse.transpose(1, 2).reshape(q.shape[:-1])
+    out = torch.einsum("bhgqk,bkhd->bqhgd", (logits - lse[..., None]).exp(), values)
+    return out.reshape(*q.shape[:-1], v.shape[-1]), lse.flatten(1, 2).transpose(1, 2).reshape(q.shape[:-1])
 
 
 def _side(tensors: Sequence[Tensor | None]) -> int:

@@ -87,9 +87,11 @@ def na2d(
     so windows at a border move inwards and keep their size; the 2-D window is the product of the two axes.
 
     Args:
-        query, key: [B, H, W, heads, head_dim], bfloat16, float16 or float32 (float64 takes the reference), one dtype;
-            any strides whose last is 1 are read without a copy. On a GPU head_dim is a multiple of 8, at most 256.
-        value: as key, but of any head_dim_v. On a GPU a multiple of 8, at most 512.
+        query: [B, H, W, heads, head_dim], bfloat16, float16 or float32 (float64 takes the reference); any strides whose
+            last is 1 are read without a copy, as of key and value. On a GPU head_dim is a multiple of 8, at most 256.
+        key, value: [B, H, W, heads_kv, head_dim] and [B, H, W, heads_kv, head_dim_v], the query's dtype. heads_kv
+            divides heads: the first heads / heads_kv heads of queries share the first of keys and values, and so on
+            (GQA; MQA with 1). On a GPU head_dim_v is a multiple of 8, at most 512.
         kernel_size: window, one number or (rows, columns), any parity; kernel_size · dilation ≤ (H, W).
         stride: queries that share the window of the middle one of them, its group's leader; at most kernel_size (1:
             each its own).
@@ -98,8 +100,8 @@ def na2d(
             first border. With a stride, from leader − K + 1 to i, the leader being the last of its group. None means
             False, as in NATTEN.
         scale: factor of the logits, positive, default head_dim ** -0.5.
-        additional_keys, additional_values: [B, extra, heads, head_dim] and [B, extra, heads, head_dim_v], seen by every
-            query.
+        additional_keys, additional_values: [B, extra, heads_kv, head_dim] and [B, extra, heads_kv, head_dim_v], seen by
+            every query.
         return_lse: also return the logarithm of the softmax denominator.
 
     Returns:
@@ -152,17 +154,19 @@ def _checked_settings(
         raise ValueError(f"{missing}: expected additional_keys and additional_values or neither, got one")
     checks.floating(**tensors)
     checks.shape("query", query, ["B", "H", "W", "heads", "head_dim"])
-    checks.shape("key", key, query.shape)
+    checks.shape("key", key, [*query.shape[:3], "heads_kv", query.shape[-1]])
     checks.shape("value", value, [*key.shape[:-1], "head_dim_v"])
     checks.nonempty("query", query)
     checks.nonempty("value", value)
+    if query.shape[3] % key.shape[3]:
+        raise ValueError(f"key: expected heads_kv that divide {query.shape[3]} heads, got {key.shape[3]}")
     window, strides = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride)
     steps, causal = checks.pair("dilation", dilation), _causal(is_causal)
     check_window(query.shape[1:3], window, steps)
     if strides[0] > window[0] or strides[1] > window[1]:
         raise ValueError(f"stride: expected at most kernel_size {window}, got {strides}")
     if additional_keys is not None and additional_values is not None:
-        expected = [query.shape[0], "extra", *query.shape[3:]]
+        expected = [query.shape[0], "extra", *key.shape[3:]]
         checks.shape("additional_keys", additional_keys, expected)
         checks.shape("additional_values", additional_values, [*additional_keys.shape[:-1], value.shape[-1]])
     if query.is_cuda:

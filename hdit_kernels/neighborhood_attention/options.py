@@ -14,10 +14,13 @@ from hdit_kernels.launch import Launch
 
 
 class Options(NamedTuple):
-    """Of a call that is not plain. Keys and values that every query sees: [B, extra, heads, head_dim], contiguous, at
-    multiples of 16 bytes; where there are none (extra 0), any tensors.
+    """Of a call that is not plain.
+
+    group: heads of queries to one of keys and values. extra_k and extra_v: what every query sees, [B, extra, heads,
+    head_dim], contiguous, at multiples of 16 bytes; where there are none (extra 0), any tensors.
     """
 
+    group: int
     stride: Sequence[int]
     causal: Sequence[bool]
     extra: int
@@ -27,7 +30,8 @@ class Options(NamedTuple):
     def windows(self) -> dict[str, Any]:
         """Optional arguments of the portable kernels, the first of them."""
         (stride_y, stride_x), (causal_y, causal_x) = self.stride, self.causal
-        return dict(stride_y=stride_y, stride_x=stride_x, causal_y=int(causal_y), causal_x=int(causal_x))
+        axes = dict(stride_y=stride_y, stride_x=stride_x, causal_y=int(causal_y), causal_x=int(causal_x))
+        return dict(group=self.group) | axes
 
     def arguments(self) -> dict[str, Any]:
         """All of them, in their order."""
@@ -47,10 +51,10 @@ def options(
     one_by_one = stride is None or max(stride) == 1
     if one_by_one and add_k is None and (causal is None or not any(causal)) and query.shape == value.shape:
         return None
-    stride, causal = stride or (1, 1), causal or (False, False)
+    group, stride, causal = query.shape[3] // key.shape[3], stride or (1, 1), causal or (False, False)
     if add_k is None or add_v is None or add_k.shape[1] == 0:
-        return Options(stride, causal, 0, key, value)
-    return Options(stride, causal, add_k.shape[1], _packed(add_k), _packed(add_v))
+        return Options(group, stride, causal, 0, key, value)
+    return Options(group, stride, causal, add_k.shape[1], _packed(add_k), _packed(add_v))
 
 
 def _packed(tensor: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ def _plan_backward(
     all_aligned = aligned(dout, query, key, value, gradient)
     family, value_dim = launch.gpu_family(query.device), 0 if options is None else value.shape[-1]
     axes = (tuple(window), tuple(dilation))
-    return plan_tiles(configure, family, query.dtype, query.shape, strides, all_aligned, *axes, value_dim)
+    heads = gradient.shape[3]
+    return plan_tiles(configure, family, query.dtype, query.shape, strides, all_aligned, *axes, heads, value_dim)
 
 
 @launch.kernel
@@ -125,7 +126,7 @@ def _na2d_dq_kernel(
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
     OPTIONS: tl.constexpr = False, VALUE_D: tl.constexpr = None, BLOCK_VALUE_D: tl.constexpr = None,
-    stride_y=None, stride_x=None, causal_y=None, causal_x=None,
+    group=None, stride_y=None, stride_x=None, causal_y=None, causal_x=None,
     extra=None, extra_k_ptr=None, extra_v_ptr=None,
 ):  # fmt: skip
     # Tiles, blocks, strides (o: dout; g: the gradient), stats, rows, images, VECTOR, WIDE and what follows OPTIONS: as
@@ -134,6 +135,7 @@ def _na2d_dq_kernel(
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
+    head_kv = head // group if OPTIONS else head
     first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
     if first_y >= length_y or first_x >= length_x:
         return
@@ -176,8 +178,8 @@ def _na2d_dq_kernel(
     high_y = keys_end(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, stride_y, causal_y)
     high_x = keys_end(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, stride_x, causal_x)
     block_row, block_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
-    key_ptr = token_at(key_ptr, batch, head, block_row, block_column, k_b, k_h, k_w, k_n, VECTOR)
-    value_ptr = token_at(value_ptr, batch, head, block_row, block_column, v_b, v_h, v_w, v_n, VECTOR)
+    key_ptr = token_at(key_ptr, batch, head_kv, block_row, block_column, k_b, k_h, k_w, k_n, VECTOR)
+    value_ptr = token_at(value_ptr, batch, head_kv, block_row, block_column, v_b, v_h, v_w, v_n, VECTOR)
     in_block = tl.arange(0, BLOCK_Y * BLOCK_X)
     block_y, block_x = in_block // BLOCK_X, in_block % BLOCK_X
     k_at = offsets(block_y, block_x, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)[:, None] + dim[None, :]
@@ -185,11 +187,13 @@ def _na2d_dq_kernel(
 
     dq = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
     if OPTIONS:
-        for first in range(0, extra, BLOCK_Y * BLOCK_X):
-            k = additional_keys(extra_k_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
-            v = additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim_v, in_dim_v, DV, BLOCK_Y * BLOCK_X)
+        KEYS: tl.constexpr = BLOCK_Y * BLOCK_X
+        heads_kv = heads // group
+        for first in range(0, extra, KEYS):
+            k = additional_keys(extra_k_ptr, batch, head_kv, heads_kv, first, extra, dim, in_dim, D, KEYS)
+            v = additional_keys(extra_v_ptr, batch, head_kv, heads_kv, first, extra, dim_v, in_dim_v, DV, KEYS)
             k, v = as_operand(k, PRECISION), as_operand(v, PRECISION)
-            bias = additional_bias(first, extra, TILE_Y * TILE_X, BLOCK_Y * BLOCK_X)
+            bias = additional_bias(first, extra, TILE_Y * TILE_X, KEYS)
             dq = add_dq(dq, q, k, v, dout, bias, logit_scale, maximum, log_total, delta, PRECISION)
     for x in range(low_x, high_x, BLOCK_X):  # masked as in the forward
         column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], count_x)
@@ -226,12 +230,13 @@ def _na2d_dkdv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
     OPTIONS: tl.constexpr = False, VALUE_D: tl.constexpr = None, BLOCK_VALUE_D: tl.constexpr = None,
-    stride_y=None, stride_x=None, causal_y=None, causal_x=None,
+    group=None, stride_y=None, stride_x=None, causal_y=None, causal_x=None,
 ):  # fmt: skip
     # A program: TILE_Y x TILE_X keys of one head, with BLOCK_Y x BLOCK_X queries at a time. Arguments: as of the kernel
     # above, whose terms it reads; dk and dv share the strides g, or are contiguous both.
+    heads_kv = heads // group if OPTIONS else heads
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
-        images, height, width, heads, tiles_x, dilation_y, dilation_x
+        images, height, width, heads_kv, tiles_x, dilation_y, dilation_x
     )
     first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
     if first_y >= length_y or first_x >= length_x:
@@ -263,11 +268,11 @@ def _na2d_dkdv_kernel(
     high_y = last_query(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, stride_y, causal_y) + 1
     high_x = last_query(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, stride_x, causal_x) + 1
     block_row, block_column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
-    query_ptr = token_at(query_ptr, batch, head, block_row, block_column, q_b, q_h, q_w, q_n, VECTOR)
-    dout_ptr = token_at(dout_ptr, batch, head, block_row, block_column, o_b, o_h, o_w, o_n, VECTOR)
-    token = (unsigned(batch) * height + block_row) * (unsigned(width) * heads) + (block_column * heads + head)
-    terms_ptr += token
-    stats_ptr += rows + token
+    first_head = head * group if OPTIONS else head
+    q_head = token_at(query_ptr, batch, first_head, block_row, block_column, q_b, q_h, q_w, q_n, VECTOR)
+    o_head = token_at(dout_ptr, batch, first_head, block_row, block_column, o_b, o_h, o_w, o_n, VECTOR)
+    token = (unsigned(batch) * height + block_row) * (unsigned(width) * heads) + (block_column * heads + first_head)
+    t_head, s_head = terms_ptr + token, stats_ptr + rows + token
     in_block = tl.arange(0, BLOCK_Y * BLOCK_X)
     block_y, block_x = in_block // BLOCK_X, in_block % BLOCK_X
     q_at = offsets(block_y, block_x, dilation_y * q_h, dilation_x * q_w, VECTOR, WIDE)[:, None] + dim[None, :]
@@ -276,40 +281,46 @@ def _na2d_dkdv_kernel(
 
     dk = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
     dv = tl.zeros([TILE_Y * TILE_X, BLOCK_VALUE_D if OPTIONS else BLOCK_D], tl.float32)
-    for x in range(low_x, high_x, BLOCK_X):
-        column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], count_x[:, None])
-        first_row = start_y[:, None] - block_y[None, :]
-        end = tl.where(x + block_x < high_x, high_y - block_y, low_y)
-        t_at = offsets(block_y, tl.minimum(block_x, high_x - x - 1), step_y, step_x, 1, WIDE)
-        q_ptr, o_ptr, t_ptr, s_ptr = query_ptr, dout_ptr, terms_ptr, stats_ptr
-        for y in range(low_y, high_y, BLOCK_Y):
-            is_query = (y < end)[:, None]
-            q = as_operand(tl.load(q_ptr + q_at, mask=is_query & in_dim, other=0.0), PRECISION)
-            dout = as_operand(tl.load(o_ptr + o_at, mask=is_query & in_dim_v, other=0.0), PRECISION)
-            maximum, delta = unpack(tl.load(t_ptr + t_at, mask=y + block_y < high_y, other=0))
+    for _ in range(0, group if OPTIONS else 1):  # heads that share these keys
+        query_ptr, dout_ptr, terms_ptr, stats_ptr = q_head, o_head, t_head, s_head
+        for x in range(low_x, high_x, BLOCK_X):
+            column_bias = mask_bias((x + block_x)[None, :] - start_x[:, None], count_x[:, None])
+            first_row = start_y[:, None] - block_y[None, :]
+            end = tl.where(x + block_x < high_x, high_y - block_y, low_y)
+            t_at = offsets(block_y, tl.minimum(block_x, high_x - x - 1), step_y, step_x, 1, WIDE)
+            q_ptr, o_ptr, t_ptr, s_ptr = query_ptr, dout_ptr, terms_ptr, stats_ptr
+            for y in range(low_y, high_y, BLOCK_Y):
+                is_query = (y < end)[:, None]
+                q = as_operand(tl.load(q_ptr + q_at, mask=is_query & in_dim, other=0.0), PRECISION)
+                dout = as_operand(tl.load(o_ptr + o_at, mask=is_query & in_dim_v, other=0.0), PRECISION)
+                maximum, delta = unpack(tl.load(t_ptr + t_at, mask=y + block_y < high_y, other=0))
 
-            log_total = None
-            if query_ptr.dtype.element_ty == tl.float32:
-                log_total = tl.load(s_ptr + t_at, mask=y + block_y < high_y, other=0.0)
-            bias = column_bias + mask_bias(y - first_row, count_y[:, None])
-            dk, dv = add_dkdv(dk, dv, k, v, q, dout, bias, logit_scale, maximum, log_total, delta, PRECISION)
-            q_ptr += dilation_y * q_h * (BLOCK_Y * VECTOR)
-            o_ptr += dilation_y * o_h * (BLOCK_Y * VECTOR)
-            t_ptr += step_y * BLOCK_Y
-            s_ptr += step_y * BLOCK_Y
-        query_ptr += dilation_x * q_w * (BLOCK_X * VECTOR)
-        dout_ptr += dilation_x * o_w * (BLOCK_X * VECTOR)
-        terms_ptr += step_x * BLOCK_X
-        stats_ptr += step_x * BLOCK_X
+                log_total = None
+                if query_ptr.dtype.element_ty == tl.float32:
+                    log_total = tl.load(s_ptr + t_at, mask=y + block_y < high_y, other=0.0)
+                bias = column_bias + mask_bias(y - first_row, count_y[:, None])
+                dk, dv = add_dkdv(dk, dv, k, v, q, dout, bias, logit_scale, maximum, log_total, delta, PRECISION)
+                q_ptr += dilation_y * q_h * (BLOCK_Y * VECTOR)
+                o_ptr += dilation_y * o_h * (BLOCK_Y * VECTOR)
+                t_ptr += step_y * BLOCK_Y
+                s_ptr += step_y * BLOCK_Y
+            query_ptr += dilation_x * q_w * (BLOCK_X * VECTOR)
+            dout_ptr += dilation_x * o_w * (BLOCK_X * VECTOR)
+            terms_ptr += step_x * BLOCK_X
+            stats_ptr += step_x * BLOCK_X
+        q_head += q_n * VECTOR
+        o_head += o_n * VECTOR
+        t_head += 1
+        s_head += 1
 
     dk_ptr = token_at(dk_ptr, batch, head, row, column, g_b, g_h, g_w, g_n, VECTOR)
-    at = offsets(tile_row, tile_column, dilation_y * g_h, dilation_x * g_w, VECTOR, WIDE)[:, None] + dim[None, :]
-    tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=tile_mask)
-    if OPTIONS:  # contiguous, and of its own head_dim
-        token = (unsigned(batch) * height + row) * (unsigned(width) * heads) + (column * heads + head)
-        at = offsets(tile_row, tile_column, unsigned(width) * dilation_y * heads, dilation_x * heads, 1, WIDE)
-        dv_ptr += token * DV
-        at = at[:, None] * DV + dim_v[None, :]
+    if OPTIONS:
+        dv_ptr += ((unsigned(batch) * height + row) * (unsigned(width) * heads_kv) + (column * heads_kv + head)) * DV
     else:
         dv_ptr = token_at(dv_ptr, batch, head, row, column, g_b, g_h, g_w, g_n, VECTOR)
+    at = offsets(tile_row, tile_column, dilation_y * g_h, dilation_x * g_w, VECTOR, WIDE)[:, None] + dim[None, :]
+    tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=tile_mask)
+    if OPTIONS:
+        at = offsets(tile_row, tile_column, unsigned(width) * dilation_y * heads_kv, dilation_x * heads_kv, 1, WIDE)
+        at = at[:, None] * DV + dim_v[None, :]
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=tile_mask_v)

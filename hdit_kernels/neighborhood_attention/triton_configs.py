@@ -123,11 +123,13 @@ def plan_tiles(
     all_aligned: bool,
     window: Sequence[int],
     dilation: Sequence[int],
+    programs: int,
     value_dim: int = 0,
 ) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over tiles of [B, H, W, heads, head_dim] tensors.
 
-    shape: of the query. value_dim: the head_dim of values, where it may be larger than the query's.
+    shape: of the query. programs: heads that have their own, the query's or the key's. value_dim: the head_dim of
+    values, where it may be larger than the query's.
 
     Cached, since it costs as much host time as the launch itself.
     """
@@ -149,4 +151,4 @@ def plan_tiles(
         D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector, WIDE=wide,
         TILE_Y=config.tile_y, TILE_X=config.tile_x, BLOCK_Y=config.block_y, BLOCK_X=config.block_x, **config.options,
     )  # fmt: skip
-    return (tiles_y * tiles_x * heads, triton.cdiv(images, layers), layers), integers, constants
+    return (tiles_y * tiles_x * programs, triton.cdiv(images, layers), layers), integers, constants

@@ -51,7 +51,7 @@ def forward_launch(
     grid, integers, constants = plan_tiles(
         configure, launch.gpu_family(query.device), query.dtype, query.shape,
         (query.stride(), key.stride(), value.stride()), aligned(query, key, value), tuple(window), tuple(dilation),
-        value_dim,
+        query.shape[3], value_dim,
     )  # fmt: skip
     constants = constants | {"HAS_LSE": return_lse, "PRECISION": launch.input_precision(query.dtype)}
     numbers = [logit_scale, int(save_stats), query.shape[:-1].numel(), *integers]
@@ -74,18 +74,20 @@ def _na2d_forward_kernel(
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
     HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
     OPTIONS: tl.constexpr = False, VALUE_D: tl.constexpr = None, BLOCK_VALUE_D: tl.constexpr = None,
-    stride_y=None, stride_x=None, causal_y=None, causal_x=None, extra=None, extra_k_ptr=None, extra_v_ptr=None,
+    group=None, stride_y=None, stride_x=None, causal_y=None, causal_x=None,
+    extra=None, extra_k_ptr=None, extra_v_ptr=None,
 ):  # fmt: skip
     # A program: TILE_Y x TILE_X queries of one head, with BLOCK_Y x BLOCK_X keys at a time. Tensors are
     # [B, H, W, heads, D] with strides of batch, row, column and head in units of VECTOR elements; out is contiguous.
     # stats and lse are [B, H, W, heads], stats twice in float32, `rows` numbers apart. images: batch · dilation², each
     # sub-grid its own. tiles_x: tiles in a row. BLOCK_D: D as a power of 2. WIDE: a block's offsets need 64 bits.
-    # OPTIONS: the arguments behind it are given. stride: queries that share a window. causal: 1 for an axis of causal
-    # windows, 0 for another. extra_k and extra_v: [B, extra, heads, …], contiguous, seen by every query. VALUE_D: D of
-    # values and out.
+    # OPTIONS: the arguments behind it are given. VALUE_D: D of values and out. group: heads of queries to one of keys
+    # and values. stride: queries that share a window. causal: 1 for an axis of causal windows, 0 for another. extra_k
+    # and extra_v: [B, extra, heads of keys, …], contiguous, seen by every query.
     batch, head, tile_y, tile_x, residue_y, residue_x, length_y, length_x = tile_of_program(
         images, height, width, heads, tiles_x, dilation_y, dilation_x
     )
+    head_kv = head // group if OPTIONS else head
     first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
     if first_y >= length_y or first_x >= length_x:  # the shorter sub-grids of a dilation
         return
@@ -111,8 +113,8 @@ def _na2d_forward_kernel(
     high_y = keys_end(tl.minimum(first_y + TILE_Y, length_y) - 1, window_y, length_y, stride_y, causal_y)
     high_x = keys_end(tl.minimum(first_x + TILE_X, length_x) - 1, window_x, length_x, stride_x, causal_x)
     row, column = residue_y + low_y * dilation_y, residue_x + low_x * dilation_x
-    key_ptr = token_at(key_ptr, batch, head, row, column, k_b, k_h, k_w, k_n, VECTOR)
-    value_ptr = token_at(value_ptr, batch, head, row, column, v_b, v_h, v_w, v_n, VECTOR)
+    key_ptr = token_at(key_ptr, batch, head_kv, row, column, k_b, k_h, k_w, k_n, VECTOR)
+    value_ptr = token_at(value_ptr, batch, head_kv, row, column, v_b, v_h, v_w, v_n, VECTOR)
     in_block = tl.arange(0, BLOCK_Y * BLOCK_X)
     block_y, block_x = in_block // BLOCK_X, in_block % BLOCK_X
     k_at = offsets(block_y, block_x, dilation_y * k_h, dilation_x * k_w, VECTOR, WIDE)[:, None] + dim[None, :]
@@ -122,11 +124,13 @@ def _na2d_forward_kernel(
     total = tl.zeros([TILE_Y * TILE_X], tl.float32)
     acc = tl.zeros([TILE_Y * TILE_X, BLOCK_VALUE_D if OPTIONS else BLOCK_D], tl.float32)
     if OPTIONS:
-        for first in range(0, extra, BLOCK_Y * BLOCK_X):
-            k = additional_keys(extra_k_ptr, batch, head, heads, first, extra, dim, in_dim, D, BLOCK_Y * BLOCK_X)
-            v = additional_keys(extra_v_ptr, batch, head, heads, first, extra, dim_v, in_dim_v, DV, BLOCK_Y * BLOCK_X)
+        KEYS: tl.constexpr = BLOCK_Y * BLOCK_X
+        heads_kv = heads // group
+        for first in range(0, extra, KEYS):
+            k = additional_keys(extra_k_ptr, batch, head_kv, heads_kv, first, extra, dim, in_dim, D, KEYS)
+            v = additional_keys(extra_v_ptr, batch, head_kv, heads_kv, first, extra, dim_v, in_dim_v, DV, KEYS)
             k, v = as_operand(k, PRECISION), as_operand(v, PRECISION)
-            bias = additional_bias(first, extra, TILE_Y * TILE_X, BLOCK_Y * BLOCK_X)
+            bias = additional_bias(first, extra, TILE_Y * TILE_X, KEYS)
             maximum, total, acc = attend(q, k, v, bias, logit_scale, maximum, total, acc, PRECISION)
     for x in range(low_x, high_x, BLOCK_X):
         # Down a column of blocks, what a query sees changes only by the rows: the bias of the columns is made once, and

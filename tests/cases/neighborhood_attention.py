@@ -94,22 +94,22 @@ def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dty
     stride = tuple(sizes.choice((1, 1, 2, w, sizes.randint(1, w))) for w in window)
     stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
     height, width = (_axis(sizes, w, d) for w, d in zip(window, dilation, strict=True))
-    batch, heads = sizes.randint(1, 4), sizes.randint(1, 4)
+    batch, heads_kv, group = sizes.randint(1, 4), sizes.randint(1, 3), sizes.choice((1, 1, 2, 3))
     head_dim, head_dim_v = sizes.choice(((16, 16), (64, 64), (64, 64), (64, 16), (32, 384), (256, 256)))
-    dims = (head_dim, head_dim, head_dim_v)
+    shapes = ((heads_kv * group, head_dim), (heads_kv, head_dim), (heads_kv, head_dim_v))
     query, key, value = (
-        strided(torch.randn(batch, height, width, heads, dim, generator=values).to(dtype), sizes) for dim in dims
+        strided(torch.randn(batch, height, width, *shape, generator=values).to(dtype), sizes) for shape in shapes
     )
     tensors = dict(query=query, key=key, value=value)
     extra = sizes.choice((None, None, 1, 4, 40))
     if extra is not None:
         for name, dim in (("additional_keys", head_dim), ("additional_values", head_dim_v)):
-            more = torch.randn(batch, extra, heads, dim, generator=values).to(dtype)
+            more = torch.randn(batch, extra, heads_kv, dim, generator=values).to(dtype)
             tensors[name] = strided(more, sizes)
     settings = dict(kernel_size=window, stride=stride, dilation=dilation, is_causal=causal, scale=head_dim**-0.5)
     options = f"window {window} stride {stride} dilation {dilation} causal {causal} extra {extra}"
     return Case(
-        f"na2d {list(query.shape)} values {head_dim_v} {options}",
+        f"na2d {list(query.shape)} values {list(value.shape[3:])} {options}",
         tensors,
         functools.partial(hdit_kernels.na2d, **settings, return_lse=True),
         functools.partial(reference.na2d, **settings),

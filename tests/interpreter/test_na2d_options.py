@@ -36,13 +36,16 @@ def check(
     extra: int | None = None,
     batch: int = 1,
     heads: int = 1,
+    heads_kv: int | None = None,
     dims: tuple[int, int] = (8, 8),
 ) -> None:
-    tensors = [strided(torch.randn(batch, *grid, heads, dim).to(dtype)) for dim in (dims[0], *dims)]
+    heads_kv = heads_kv or heads
+    sizes = [(heads, dims[0]), (heads_kv, dims[0]), (heads_kv, dims[1])]
+    tensors = [strided(torch.randn(batch, *grid, *size).to(dtype)) for size in sizes]
     dout, dlse = strided(torch.randn(batch, *grid, heads, dims[1]).to(dtype)), torch.randn(batch, *grid, heads)
     more: list[Tensor | None] = [None, None]
     if extra is not None:
-        more = [strided(torch.randn(batch, extra, heads, dim).to(dtype)) for dim in dims]
+        more = [strided(torch.randn(batch, extra, heads_kv, dim).to(dtype)) for dim in dims]
     exact = [t.double() for t in tensors]
     exact_more = [None if t is None else t.double() for t in more]
     scale = dims[0] ** -0.5
@@ -113,6 +116,18 @@ def test_additional_keys(grid, window, options, dtype, seed) -> None:
     ],
 )
 def test_head_dims(grid, window, options, dtype, seed) -> None:
+    check(grid, window, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "options", "dtype"),
+    [
+        ((5, 4), (3, 3), dict(heads=4, heads_kv=2, extra=2), torch.float32),
+        ((3, 9), (2, 4), dict(heads=3, heads_kv=1, dims=(8, 16), stride=(1, 3)), torch.float16),
+        ((4, 4), (2, 2), dict(heads=6, heads_kv=3, dims=(16, 8), extra=1, dilation=(2, 1)), torch.float32),
+    ],
+)
+def test_fewer_heads_of_keys(grid, window, options, dtype, seed) -> None:
     check(grid, window, dtype=dtype, **options)
 
 

@@ -109,7 +109,7 @@ def na2d(
         float64) [B, H, W, heads], natural logarithm. Both are differentiable, to any order; the gradients are
         deterministic. A batch of 0 gives empty results and zero gradients.
 
-        NaN or infinity in a key or value spoils every query that sees it, and no other head or image. On a GPU it may
+        NaN or infinity in a key or value spoils every query that sees it, and no other image or head. On a GPU it may
         spoil further queries around them, that share a tile: up to 48 rows and columns beyond (16 on Hopper), times the
         dilation. In plain PyTorch it spoils no others.
 

@@ -21,10 +21,11 @@ def launch(dtype: torch.dtype, wide: bool) -> None:
 
 def options(dtype: torch.dtype, wide: bool) -> None:
     """The variants of the portable kernels, which have no shapes of windows of their own."""
-    settings = ([7, 7], [2, 3], [1, 1], [True, False], 0.125)
-    for head_dim, head_dim_v in [(256, 256), (64, 384)] if wide else [(64, 64)]:
-        shapes = [(4, head_dim), (2, head_dim), (2, head_dim_v)]
-        query, key, value = (torch.randn(1, 9, 9, *shape, dtype=dtype) for shape in shapes)
-        tensors = (query, key, value, key[:, 0], value[:, 0])
-        out, lse, stats = na2d_forward(*tensors, *settings, True, True)
-        na2d_backward(out, lse, *tensors, out, stats, *settings)
+    if wide and dtype != torch.bfloat16:  # which take long
+        return
+    head_dim, head_dim_v = (256, 512) if wide else (64, 64)
+    shapes = [(4, head_dim), (2, head_dim), (2, head_dim_v)]
+    query, key, value = (torch.randn(1, 9, 9, *shape, dtype=dtype) for shape in shapes)
+    tensors, settings = (query, key, value, key[:, 0], value[:, 0]), ([7, 7], [2, 3], [1, 1], [True, False], 0.125)
+    out, lse, stats = na2d_forward(*tensors, *settings, True, True)
+    na2d_backward(out, lse, *tensors, out, stats, *settings)

@@ -105,10 +105,9 @@ def _na2d_additional_kernel(
             q, dout = as_operand(q, PRECISION), as_operand(dout, PRECISION)
             at = (unsigned(batch) * tokens + token) * heads + (head * group + member)
             maximum, delta = unpack(tl.load(terms_ptr + at, mask=is_token, other=0))
-            log_total = None
-            if query_ptr.dtype.element_ty == tl.float32:
-                log_total = tl.load(stats_ptr + rows + at, mask=is_token, other=0.0)
-            dk, dv = add_dkdv(dk, dv, k, v, q, dout, no_bias, logit_scale, maximum, log_total, delta, PRECISION)
+            dk, dv = add_dkdv(
+                dk, dv, k, v, q, dout, no_bias, logit_scale, maximum, delta, stats_ptr + rows, at, is_token, PRECISION
+            )
         query_ptr += q_n * VECTOR
         dout_ptr += o_n * VECTOR
 

@@ -293,13 +293,12 @@ def _na2d_dkdv_kernel(
                 is_query = (y < end)[:, None]
                 q = as_operand(tl.load(q_ptr + q_at, mask=is_query & in_dim, other=0.0), PRECISION)
                 dout = as_operand(tl.load(o_ptr + o_at, mask=is_query & in_dim_v, other=0.0), PRECISION)
-                maximum, delta = unpack(tl.load(t_ptr + t_at, mask=y + block_y < high_y, other=0))
-
-                log_total = None
-                if query_ptr.dtype.element_ty == tl.float32:
-                    log_total = tl.load(s_ptr + t_at, mask=y + block_y < high_y, other=0.0)
+                inside = y + block_y < high_y
+                maximum, delta = unpack(tl.load(t_ptr + t_at, mask=inside, other=0))
                 bias = column_bias + mask_bias(y - first_row, count_y[:, None])
-                dk, dv = add_dkdv(dk, dv, k, v, q, dout, bias, logit_scale, maximum, log_total, delta, PRECISION)
+                dk, dv = add_dkdv(
+                    dk, dv, k, v, q, dout, bias, logit_scale, maximum, delta, s_ptr, t_at, inside, PRECISION
+                )
                 q_ptr += dilation_y * q_h * (BLOCK_Y * VECTOR)
                 o_ptr += dilation_y * o_h * (BLOCK_Y * VECTOR)
                 t_ptr += step_y * BLOCK_Y

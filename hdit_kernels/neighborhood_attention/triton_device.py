@@ -131,12 +131,12 @@ def add_dq(dq, q, k, v, dout, bias, logit_scale, maximum, log_total, delta, PREC
 
 
 @triton.jit
-def add_dkdv(dk, dv, k, v, q, dout, bias, logit_scale, maximum, log_total, delta, PRECISION: tl.constexpr):
-    """dk and dv with what a block of queries adds. log_total: as of add_dq."""
+def add_dkdv(dk, dv, k, v, q, dout, bias, logit_scale, maximum, delta, stats_ptr, at, mask, PRECISION: tl.constexpr):
+    """dk and dv with what a block of queries adds. stats_ptr, at and mask: of the second statistic, read in float32."""
     products = tl.dot(k, tl.trans(q), bias, PRECISION)
     exponent = tl.math.fma(products, logit_scale, -maximum[None, :])
     if q.dtype == tl.float32:
-        exponent -= log_total[None, :]
+        exponent -= tl.load(stats_ptr + at, mask=mask, other=0.0)[None, :]
     probability = tl.exp2(exponent)
     dv = tl.dot(as_operand(probability.to(dout.dtype), PRECISION), dout, dv, PRECISION)
     dprobability = tl.dot(v, tl.trans(dout), input_precision=PRECISION)

@@ -86,7 +86,7 @@ def test_causal(grid, window, dilation, causal, dtype, seed) -> None:
     [
         ((8, 9), (4, 3), (1, 1), (False, False), (3, 2), torch.float32),
         ((4, 13), (4, 4), (1, 2), (False, True), (4, 2), torch.float16),
-        ((9, 10), (5, 3), (1, 1), (True, False), (4, 3), torch.float32),
+        ((7, 8), (5, 3), (1, 1), (True, False), (4, 3), torch.float32),
     ],
 )
 def test_strides(grid, window, dilation, causal, stride, dtype, seed) -> None:
@@ -97,8 +97,8 @@ def test_strides(grid, window, dilation, causal, stride, dtype, seed) -> None:
     ("grid", "window", "options", "dtype"),
     [
         ((5, 4), (3, 3), dict(extra=18, heads=2), torch.float32),  # more than a block
-        ((13, 11), (2, 3), dict(extra=1, batch=2, causal=(True, False), stride=(2, 2)), torch.float32),  # two parts
-        ((4, 6), (2, 2), dict(extra=3, dilation=(1, 2)), torch.float16),
+        ((13, 10), (2, 3), dict(extra=1, causal=(True, False), stride=(2, 2)), torch.float32),  # two parts
+        ((4, 6), (2, 2), dict(extra=3, batch=2, dilation=(1, 2)), torch.float16),
         ((4, 4), (3, 3), dict(extra=0), torch.float32),
     ],
 )
@@ -109,7 +109,7 @@ def test_additional_keys(grid, window, options, dtype, seed) -> None:
 @pytest.mark.parametrize(
     ("grid", "window", "options", "dtype"),
     [
-        ((5, 9), (3, 3), dict(dims=(8, 40), heads=2, extra=2), torch.float32),
+        ((5, 7), (3, 3), dict(dims=(8, 40), heads=2, extra=2), torch.float32),
         ((4, 6), (3, 3), dict(dims=(24, 8), dilation=(1, 2), causal=(True, False)), torch.float16),
         ((4, 4), (2, 3), dict(dims=(256, 256)), torch.float32),
         ((4, 4), (3, 2), dict(dims=(16, 264)), torch.float32),
@@ -122,9 +122,8 @@ def test_head_dims(grid, window, options, dtype, seed) -> None:
 @pytest.mark.parametrize(
     ("grid", "window", "options", "dtype"),
     [
-        ((5, 4), (3, 3), dict(heads=4, heads_kv=2, extra=2), torch.float32),
         ((3, 9), (2, 4), dict(heads=3, heads_kv=1, dims=(8, 16), stride=(1, 3)), torch.float16),
-        ((4, 4), (2, 2), dict(heads=6, heads_kv=3, dims=(16, 8), extra=1, dilation=(2, 1)), torch.float32),
+        ((4, 4), (2, 2), dict(heads=4, heads_kv=2, dims=(16, 8), extra=1, dilation=(2, 1)), torch.float32),
     ],
 )
 def test_fewer_heads_of_keys(grid, window, options, dtype, seed) -> None:

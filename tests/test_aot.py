@@ -41,6 +41,23 @@ def test_compiles(family: str, target: str, dtype: torch.dtype, wide: bool) -> N
         )
 
 
+def test_blocks_that_span_more_than_32_bits_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows so long that no test has one."""
+    from hdit_kernels.neighborhood_attention import dispatch, triton_configs
+
+    monkeypatch.setattr(triton_configs, "MAX_OFFSET", 0)
+    triton_configs.plan_tiles.cache_clear()
+    qkv = torch.zeros(3, 1, 5, 5, 1, 16, dtype=torch.bfloat16).unbind()
+    settings = (None, None, [3, 3], None, [1, 1], None, 1.0)
+    with recorded("default") as launches:
+        out, stats = dispatch.na2d_forward(*qkv, *settings, False, True)
+        dispatch.na2d_backward(out, None, *qkv, None, None, out, stats, *settings[2:])
+    triton_configs.plan_tiles.cache_clear()
+    assert len(launches) == 3
+    for launch in launches:
+        assert launch.constants["WIDE"] and launch.compile("sm_90")
+
+
 CALL = {"heads": (2, 2), "dims": (16, 16), "extra": None, "stride": [1, 1], "causal": [False, False]}
 
 

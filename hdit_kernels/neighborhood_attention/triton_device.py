@@ -86,8 +86,10 @@ def as_operand(x, PRECISION: tl.constexpr):
 def offsets(y, x, step_y, step_x, VECTOR: tl.constexpr, WIDE: tl.constexpr):
     """Offsets of the tokens (y, x) of a tile or block from its first one, in 32 bits unless the block spans more."""
     if WIDE:
-        return (y.to(tl.int64) * step_y + x.to(tl.int64) * step_x) * VECTOR
-    return (y * step_y.to(tl.int32) + x * step_x.to(tl.int32)) * VECTOR
+        at = y.to(tl.int64) * step_y + x.to(tl.int64) * step_x
+    else:
+        at = y * step_y.to(tl.int32) + x * step_x.to(tl.int32)
+    return at * VECTOR
 
 
 @triton.jit
@@ -107,9 +109,9 @@ def additional_bias(first, extra, QUERIES: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def attend(q, k, v, bias, logit_scale, maximum, total, acc, PRECISION: tl.constexpr):
+def attend(q, k_transposed, v, bias, logit_scale, maximum, total, acc, PRECISION: tl.constexpr):
     """A running softmax with a block of keys more."""
-    products = tl.dot(q, tl.trans(k), bias, PRECISION)
+    products = tl.dot(q, k_transposed, bias, PRECISION)
     new_maximum = tl.maximum(maximum, tl.max(products, 1) * logit_scale)
     probability = tl.exp2(tl.math.fma(products, logit_scale, -new_maximum[:, None]))
     decay = tl.exp2(maximum - new_maximum)

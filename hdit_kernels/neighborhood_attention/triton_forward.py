@@ -131,7 +131,7 @@ def _na2d_forward_kernel(
             v = additional_keys(extra_v_ptr, batch, head_kv, heads_kv, first, extra, dim_v, in_dim_v, DV, KEYS)
             k, v = as_operand(k, PRECISION), as_operand(v, PRECISION)
             bias = additional_bias(first, extra, TILE_Y * TILE_X, KEYS)
-            maximum, total, acc = attend(q, k, v, bias, logit_scale, maximum, total, acc, PRECISION)
+            maximum, total, acc = attend(q, tl.trans(k), v, bias, logit_scale, maximum, total, acc, PRECISION)
     for x in range(low_x, high_x, BLOCK_X):
         # Down a column of blocks, what a query sees changes only by the rows: the bias of the columns is made once, and
         # one addition joins it to that of the rows, as the accumulator from which the product starts.
@@ -146,8 +146,10 @@ def _na2d_forward_kernel(
             k_ptr += dilation_y * k_h * (BLOCK_Y * VECTOR)
             v_ptr += dilation_y * v_h * (BLOCK_Y * VECTOR)
 
-            bias = column_bias + mask_bias(y - first_row, count_y)
-            maximum, total, acc = attend(q, k, v, bias, logit_scale, maximum, total, acc, PRECISION)
+            maximum, total, acc = attend(
+                q, tl.trans(k), v, column_bias + mask_bias(y - first_row, count_y),  # gfx1100 schedules by this order
+                logit_scale, maximum, total, acc, PRECISION,
+            )  # fmt: skip
         key_ptr += dilation_x * k_w * (BLOCK_X * VECTOR)
         value_ptr += dilation_x * v_w * (BLOCK_X * VECTOR)
 

@@ -21,7 +21,7 @@ def launch(dtype: torch.dtype, wide: bool) -> None:
 
 def options(dtype: torch.dtype, wide: bool) -> None:
     """The variants of the portable kernels, which have no shapes of windows of their own."""
-    if wide and dtype != torch.bfloat16:  # which take long
+    if dtype == torch.float16 or (wide and dtype == torch.float32):  # as bfloat16; takes long
         return
     head_dim, head_dim_v = (256, 512) if wide else (64, 64)
     shapes = [(4, head_dim), (2, head_dim), (2, head_dim_v)]

@@ -18,11 +18,9 @@ from tests.test_gpu_operators import OPERATORS, on_gpu, variants
 
 pytestmark = pytest.mark.gpu
 
-ON_GPU = [name for name in OPERATIONS if name != "na2d_lse"]  # strides, causal, additional keys: CPU only
-
 
 def each_operation(test: Any) -> Any:
-    return pytest.mark.usefixtures("cuda_by_default")(pytest.mark.parametrize("name", ON_GPU)(test))
+    return pytest.mark.usefixtures("cuda_by_default")(pytest.mark.parametrize("name", OPERATIONS)(test))
 
 
 @pytest.fixture

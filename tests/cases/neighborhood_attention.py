@@ -111,7 +111,8 @@ def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dty
     stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
     height, width = (_axis(sizes, w, d) for w, d in zip(window, dilation, strict=True))
     batch, heads_kv, group = sizes.randint(1, 4), sizes.randint(1, 3), sizes.choice((1, 1, 2, 3))
-    head_dim, head_dim_v = sizes.choice(((16, 16), (64, 64), (64, 64), (64, 16), (32, 384), (256, 256)))
+    shares = ((64, 64), (256, 256), (16, 16)), ((64, 64), (64, 16), (32, 384))
+    head_dim, head_dim_v = sizes.choice(shares[turn(dtype, mixed) % 2])
     shapes = ((heads_kv * group, head_dim), (heads_kv, head_dim), (heads_kv, head_dim_v))
     query, key, value = (
         strided(torch.randn(batch, height, width, *shape, generator=values).to(dtype), sizes) for shape in shapes

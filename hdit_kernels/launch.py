@@ -27,10 +27,13 @@ def kernel(function: Callable[..., Any], jit: Callable[..., Any] = triton.jit) -
     value.
 
     Annotate integers with tl.int32 (sizes, row indices) or tl.int64 (strides), so that their width is no compile key
-    either.
+    either; not optional ones (default None, 32 bits), which an annotation would have given.
     """
     integers = [
-        name for name, p in inspect.signature(function).parameters.items() if str(p.annotation).startswith("tl.int")
+        name
+        for name, p in inspect.signature(function).parameters.items()
+        if str(p.annotation).startswith("tl.int")
+        or (p.default is None and p.annotation is p.empty and not name.endswith("_ptr"))
     ]
     return jit(function, do_not_specialize=integers)
 
@@ -57,25 +60,34 @@ def compiled_together() -> Iterator[None]:
                 pass  # waits for the compilers
 
 
+NO_OPTIONS: Mapping[str, Any] = {}
+
+
 class Launch(NamedTuple):
-    """function[grid](*tensors, *numbers, **constants) of a `kernel`."""
+    """function[grid](*tensors, *numbers, **constants, **optional) of a `kernel`.
+
+    optional: the last parameters, which default to None, in their order: integers, and tensors at multiples of 16
+    bytes.
+    """
 
     function: Any
     grid: tuple[int, int, int]
     tensors: Sequence[Tensor]
     numbers: Sequence[float]
     constants: Mapping[str, Any]
+    optional: Mapping[str, Any] = NO_OPTIONS
 
     def by_triton(self) -> Any:
-        return self.function[self.grid](*self.tensors, *self.numbers, **self.constants)
+        return self.function[self.grid](*self.tensors, *self.numbers, **self.constants, **self.optional)
 
     def compile(self) -> Any:
-        return self.function.warmup(*self.tensors, *self.numbers, grid=self.grid, **self.constants)
+        arguments = (*self.tensors, *self.numbers)
+        return self.function.warmup(*arguments, grid=self.grid, **self.constants, **self.optional)
 
     def key(self) -> tuple[Any, ...]:
         """What decides about the binary, where tensors are at multiples of 16 bytes."""
         dtypes = [tensor.dtype for tensor in self.tensors]
-        return (id(self.function), self.tensors[0].device, *dtypes, *self.constants.values())
+        return (id(self.function), self.tensors[0].device, *dtypes, *self.constants.values(), *self.optional)
 
 
 Plan = tuple[tuple[int, int, int], Sequence[int], dict[str, Any]]  # a launch's grid, integers and constants
@@ -109,17 +121,16 @@ def run(*launches: Launch) -> None:
         found = _compiled.get(key)
         if found is not None:
             compiled, values = found
-            compiled[each.grid](*addresses, *each.numbers, *values)
+            compiled[each.grid](*addresses, *each.numbers, *values, *each.optional.values())
             continue
         if compiling:  # this one and all that are still to come
             _compile(launches[index:])
             compiling = False
         compiled = each.by_triton()
         if isinstance(compiled, CompiledKernel):  # not in the interpreter
-            _compiled[key] = (
-                compiled,
-                [each.constants[name] for name in each.function.arg_names if name in each.constants],
-            )
+            names = each.function.arg_names[len(addresses) + len(each.numbers) :]
+            values = [each.constants.get(name) for name in names if name not in each.optional]
+            _compiled[key] = (compiled, values)
 
 
 def _compile(launches: Sequence[Launch]) -> None:

@@ -149,9 +149,10 @@ def na2d(
     Along an axis of length L with window K the query at i sees the K keys from clamp(i − K//2, 0, L − K) on; the 2-D
     window is the product of the axes. Dilation d splits an axis into d interleaved ones. With stride s, queries share
     the window of their group's leader, the one in the middle of each s. Causal: the keys from leader − K + 1 to i, the
-    leader being the last of its group. Additional keys [B, extra, heads, D] are seen by every query. lse [B, H, W,
-    heads] in float32 (float64 for float64): the natural logarithm of the softmax's denominator. Memory is O(queries in
-    one tile), not O(H·W·K²).
+    leader being the last of its group. Additional keys [B, extra, heads, D] are seen by every query. Values, and so
+    out, may have another D. Keys and values may have fewer heads, each for as many heads of queries beside each other.
+    lse [B, H, W, heads] in float32 (float64 for float64): the natural logarithm of the softmax's denominator. Memory is
+    O(queries in one tile), not O(H·W·K²).
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     wide = [None if t is None else _widen(t) for t in (query, key, value, additional_keys, additional_values)]
@@ -162,7 +163,7 @@ def na2d(
         pieces.append(_attend(q[tile.queries], k[tile.keys], v[tile.keys], extra_k, extra_v, tile.mask, scale))
         where.append(tile.queries)
     # of a piece's kind, whichever of the inputs torch.func differentiates
-    out, lse = pieces[0][0].new_empty(q.shape), pieces[0][1].new_empty(q.shape[:-1])
+    out, lse = pieces[0][0].new_empty((*q.shape[:-1], v.shape[-1])), pieces[0][1].new_empty(q.shape[:-1])
     for (piece_out, piece_lse), queries in zip(pieces, where, strict=True):
         out[queries], lse[queries] = piece_out, piece_lse
     return out.to(query.dtype), lse
@@ -216,17 +217,18 @@ def na2d_backward(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention of a tile of queries [B, h, w, heads, D] to a box of keys under a mask: out and lse, shaped
-    as q.
+    """Dense attention of a tile of queries [B, h, w, heads, D] to a box of keys under a mask: out and lse, [B, h, w,
+    heads] first.
     """
     keys, values = k.flatten(1, 2), v.flatten(1, 2)
     if extra_k is not None and extra_v is not None:
         keys, values = torch.cat([keys, extra_k], 1), torch.cat([values, extra_v], 1)
         mask = F.pad(mask, (0, extra_k.shape[1]), value=True)
-    logits = torch.einsum("bqhd,bkhd->bhqk", q.flatten(1, 2) * scale, keys).masked_fill(~mask, float("-inf"))
+    grouped = (q.flatten(1, 2) * scale).unflatten(2, (k.shape[-2], -1))  # g: heads that share keys
+    logits = torch.einsum("bqhgd,bkhd->bhgqk", grouped, keys).masked_fill(~mask, float("-inf"))
     lse = logits.logsumexp(-1)
-    out = torch.einsum("bhqk,bkhd->bqhd", (logits - lse[..., None]).exp(), values)
-    return out.reshape(q.shape), lse.transpose(1, 2).reshape(q.shape[:-1])
+    out = torch.einsum("bhgqk,bkhd->bqhgd", (logits - lse[..., None]).exp(), values)
+    return out.reshape(*q.shape[:-1], v.shape[-1]), lse.flatten(1, 2).transpose(1, 2).reshape(q.shape[:-1])
 
 
 def _side(tensors: Sequence[Tensor | None]) -> int:

@@ -39,3 +39,47 @@ def test_compiles(family: str, target: str, dtype: torch.dtype, wide: bool) -> N
         assert shared <= SHARED_MEMORY[target], (
             f"{launch.kernel.fn.__name__} on {target}: {shared} bytes of shared memory"
         )
+
+
+def test_blocks_that_span_more_than_32_bits_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows so long that no test has one."""
+    from hdit_kernels.neighborhood_attention import dispatch, triton_configs
+
+    monkeypatch.setattr(triton_configs, "MAX_OFFSET", 0)
+    triton_configs.plan_tiles.cache_clear()
+    qkv = torch.zeros(3, 1, 5, 5, 1, 16, dtype=torch.bfloat16).unbind()
+    settings = (None, None, [3, 3], None, [1, 1], None, 1.0)
+    with recorded("default") as launches:
+        out, stats = dispatch.na2d_forward(*qkv, *settings, False, True)
+        dispatch.na2d_backward(out, None, *qkv, None, None, out, stats, *settings[2:])
+    triton_configs.plan_tiles.cache_clear()
+    assert len(launches) == 3
+    for launch in launches:
+        assert launch.constants["WIDE"] and launch.compile("sm_90")
+
+
+CALL = {"heads": (2, 2), "dims": (16, 16), "extra": None, "stride": [1, 1], "causal": [False, False]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"heads": (2, 1)}, {"dims": (16, 24)}, {"extra": 3}, {"stride": [1, 2]}, {"causal": [False, True]}],
+    ids=lambda change: next(iter(change), "plain"),
+)
+def test_only_calls_with_options_take_their_variants(change: dict) -> None:
+    """The plain call's binaries have no argument more."""
+    from hdit_kernels.neighborhood_attention import dispatch
+
+    call = CALL | change
+    (heads, heads_kv), (dim, dim_v) = call["heads"], call["dims"]
+    query, key, value = (torch.zeros(1, 5, 5, *size) for size in ((heads, dim), (heads_kv, dim), (heads_kv, dim_v)))
+    more = (None, None) if call["extra"] is None else (key[:, : call["extra"], 0], value[:, : call["extra"], 0])
+    settings = ([3, 3], call["stride"], [1, 1], call["causal"], 1.0)
+    with recorded("default") as launches:
+        out, stats = dispatch.na2d_forward(query, key, value, *more, *settings, False, True)
+        dispatch.na2d_backward(out, None, query, key, value, *more, out, stats, *settings)
+    walks = [launch for launch in launches if "TILE_Y" in launch.signature]
+    assert len(walks) == 3
+    for launch in walks:
+        kinds = [launch.signature[name] for name in ("group", "stride_y", "causal_x")]
+        assert kinds == ["i32" if change else "constexpr"] * 3

@@ -73,7 +73,7 @@ OPERATIONS = {
     "na2d_lse": Operation(
         lambda *tensors: na2d_with_all(*tensors, lambda *t, **s: hdit_kernels.na2d(*t, **s, return_lse=True)),
         lambda *tensors: na2d_with_all(*tensors, reference.na2d),
-        (GRID, GRID, GRID, (2, 2, 2, 8), (2, 2, 2, 8)),
+        (GRID, (*GRID[:3], 1, 8), (*GRID[:3], 1, 16), (2, 2, 1, 8), (2, 2, 1, 16)),
     ),
 }
 

@@ -36,7 +36,7 @@ def test_the_measured_table_is_whole_and_read_as_it_is(configure, table: Table) 
         (65, (10, 10), (128, 13)),
         (96, (14, 14), (128, 17)),
         (128, (18, 18), (128, 25)),
-        (256, (99, 99), (128, 25)),  # the largest there are
+        (128, (99, 99), (128, 25)),  # the largest there are
         (64, (3, 13), (64, 13)),  # of a rectangle the larger side
         (64, (17, 1), (64, 17)),
     ],
@@ -45,6 +45,14 @@ def test_what_was_not_measured_takes_the_next_larger_entry(configure, table: Tab
     for bits, dtypes in DTYPES.items():
         expected = Config(*table[bits, entry[0]][entry[1]])
         assert all(configure("hopper", dtype, head_dim, window) == expected for dtype in dtypes)
+
+
+@pytest.mark.parametrize("family", ["hopper", "default"])
+@pytest.mark.parametrize("configure", [configure for configure, _ in KERNELS])
+def test_beyond_the_largest_head_dim_tiles_are_small(configure, family: str) -> None:
+    sizes = [configure(family, torch.bfloat16, dim, (7, 7))[:4] for dim in (136, 256, 264)]
+    assert sizes == [(4, 8, 1, 16), (4, 8, 1, 16), (4, 4, 1, 16)]
+    assert configure(family, torch.float32, 136, (7, 7))[:4] == (4, 4, 1, 16)
 
 
 @pytest.mark.parametrize("configure", [configure for configure, _ in KERNELS])

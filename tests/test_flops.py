@@ -122,3 +122,14 @@ def test_additional_keys_count(extra: int, device: str) -> None:
         assert counter.get_total_flops() == 2 * product
         out.sum().backward()
     assert counter.get_total_flops() == 7 * product
+
+
+def test_head_dims_count_where_they_take_part() -> None:
+    """Forward q·k and p·v; backward q·k, dq and dk of one, dout·v and dv of the other."""
+    q, k, v = (torch.zeros(2, 6, 5, 3, dim, device="meta", requires_grad=True) for dim in (8, 8, 20))
+    pairs = 2 * 6 * 5 * 3 * 3 * 5
+    with FlopCounterMode(display=False) as counter:
+        out = na2d(q, k, v, (3, 5))
+        assert out.shape == v.shape and counter.get_total_flops() == 2 * pairs * (8 + 20)
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * pairs * (8 + 20 + 3 * 8 + 2 * 20)

@@ -263,7 +263,7 @@ def kernels_of_the_package():
     for path in Path(reference.__file__).parent.rglob("*.py"):
         name = ".".join(path.relative_to(Path(reference.__file__).parent.parent).with_suffix("").parts)
         of_hopper = name.rpartition(".")[2].startswith("hopper_")
-        portable = name.endswith(("_triton", "triton_forward", "triton_backward", "launch"))
+        portable = name.endswith(("_triton", "triton_forward", "triton_backward", "triton_additional", "launch"))
         if of_hopper and on_hopper or portable:
             module = importlib.import_module(name)
             yield from (value for value in vars(module).values() if isinstance(value, JITFunction))
@@ -300,17 +300,11 @@ def test_tf32_only_when_torch_allows_it(seed: int) -> None:
     assert exact < 2e-6 and 1e-5 < coarse < 3e-3
 
 
-@pytest.mark.parametrize(
-    "change",
-    [dict(stride=2), dict(is_causal=True), dict(additional=True)],
-    ids=["stride", "is_causal", "additional_keys"],
-)
-def test_not_on_a_gpu_yet(change: dict) -> None:
+def test_head_dims_that_no_kernel_takes() -> None:
     from hdit_kernels import na2d
 
-    grid = torch.randn(1, 8, 8, 1, 16, device="cuda")
-    extra = dict(additional_keys=grid[:, 0], additional_values=grid[:, 0]) if change.pop("additional", False) else {}
-    with pytest.raises(NotImplementedError, match="run on the CPU only"):
-        na2d(grid, grid, grid, 3, **change, **extra)
-    with pytest.raises(ValueError, match="multiple of 8, at most 128, on a GPU, got 136"):
-        na2d(*[torch.randn(1, 8, 8, 1, 136, device="cuda")] * 3, 3)
+    query, value = (torch.randn(1, 8, 8, 1, dim, device="cuda") for dim in (264, 520))
+    with pytest.raises(ValueError, match="head_dim: expected a multiple of 8, at most 256, on a GPU, got 264"):
+        na2d(query, query, query, 3)
+    with pytest.raises(ValueError, match="value: expected a head_dim .* at most 512, on a GPU, got 520"):
+        na2d(query[..., :8], query[..., :8], value, 3)

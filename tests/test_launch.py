@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("triton", reason="the launchers need Triton: install the extra [test] on Linux")
 
-from triton.runtime._async_compile import active_mode  # noqa: E402 (after the skip)
+import triton.language as tl  # noqa: E402 (after the skip)
+from triton.runtime._async_compile import active_mode  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from hdit_kernels import launch  # noqa: E402 (imports triton)
@@ -63,6 +64,35 @@ def test_the_second_launch_takes_what_the_first_compiled() -> None:
     first, again = kernel.calls
     assert first == ("first", (2, 1, 1), (x, 7), {"A": 1, "B": 2, "num_warps": 4})
     assert again == ("again", (3, 1, 1), (y.data_ptr(), 8, 2, 1))  # in the order of arguments
+
+
+class KernelWithOptions(Kernel):
+    arg_names = ("x_ptr", "n", "A", "OPTIONS", "stride", "extra_ptr")
+
+
+def test_optional_arguments_come_last() -> None:
+    """The plain binary, compiled without them, is launched with None in their places."""
+    kernel, x = KernelWithOptions(), aligned()
+    for stride in (2, 3):
+        optional = {"stride": stride, "extra_ptr": x}
+        launch.run(launch.Launch(kernel, (1, 1, 1), [x], [7], {"A": 1, "OPTIONS": True}, optional))
+        launch.run(launch.Launch(kernel, (1, 1, 1), [x], [7], {"A": 1}))
+    assert kernel.calls[:2] == [
+        ("first", (1, 1, 1), (x, 7), {"A": 1, "OPTIONS": True, "stride": 2, "extra_ptr": x}),
+        ("first", (1, 1, 1), (x, 7), {"A": 1}),
+    ]
+    pointer = x.data_ptr()
+    assert kernel.calls[2:] == [
+        ("again", (1, 1, 1), (pointer, 7, 1, True, 3, x)),
+        ("again", (1, 1, 1), (pointer, 7, 1, None, None, None)),
+    ]
+
+
+def test_integers_are_no_compile_keys() -> None:
+    def kernel(x_ptr, n: tl.int32, A: tl.constexpr, B: tl.constexpr = None, extra_ptr=None, stride=None):
+        pass
+
+    assert launch.kernel(kernel, lambda function, do_not_specialize: do_not_specialize) == ["n", "stride"]
 
 
 def test_what_decides_about_a_kernel_decides_here() -> None:
@@ -209,20 +239,23 @@ def test_kernels_take_tensors_first_and_constants_last() -> None:
         hopper_backward,
         hopper_backward_wide,
         hopper_forward,
+        triton_additional,
         triton_backward,
         triton_forward,
     )
 
     found = 0
-    modules = (triton_backward, triton_forward, hopper_backward, hopper_backward_wide, hopper_forward)
-    for module in (*modules, geglu_triton, norms_triton, rope_triton, tokens_triton, launch):
+    modules = (triton_additional, triton_backward, triton_forward, hopper_backward, hopper_backward_wide)
+    for module in (*modules, hopper_forward, geglu_triton, norms_triton, rope_triton, tokens_triton, launch):
         for name, kernel in vars(module).items():
             if name.startswith("_") and name.endswith("_kernel"):
                 found += 1
-                parameters = inspect.signature(kernel.fn).parameters.values()
+                every = list(inspect.signature(kernel.fn).parameters.values())
+                parameters = [p for p in every if p.default is inspect.Parameter.empty]
+                assert [p.default is None for p in every] == sorted(p.default is None for p in every), name
                 constant = ["constexpr" in str(p.annotation) for p in parameters]
                 assert constant == sorted(constant), name
                 assert [p.name.endswith("_ptr") for p in parameters] == sorted(
                     (p.name.endswith("_ptr") for p in parameters), reverse=True
                 ), name
-    assert found == 22
+    assert found == 23

@@ -19,7 +19,7 @@ from hdit_kernels import na2d, neighborhood_self_attention, qk_norm_rope, refere
 def by_definition(query, key, value, kernel_size, stride, dilation, causal, scale, extra_k=None, extra_v=None):
     """One query at a time, in words of the definition; the slowest and plainest there is."""
     batch, height, width, heads, _ = query.shape
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
+    out, lse = query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1])
 
     def seen(i, length, window, stride, dilation, causal):
         index, residue = i // dilation, i % dilation
@@ -34,12 +34,13 @@ def by_definition(query, key, value, kernel_size, stride, dilation, causal, scal
         return [residue + k * dilation for k in keys]
 
     for b, y, x, h in itertools.product(range(batch), range(height), range(width), range(heads)):
+        shared = h * key.shape[3] // query.shape[3]
         rows = seen(y, height, kernel_size[0], stride[0], dilation[0], causal[0])
         columns = seen(x, width, kernel_size[1], stride[1], dilation[1], causal[1])
-        keys = torch.stack([key[b, r, c, h] for r in rows for c in columns])
-        values = torch.stack([value[b, r, c, h] for r in rows for c in columns])
+        keys = torch.stack([key[b, r, c, shared] for r in rows for c in columns])
+        values = torch.stack([value[b, r, c, shared] for r in rows for c in columns])
         if extra_k is not None:
-            keys, values = torch.cat([keys, extra_k[b, :, h]]), torch.cat([values, extra_v[b, :, h]])
+            keys, values = torch.cat([keys, extra_k[b, :, shared]]), torch.cat([values, extra_v[b, :, shared]])
         logits = keys @ query[b, y, x, h] * scale
         out[b, y, x, h], lse[b, y, x, h] = logits.softmax(0) @ values, logits.logsumexp(0)
     return out, lse
@@ -52,20 +53,23 @@ def problems(draw):
     grid = tuple(w * d + draw(st.integers(0, 12)) for w, d in zip(window, dilation, strict=True))
     stride = tuple(draw(st.integers(1, w)) for w in window)
     causal = draw(st.tuples(st.booleans(), st.booleans()))
-    return grid, window, stride, dilation, causal, draw(st.integers(0, 3)), draw(st.integers(0, 2**31))
+    heads_kv, head_dim_v, extra = draw(st.integers(1, 2)), draw(st.integers(1, 6)), draw(st.integers(0, 3))
+    heads = heads_kv * draw(st.integers(1, 3))
+    return grid, window, stride, dilation, causal, (heads, heads_kv), head_dim_v, extra, draw(st.integers(0, 2**31))
 
 
 @settings(max_examples=25, deadline=None)
 @given(problems())
 def test_equals_the_definition(problem) -> None:
-    (height, width), window, stride, dilation, causal, extra, seed = problem
+    (height, width), window, stride, dilation, causal, (heads, heads_kv), head_dim_v, extra, seed = problem
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    query, key, value = (draw(1, height, width, 2, 4) for _ in range(3))
-    extra_k, extra_v = (draw(1, extra, 2, 4), draw(1, extra, 2, 4)) if extra else (None, None)
+    query = draw(1, height, width, heads, 4)
+    key, value = (draw(1, height, width, heads_kv, dim) for dim in (4, head_dim_v))
+    extra_k, extra_v = (draw(1, extra, heads_kv, 4), draw(1, extra, heads_kv, head_dim_v)) if extra else (None, None)
     wanted = by_definition(query, key, value, window, stride, dilation, causal, 0.7, extra_k, extra_v)
     found = na2d(query, key, value, window, stride, dilation, causal, 0.7, extra_k, extra_v, return_lse=True)
     torch.testing.assert_close(found, wanted)
@@ -142,6 +146,40 @@ def test_opcheck(seed) -> None:
         ops.neighborhood_self_attention_backward.default,
         (saved[0], qkv, *angles, saved[1], saved[0], saved[2], [3, 3], 1e-6),
     )
+
+
+def every_option(dtype: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], tuple]:
+    """Tensors and settings of a call with all there are."""
+    shapes = [(1, 6, 7, 4, 8), (1, 6, 7, 2, 8), (1, 6, 7, 2, 5), (1, 3, 2, 8), (1, 3, 2, 5)]
+    return [torch.randn(shape, dtype=dtype) for shape in shapes], ((3, 4), (2, 3), (2, 1), (False, True), 0.3)
+
+
+def test_opcheck_of_every_option(seed) -> None:
+    tensors, settings = every_option()
+    ops, settings = torch.ops.hdit_kernels, [list(s) if isinstance(s, tuple) else s for s in settings]
+    torch.library.opcheck(ops.na2d_forward.default, (*tensors, *settings, True, True))
+    out, lse, stats = ops.na2d_forward(*tensors, *settings, True, True)
+    assert out.shape == (1, 6, 7, 4, 5) and lse.shape == (1, 6, 7, 4)
+    torch.library.opcheck(ops.na2d_backward.default, (out, lse, *tensors, out, stats, *settings))
+
+
+def test_every_option_compiled_and_mapped(seed) -> None:
+    """The same values and gradients in torch.compile, torch.func and vmap."""
+    tensors, (window, stride, dilation, causal, scale) = every_option(torch.float64)
+
+    def call(*given):
+        out, lse = na2d(*given[:3], window, stride, dilation, causal, scale, *given[3:], return_lse=True)
+        return out.square().sum() + lse.sum()
+
+    leaves = [t.requires_grad_() for t in tensors]
+    wanted = torch.autograd.grad(call(*leaves), leaves)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), wanted)
+    plain = [t.detach() for t in leaves]
+    gradients = torch.func.grad(call, argnums=tuple(range(5)))
+    torch.testing.assert_close(gradients(*plain), wanted)
+    mapped = torch.vmap(gradients)(*(torch.stack([t, t]) for t in plain))
+    torch.testing.assert_close(mapped, tuple(torch.stack([w, w]) for w in wanted))
 
 
 def test_vmap(seed) -> None:
@@ -267,6 +305,22 @@ GRID = torch.randn(1, 6, 6, 2, 8)
         (dict(query=GRID.int()), "query: expected bfloat16"),
         (dict(query=GRID[0]), r"query: expected shape \[B, H, W, heads, head_dim\], got \[6, 6, 2, 8\]"),
         (dict(key=GRID[..., :4]), r"key: expected shape .* got \[1, 6, 6, 2, 4\]"),
+        (dict(value=GRID[:, :, :, :1]), r"value: expected shape \[1, 6, 6, 2, head_dim_v\], got \[1, 6, 6, 1, 8\]"),
+        (
+            dict(key=GRID.repeat(1, 1, 1, 2, 1), value=GRID.repeat(1, 1, 1, 2, 1)),
+            "key: expected heads_kv that divide 2 heads, got 4",
+        ),
+        (dict(key=GRID[:, :, :, :0], value=GRID[:, :, :, :0]), "value: expected every size"),
+        (
+            dict(additional_keys=GRID[:, 0, :, :1], additional_values=GRID[:, 0, :, :1]),
+            r"additional_keys: expected shape \[1, extra, 2, 8\], got \[1, 6, 1, 8\]",
+        ),
+        (dict(value=GRID[:, 1:]), r"value: expected shape \[1, 6, 6, 2, head_dim_v\], got \[1, 5, 6, 2, 8\]"),
+        (dict(value=GRID[..., :0]), "value: expected every size but the batch's to be at least 1"),
+        (
+            dict(value=GRID[..., :4], additional_keys=GRID[:, 0], additional_values=GRID[:, 0]),
+            r"additional_values: expected shape \[1, 6, 2, 4\], got \[1, 6, 2, 8\]",
+        ),
         (dict(value=GRID.half()), "value: expected float32 like query, got float16"),
         (dict(kernel_size=7), r"kernel_size: .* at most the grid \(6, 6\), got kernel_size \(7, 7\)"),
         (dict(dilation=3), r"kernel_size .* with dilation \(3, 3\)"),

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hdit_kernels import backend, launch, rope_triton
-from hdit_kernels.neighborhood_attention import hopper_plan, triton_backward, triton_forward
+from hdit_kernels.neighborhood_attention import hopper_plan, triton_additional, triton_backward, triton_forward
 from hdit_kernels.neighborhood_attention.buffers import dense
+from hdit_kernels.neighborhood_attention.options import options
 
 LOG2_E = math.log2(math.e)
 NO_DILATION = (1, 1)
@@ -21,8 +22,8 @@ def na2d_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    add_k: None,
-    add_v: None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
     window: Sequence[int],
     stride: Sequence[int] | None,
     dilation: Sequence[int],
@@ -31,11 +32,13 @@ def na2d_forward(
     return_lse: bool,
     save_stats: bool,
 ) -> list[Tensor]:
-    """Launcher: arguments as checked by `na2d.na2d`; add_k, add_v, stride and causal have their defaults on a GPU.
-
-    Returns what `forward_launch` does.
-    """
-    results, forward = forward_launch(query, key, value, window, dilation, scale, return_lse, save_stats)
+    """Launcher: arguments as checked by `na2d.na2d`. Returns what `forward_launch` does."""
+    more = options(query, key, value, add_k, add_v, stride, causal)
+    if more is None:
+        results, forward = forward_launch(query, key, value, window, dilation, scale, return_lse, save_stats)
+    else:
+        settings = (window, dilation, scale * LOG2_E, return_lse, save_stats, more)
+        results, forward = triton_forward.forward_launch(dense(query), dense(key), dense(value), *settings)
     launch.run(forward)
     return results
 
@@ -46,8 +49,8 @@ def na2d_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    add_k: None,
-    add_v: None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
     out: Tensor,
     stats: Tensor,
     window: Sequence[int],
@@ -57,9 +60,22 @@ def na2d_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher: arguments as of `na2d_forward`."""
-    dq, dk, dv = (query.new_empty(query.shape) for _ in range(3))
-    launch.run(*backward_launches(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale))
-    return dq, dk, dv, query.new_empty(0), query.new_empty(0)
+    dq, dk, dv = (query.new_empty(tensor.shape) for tensor in (query, key, value))
+    more = options(query, key, value, add_k, add_v, stride, causal)
+    if more is None:
+        launch.run(*backward_launches(dq, dk, dv, dout, dlse, query, key, value, out, stats, window, dilation, scale))
+        return dq, dk, dv, query.new_empty(0), query.new_empty(0)
+    dlse = None if dlse is None else dlse.contiguous()
+    tensors, scales = (dense(dout), dense(query), dense(key), dense(value)), (scale, scale * LOG2_E)
+    first, terms = triton_backward.dq_launch(dq, *tensors, dlse, out, stats, window, dilation, *scales, more)
+    second = triton_backward.dkdv_launch(dk, dv, *tensors, terms, stats, window, dilation, *scales, more)
+    if more.extra > 0:
+        dextra_k, dextra_v, *others = triton_additional.launches(*tensors[:2], terms, stats, *scales, more)
+        launch.run(first, second, *others)
+    else:
+        dextra_k, dextra_v = (query.new_empty(0 if t is None else t.shape) for t in (add_k, add_v))
+        launch.run(first, second)
+    return dq, dk, dv, dextra_k, dextra_v
 
 
 def self_attention_forward(

@@ -87,29 +87,34 @@ def na2d(
     so windows at a border move inwards and keep their size; the 2-D window is the product of the two axes.
 
     Args:
-        query, key, value: [B, H, W, heads, head_dim], bfloat16, float16 or float32 (float64 takes the reference), one
-            dtype; any strides whose last is 1 are read without a copy. On a GPU head_dim is a multiple of 8, at most
-            128.
+        query: [B, H, W, heads, head_dim], bfloat16, float16 or float32 (float64 takes the reference); any strides whose
+            last is 1 are read without a copy, as of key and value. On a GPU head_dim is a multiple of 8, at most 256.
+        key, value: [B, H, W, heads_kv, head_dim] and [B, H, W, heads_kv, head_dim_v], the query's dtype. heads_kv
+            divides heads: the first heads / heads_kv heads of queries share the first of keys and values, and so on
+            (GQA; MQA with 1). On a GPU head_dim_v is a multiple of 8, at most 512.
         kernel_size: window, one number or (rows, columns), any parity; kernel_size · dilation ≤ (H, W).
-        stride: queries that share a window, at most kernel_size (1: each its own). More than 1: CPU only.
+        stride: queries that share the window of the middle one of them, its group's leader; at most kernel_size (1:
+            each its own).
         dilation: the step between the keys of a window; the grid splits into dilation² interleaved ones.
-        is_causal: per axis, see no later key; None means False, as in NATTEN. True: CPU only.
+        is_causal: per axis, whether a query sees the keys from i − K + 1 to i, its own, only: fewer than K at the
+            first border. With a stride, from leader − K + 1 to i, the leader being the last of its group. None means
+            False, as in NATTEN.
         scale: factor of the logits, positive, default head_dim ** -0.5.
-        additional_keys, additional_values: [B, extra, heads, head_dim], seen by every query. CPU only.
+        additional_keys, additional_values: [B, extra, heads_kv, head_dim] and [B, extra, heads_kv, head_dim_v], seen by
+            every query.
         return_lse: also return the logarithm of the softmax denominator.
 
     Returns:
-        out [B, H, W, heads, head_dim] in the query's dtype; with return_lse (out, lse), lse float32 (float64 for
+        out [B, H, W, heads, head_dim_v] in the query's dtype; with return_lse (out, lse), lse float32 (float64 for
         float64) [B, H, W, heads], natural logarithm. Both are differentiable, to any order; the gradients are
         deterministic. A batch of 0 gives empty results and zero gradients.
 
-        NaN or infinity in a key or value spoils every query that sees it, and no other head or image. On a GPU it may
+        NaN or infinity in a key or value spoils every query that sees it, and no other image or head. On a GPU it may
         spoil further queries around them, that share a tile: up to 48 rows and columns beyond (16 on Hopper), times the
         dilation. In plain PyTorch it spoils no others.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
-        NotImplementedError: stride, is_causal or additional keys on a GPU.
 
     Source: Hassani et al. 2023, arXiv:2204.07143 and 2209.15001 (dilation); HDiT section 4.2. Under autocast it runs in
     the autocast dtype.
@@ -149,24 +154,23 @@ def _checked_settings(
         raise ValueError(f"{missing}: expected additional_keys and additional_values or neither, got one")
     checks.floating(**tensors)
     checks.shape("query", query, ["B", "H", "W", "heads", "head_dim"])
-    checks.shape("key", key, query.shape)
-    checks.shape("value", value, query.shape)
+    checks.shape("key", key, [*query.shape[:3], "heads_kv", query.shape[-1]])
+    checks.shape("value", value, [*key.shape[:-1], "head_dim_v"])
     checks.nonempty("query", query)
+    checks.nonempty("value", value)
+    if query.shape[3] % key.shape[3]:
+        raise ValueError(f"key: expected heads_kv that divide {query.shape[3]} heads, got {key.shape[3]}")
     window, strides = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride)
     steps, causal = checks.pair("dilation", dilation), _causal(is_causal)
     check_window(query.shape[1:3], window, steps)
     if strides[0] > window[0] or strides[1] > window[1]:
         raise ValueError(f"stride: expected at most kernel_size {window}, got {strides}")
     if additional_keys is not None and additional_values is not None:
-        expected = [query.shape[0], "extra", *query.shape[3:]]
+        expected = [query.shape[0], "extra", *key.shape[3:]]
         checks.shape("additional_keys", additional_keys, expected)
-        checks.shape("additional_values", additional_values, additional_keys.shape)
+        checks.shape("additional_values", additional_values, [*additional_keys.shape[:-1], value.shape[-1]])
     if query.is_cuda:
-        check_head_dim(query.shape[-1])
-        if strides != (1, 1) or causal != (False, False) or additional_keys is not None:
-            raise NotImplementedError(
-                "na2d: stride, is_causal and additional_keys run on the CPU only so far; on a GPU leave them out"
-            )
+        check_head_dims(query.shape[-1], value.shape[-1])
     checks.same_dtype(**{n: registration.cast_dtype(t.dtype, autocast) for n, t in tensors.items()})
     scale = query.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, above=0)
     # two lists less to dispatch take a microsecond less
@@ -190,9 +194,15 @@ def check_window(grid: Sequence[int], window: tuple[int, int], dilation: tuple[i
         )
 
 
-def check_head_dim(head_dim: int) -> None:
-    if head_dim % 8 != 0 or head_dim > 128:
-        raise ValueError(f"head_dim: expected a multiple of 8, at most 128, on a GPU, got {head_dim}")
+def check_head_dims(head_dim: int, head_dim_v: int) -> None:
+    """What the kernels take."""
+    if head_dim % 8 != 0 or head_dim > 256:
+        raise ValueError(f"head_dim: expected a multiple of 8, at most 256, on a GPU, got {head_dim}")
+    if head_dim_v % 8 != 0 or head_dim_v > 512:
+        raise ValueError(
+            f"value: expected a head_dim that is a multiple of 8, at most 512, on a GPU, got {head_dim_v}. Pad it with "
+            "zeros, or split it and call na2d for each part"
+        )
 
 
 def _reference_forward(
@@ -222,7 +232,7 @@ def _reference_backward(
 
 def _fake_forward(query, key, value, add_k, add_v, window, stride, dilation, causal, scale, return_lse, save_stats):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    results = [query.new_empty(query.shape)]
+    results = [query.new_empty((*query.shape[:-1], value.shape[-1]))]
     if return_lse:
         results.append(query.new_empty(query.shape[:-1], dtype=wide))
     if save_stats:
@@ -235,13 +245,18 @@ def _fake_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, wind
 
 
 def flops_forward(query: Any, key: Any, value: Any, add_k: Any, add_v: Any, window: Sequence[int], *_: Any) -> int:
-    """Two products of query rows with the keys of one window: 4 · B·H·W·heads · (Kh·Kw + extra) · head_dim."""
-    batch, height, width, heads, dim = query
-    return 4 * batch * height * width * heads * dim * (window[0] * window[1] + (add_k[1] if add_k else 0))
+    """Of q·k and p·v: 2 · (head_dim + head_dim_v) a query and key that it sees; windows count whole if causal, too."""
+    return 2 * _pairs(query, add_k, window) * (query[-1] + value[-1])
+
+
+def _pairs(query: Any, add_k: Any, window: Sequence[int]) -> int:
+    """Of queries and keys: B·H·W·heads · (Kh·Kw + extra)."""
+    return math.prod(query[:-1]) * (window[0] * window[1] + (add_k[1] if add_k else 0))
 
 
 def _flops_backward(dout, dlse, query, key, value, add_k, add_v, out, stats, window, *_):
-    return flops_forward(query, key, value, add_k, add_v, window) * 5 // 2
+    """Of q·k, dq and dk; dout·v and dv."""
+    return 2 * _pairs(query, add_k, window) * (3 * query[-1] + 2 * value[-1])
 
 
 def kernels():

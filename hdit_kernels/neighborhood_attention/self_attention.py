@@ -90,7 +90,8 @@ def _fake_forward(qkv, scale, theta_y, theta_x, window, eps, save):
 
 
 def _flops_forward(qkv, scale, theta_y, theta_x, window, *_):
-    return flops_forward((*qkv[:3], *qkv[4:]), None, None, None, None, window)
+    query = (*qkv[:3], *qkv[4:])
+    return flops_forward(query, query, query, None, None, window)
 
 
 def _flops_backward(dout, qkv, scale, theta_y, theta_x, ready, out, stats, window, eps):

@@ -16,6 +16,7 @@ from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention import triton_configs_hopper
 
 MAX_GRID = 65535  # programs along any axis but the first
+MEASURED_DIM = 128  # the largest head_dim of the tables
 MAX_OFFSET = 2**31  # of offsets in 32 bits
 
 
@@ -44,7 +45,7 @@ class Config(NamedTuple):
         return -(-rows // self.block_y) * self.block_y * -(-columns // self.block_x) * self.block_x
 
 
-# Of GPU family, dtype, head_dim and window.
+# Of GPU family, dtype, the larger head_dim (queries' or values') and window.
 Configure = Callable[[str, torch.dtype, int, Sequence[int]], Config]
 
 # {(bits, head_dim): {window: the fields of a Config}}
@@ -52,6 +53,8 @@ Table = dict[tuple[int, int], dict[int, tuple[int, int, int, int, int, int, int 
 
 
 def forward_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
+    if head_dim > MEASURED_DIM:
+        return wide_config(dtype, head_dim)
     if family == "hopper":
         return measured(triton_configs_hopper.FORWARD, dtype, head_dim, window)
     if dtype == torch.float32:
@@ -61,15 +64,24 @@ def forward_config(family: str, dtype: torch.dtype, head_dim: int, window: Seque
 
 
 def dq_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
+    if head_dim > MEASURED_DIM:
+        return wide_config(dtype, head_dim)
     if family == "hopper":
         return measured(triton_configs_hopper.DQ, dtype, head_dim, window)
     return backward_config(dtype, head_dim, window)
 
 
 def dkdv_config(family: str, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
+    if head_dim > MEASURED_DIM:
+        return wide_config(dtype, head_dim)
     if family == "hopper":
         return measured(triton_configs_hopper.DKDV, dtype, head_dim, window)
     return backward_config(dtype, head_dim, window)
+
+
+def wide_config(dtype: torch.dtype, head_dim: int) -> Config:
+    """Small tiles, whose long rows fit into shared memory. Not measured."""
+    return Config(4, 8, 1, 16, 4, 1) if head_dim * dtype.itemsize <= 512 else Config(4, 4, 1, 16, 4, 1)
 
 
 def measured(table: Table, dtype: torch.dtype, head_dim: int, window: Sequence[int]) -> Config:
@@ -112,13 +124,19 @@ def plan_tiles(
     all_aligned: bool,
     window: Sequence[int],
     dilation: Sequence[int],
+    programs: int,
+    value_dim: int = 0,
 ) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over tiles of [B, H, W, heads, head_dim] tensors.
+
+    shape: of the query. programs: heads that have their own, the query's or the key's. value_dim: the head_dim of
+    values, where it may be larger than the query's.
 
     Cached, since it costs as much host time as the launch itself.
     """
     batch, height, width, heads, head_dim = shape
-    config = configure(family, dtype, head_dim, window)
+    widest = max(head_dim, value_dim)
+    config = configure(family, dtype, widest, window)
     tiles_y = launch.cdiv(launch.cdiv(height, dilation[0]), config.tile_y)  # of the largest dilation sub-grid
     tiles_x = launch.cdiv(launch.cdiv(width, dilation[1]), config.tile_x)
     tokens = [stride for tensor in strides for stride in tensor[:-1]]
@@ -128,10 +146,10 @@ def plan_tiles(
     integers = [images, height, width, heads, tiles_x, *window, *dilation, *(stride // vector for stride in tokens)]
     block_y, block_x = max(config.tile_y, config.block_y), max(config.tile_x, config.block_x)
     steps = [(stride[1] * dilation[0], stride[2] * dilation[1]) for stride in strides]
-    steps.append((width * heads * head_dim * dilation[0], heads * head_dim * dilation[1]))  # the output's
+    steps.append((width * heads * widest * dilation[0], heads * widest * dilation[1]))  # the output's
     wide = any(block_y * step_y + block_x * step_x >= MAX_OFFSET for step_y, step_x in steps)
     constants = dict(
         D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), VECTOR=vector, WIDE=wide,
         TILE_Y=config.tile_y, TILE_X=config.tile_x, BLOCK_Y=config.block_y, BLOCK_X=config.block_x, **config.options,
     )  # fmt: skip
-    return (tiles_y * tiles_x * heads, launch.cdiv(images, layers), layers), integers, constants
+    return (tiles_y * tiles_x * programs, launch.cdiv(images, layers), layers), integers, constants

@@ -97,6 +97,44 @@ def na2d_large_windows(sizes: random.Random, values: torch.Generator, dtype: tor
     return na2d(sizes, values, dtype, mixed, (10, 11, 12, 13, 13), dilations=((1, 1),), head_dims=(32, 64))
 
 
+def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
+    """What only the portable kernels take, in variants of their own: few head_dims and windows, since each may compile
+    anew.
+    """
+    while True:
+        window = tuple(sizes.choice((1, 2, 3, 4, 6, 7, 7, 9, 12)) for _ in range(2))
+        if math.prod(window) > 2:  # of fewer keys the gradients of query and key are mostly rounding
+            break
+    dilation = sizes.choice(((1, 1), (1, 1), (2, 2), (1, 3), (2, 1)))
+    causal = (sizes.random() < 0.5, sizes.random() < 0.5)
+    stride = tuple(sizes.choice((1, 1, 2, w, sizes.randint(1, w))) for w in window)
+    stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
+    height, width = (_axis(sizes, w, d) for w, d in zip(window, dilation, strict=True))
+    batch, heads_kv, group = sizes.randint(1, 4), sizes.randint(1, 3), sizes.choice((1, 1, 2, 3))
+    shares = ((64, 64), (256, 256), (16, 16)), ((64, 64), (64, 16), (32, 384))
+    head_dim, head_dim_v = sizes.choice(shares[turn(dtype, mixed) % 2])
+    shapes = ((heads_kv * group, head_dim), (heads_kv, head_dim), (heads_kv, head_dim_v))
+    query, key, value = (
+        strided(torch.randn(batch, height, width, *shape, generator=values).to(dtype), sizes) for shape in shapes
+    )
+    tensors = dict(query=query, key=key, value=value)
+    extra = sizes.choice((None, None, 1, 4, 40))
+    if extra is not None:
+        for name, dim in (("additional_keys", head_dim), ("additional_values", head_dim_v)):
+            more = torch.randn(batch, extra, heads_kv, dim, generator=values).to(dtype)
+            tensors[name] = strided(more, sizes)
+    settings = dict(kernel_size=window, stride=stride, dilation=dilation, is_causal=causal, scale=head_dim**-0.5)
+    few_keys = math.prod(window) <= 6 and any(causal)  # one often has nearly all of the weight
+    options = f"window {window} stride {stride} dilation {dilation} causal {causal} extra {extra}"
+    return Case(
+        f"na2d {list(query.shape)} values {list(value.shape[3:])} {options}",
+        tensors,
+        functools.partial(hdit_kernels.na2d, **settings, return_lse=True),
+        functools.partial(reference.na2d, **settings),
+        pooled=frozenset({"additional_keys", "additional_values"} | ({"query", "key"} if few_keys else set())),
+    )
+
+
 def na2d_large_logits(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
     """Logits up to ±1e4: the running maximum is what keeps the softmax finite."""
     while True:
@@ -148,5 +186,6 @@ OPERATORS = {
     "na2d_small_windows": na2d_small_windows,
     "na2d_large_windows": na2d_large_windows,
     "na2d_large_logits": na2d_large_logits,
+    "na2d_options": na2d_options,
     "neighborhood_self_attention": neighborhood_self_attention,
 }

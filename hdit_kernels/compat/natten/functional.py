@@ -1,8 +1,7 @@
 """`na1d`, `na2d`, `na3d`, `attention` and `merge_attentions` with the arguments of NATTEN 0.21.7, on na2d.
 
-na1d is na2d on one row. na3d is na2d on planes: a call for each plane of the window, merged by their LSE. Fewer heads
-of keys (GQA, MQA), a head_dim of values unlike that of queries, and additional keys are made of the same kernel, too,
-so all of it runs wherever na2d does. What na2d refuses on a GPU it refuses here.
+na1d is na2d on one row. na3d is na2d on planes: a call for each plane of the window, merged by their LSE. So all of it
+runs wherever na2d does, and what na2d refuses on a GPU it refuses here.
 """
 
 from __future__ import annotations
@@ -55,6 +54,8 @@ __all__ = [
     "natten2dqkrpb",
     "neighborhood_attention_generic",
 ]
+
+Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...], float]
 
 BACKENDS = ("cutlass-fna", "hopper-fna", "blackwell-fna", "flex-fna")
 ATTENTION_BACKENDS = ("cutlass-fmha", "hopper-fmha", "blackwell-fmha", "flex-fmha")
@@ -134,14 +135,7 @@ def _make(axes: int) -> Callable[..., Any]:
             others = dict(stride=max(strides) > 1, is_causal=any(causal), additional_keys=additional_keys is not None)
             others |= dict(return_lse=return_lse, heads_kv=query.shape != value.shape)
             return _with_biases(name, query, key, value, window, steps, scale, rpb, others)
-        if axes == 2 and query.shape == value.shape == key.shape and additional_keys is None and not return_lse:
-            return hdit_na2d(query, key, value, *settings)  # nothing around it, and no LSE stored
-        out, lse = _grouped(_WINDOWS[axes], query, key, value, settings)
-        if additional_keys is not None:
-            extra = _grouped(_dense, query.flatten(1, axes), additional_keys, additional_values, (scale,))
-            extra_out, extra_lse = extra[0].view(out.shape), extra[1].view(lse.shape)
-            out, lse = hdit_merge_attentions([out, extra_out], [lse, extra_lse])
-        return (out, lse) if return_lse else out
+        return _WINDOWS[axes]((query, key, value, additional_keys, additional_values), settings, return_lse)
 
     return arguments.named(
         na,
@@ -176,7 +170,7 @@ def _checked_settings(
     scale: float | None,
     return_lse: bool,
     backend: str | None,
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...], float]:
+) -> Settings:
     """Checks the arguments of na1d, na2d or na3d; returns window, strides, steps, causal axes and scale."""
     window, strides = arguments.per_axis("kernel_size", kernel_size, axes), arguments.per_axis("stride", stride, axes)
     steps, causal = arguments.per_axis("dilation", dilation, axes), arguments.causal_axes(is_causal, axes)
@@ -191,42 +185,55 @@ def _checked_settings(
     return window, strides, steps, causal, scale
 
 
-# What each number of axes computes: (query, key, value, settings) of one shape -> (out, lse)
+# What each number of axes computes: (tensors, settings, return_lse) -> out or (out, lse)
 
 
-def _row(query: Tensor, key: Tensor, value: Tensor, window, strides, steps, causal, scale) -> tuple[Tensor, Tensor]:
-    q, k, v = (t.unsqueeze(1) for t in (query, key, value))
-    settings = ((1, *window), (1, *strides), (1, *steps), (False, *causal), scale)
-    out, lse = hdit_na2d(q, k, v, *settings, return_lse=True)
-    return out.squeeze(1), lse.squeeze(1)
+def _row(tensors: Sequence[Any], settings: Settings, return_lse: bool) -> Any:
+    query, key, value, *additional = tensors
+    (window,), (stride,), (dilation,), (causal,), scale = settings
+    rows = (query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+    axes: Any = ((1, window), (1, stride), (1, dilation), (False, causal), scale)
+    found: Any = hdit_na2d(*rows, *axes, *additional, return_lse=return_lse)
+    return (found[0].squeeze(1), found[1].squeeze(1)) if return_lse else found.squeeze(1)
 
 
-def _plane(query: Tensor, key: Tensor, value: Tensor, *settings) -> tuple[Tensor, Tensor]:
-    return hdit_na2d(query, key, value, *settings, return_lse=True)
+def _plane(tensors: Sequence[Any], settings: Settings, return_lse: bool) -> Any:
+    query, key, value, *additional = tensors
+    return hdit_na2d(query, key, value, *settings, *additional, return_lse=return_lse)
 
 
-def _planes(query: Tensor, key: Tensor, value: Tensor, window, strides, steps, causal, scale) -> tuple[Tensor, Tensor]:
-    """For each place in the window's depth, every plane of queries with the plane of keys that it sees there."""
-    batch, depth = query.shape[:2]
-    seen = arguments.window_keys(depth, window[0], strides[0], steps[0], causal[0])
+def _planes(tensors: Sequence[Any], settings: Settings, return_lse: bool) -> Any:
+    """For each place in the window's depth, every plane of queries with the plane of keys that it sees there; with the
+    first of them, which each sees, the additional keys.
+    """
+    query, key, value, *additional = tensors
+    (window, *windows), (stride, *strides), (dilation, *steps), (causal, *others), scale = settings
+    depth = query.shape[1]
+    seen = arguments.window_keys(depth, window, stride, dilation, causal)
     key_planes, value_planes, queries = key.unbind(1), value.unbind(1), query.flatten(0, 1)
+    additional = [None if t is None else t.unsqueeze(1).expand(-1, depth, -1, -1, -1).flatten(0, 1) for t in additional]
     outputs, lses = [], []
-    for place in range(window[0]):
+    for place in range(window):
         there = [place < len(keys) for keys in seen]  # causal windows are cut short at the start
         chosen = [keys[min(place, len(keys) - 1)] for keys in seen]
         # unbind and stack, not an index: its gradient would be summed in no fixed order on a GPU
         keys, values = (
             torch.stack([planes[i] for i in chosen], 1).flatten(0, 1) for planes in (key_planes, value_planes)
         )
-        settings = (window[1:], strides[1:], steps[1:], causal[1:], scale)
-        out, lse = hdit_na2d(queries, keys, values, *settings, return_lse=True)
-        out, lse = out.view(query.shape), lse.view(query.shape[:-1])
+        axes: Any = (windows, strides, steps, others, scale)
+        out, lse = hdit_na2d(queries, keys, values, *axes, *additional, return_lse=True)
+        additional = [None, None]
+        out, lse = out.view(*query.shape[:-1], -1), lse.view(query.shape[:-1])
         if not all(there):
             unseen = torch.tensor([not one for one in there], device=lse.device)[:, None, None, None]
             lse = lse.masked_fill(unseen, -math.inf)
         outputs.append(out)
         lses.append(lse)
-    return hdit_merge_attentions(outputs, lses)
+    merged = hdit_merge_attentions(outputs, lses)
+    return merged if return_lse else merged[0]
+
+
+_WINDOWS = {1: _row, 2: _plane, 3: _planes}
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -239,25 +246,6 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
     lse = logits.logsumexp(-1)
     out = torch.einsum("bhqk,bkhd->bqhd", (logits - lse[..., None]).exp(), value.to(wide))
     return out.to(query.dtype), lse.transpose(1, 2)
-
-
-_WINDOWS = {1: _row, 2: _plane, 3: _planes}
-
-
-def _grouped(function: Any, query: Tensor, key: Tensor, value: Any, settings: Any) -> tuple[Tensor, Tensor]:
-    """function, of which query, key and value have one number of heads and one head_dim, for any that NATTEN takes.
-
-    Heads of keys are repeated for the queries that share them. Values of another head_dim are cut into pieces of
-    the queries', zeros behind the last, and each piece is a head: the softmax is computed again for each.
-    """
-    heads, dim, value_dim = query.shape[-2], query.shape[-1], value.shape[-1]
-    key, value = (_repeated(t, heads // t.shape[-2]) for t in (key, value))
-    if value_dim == dim:
-        return function(query, key, value, *settings)
-    pieces = -(-value_dim // dim)
-    value = F.pad(value, (0, pieces * dim - value_dim)).unflatten(-1, (pieces, dim)).flatten(-3, -2)
-    out, lse = function(_repeated(query, pieces), _repeated(key, pieces), value, *settings)
-    return out.unflatten(-2, (heads, pieces)).flatten(-2)[..., :value_dim], lse[..., ::pieces]
 
 
 def _repeated(tensor: Tensor, times: int) -> Tensor:

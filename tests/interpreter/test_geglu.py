@@ -41,6 +41,12 @@ def test_strided(d_ff: int, gap: int, seed: int) -> None:
     check(x, dout)
 
 
+def test_many_dimensions(seed: int) -> None:
+    """Four leading dimensions that do not merge, and some that do; every second element."""
+    check(torch.randn(2, 3, 2, 3, 24).permute(0, 3, 2, 1, 4), torch.randn(2, 3, 2, 3, 12))
+    check(torch.randn(2, 3, 2, 3, 24), torch.randn(2, 3, 2, 3, 24)[..., ::2])
+
+
 def test_offset_start(seed: int) -> None:
     """x begins in the middle of a 16-byte word, though its strides are multiples of one."""
     check(torch.randn(5, 64)[:, 3:51], torch.randn(5, 24))

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from hdit import data, processes, recipe, training_step
+from hdit import HDiTConfig, data, processes, recipe, training_step
 from hdit import run as saving
 from hdit import train as training
 from hdit.checkpoint import read_details
 from hdit.data import BatchOrder
+from hdit.demo import ON_GPU
 from hdit.train import CHECKPOINT, main
 from tests.tiny import CONFIG, write_images
 
@@ -61,10 +62,12 @@ def member(rank: int, count: int, port: int, folder: Path, words: list[str], act
     main([word.replace("RANK", str(rank)) for word in words])
 
 
-def run(count: int, folder: Path, *words: object, act: Act = nothing, config: Any = SURE) -> list[int | None]:
+def run(
+    count: int, folder: Path, *words: object, act: Act = nothing, config: HDiTConfig = SURE, patience: float = 60
+) -> list[int | None]:
     """Trains with so many processes, the run's files in folder / "run"; returns their exit statuses.
 
-    RANK in a word is each process's own.
+    RANK in a word is each process's own. patience: seconds until those that hang are killed.
     """
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
@@ -79,7 +82,7 @@ def run(count: int, folder: Path, *words: object, act: Act = nothing, config: An
     for process in every:
         process.start()
     for process in every:
-        process.join(60)
+        process.join(patience)
         process.kill()
     return [process.exitcode for process in every]
 
@@ -336,3 +339,28 @@ def test_variables_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(ValueError, match="^LOCAL_RANK: expected less than 3, the number of GPUs here, got 3: start"):
         processes.device()
+
+
+# On GPUs
+
+
+@pytest.mark.gpu
+def test_losses_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed")
+    levels = tuple(replace(level, dropout=0.0) for level in ON_GPU.config.levels)
+    config = replace(ON_GPU.config, levels=levels, mapping=replace(ON_GPU.config.mapping, dropout=0.0))
+    words = ("--device", "cuda", "--steps", 20, "--batch-size", 16)
+    for count in (1, 2):  # kernels are compiled
+        assert (
+            run(count, tmp_path / str(count), *words, config=config, patience=300) == [0] * count
+        )  # kernels are compiled
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=0.02)  # of bfloat16
+    assert two[0] == pytest.approx(one[0], rel=2e-3)
+    assert said(tmp_path / "2", 0) == [
+        "hdit.train: several processes: steps and samples are not captured as CUDA graphs"
+    ]
+    averages = [torch.load(tmp_path / "2" / f"average.{rank}", map_location="cpu") for rank in range(2)]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])

@@ -193,13 +193,17 @@ class BatchOrder(Sampler[list[int]]):
     """Image indices of the batches first_step, …, last_step - 1 of a run: a pure function of its arguments.
 
     Epoch e is a permutation drawn from (seed, e), and a batch runs on into the next epoch where one ends, so that every
-    image is seen once an epoch. Resuming at any step, with any number of workers, continues the same order.
+    image is seen once an epoch. Resuming at any step, with any number of workers, continues the same order. part: which
+    of each batch's indices to give, as one of several processes.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, first_step: int, last_step: int, part: slice = slice(None)
+    ) -> None:
         self.count, self.batch_size = checks.integer("count", count), checks.integer("batch_size", batch_size)
         self.seed = checks.integer("seed", seed, minimum=-(2**63))
         self.steps = range(checks.integer("first_step", first_step, 0), checks.integer("last_step", last_step, 0))
+        self.part = part
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -214,7 +218,7 @@ class BatchOrder(Sampler[list[int]]):
                     generator = torch.Generator("cpu").manual_seed(seed_of(self.seed, "epoch", epoch))
                     order = torch.randperm(self.count, generator=generator, device="cpu").tolist()
                 batch.append(order[position % self.count])
-            yield batch
+            yield batch[self.part]
 
 
 def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

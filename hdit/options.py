@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hdit._runtime import Parser, at_least
 from hdit.checkpoint import CheckpointError, Details
+from hdit.config import presets
+from hdit.recipe import Recipe
 from hdit_kernels import checks
 
 RANGES = {
@@ -78,3 +82,40 @@ def changes(before: Mapping[str, Any], now: Options) -> list[str]:
             what = f"; {EXACTNESS[name]} are not those of an unbroken run from here on" if name in EXACTNESS else ""
             lines.append(f"--{name.replace('_', '-')} is {value} now and was {before[name]}{what}")
     return lines
+
+
+def parser() -> Parser:
+    """Of the command line; it gives only the arguments that are passed, --output apart."""
+    default = {field.name: field.default for field in fields(Options)}
+    command = Parser(
+        "python -m hdit.train",
+        description="Trains an HDiT on one device, or on several: torchrun --nproc_per_node N -m hdit.train …",
+        argument_default=argparse.SUPPRESS,
+    )
+
+    def add(name: str, kind: Any, text: str) -> None:
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: {default[name]})")
+
+    command.add_argument("--data", help="an image folder, a .zip of one, or the word digits")
+    command.add_argument("--config", help=f".json of hdit or k-diffusion, or a preset: {', '.join(presets)}")
+    command.add_argument("--output", default="run", help="folder of this run (default: run)")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --output, as it was started")
+    command.add_argument("--image-size", type=at_least(1), help="side of the images in pixels, instead of the config's")
+    command.add_argument(
+        "--class-cond", action=argparse.BooleanOptionalAction, help="the data's classes or none (default: the config's)"
+    )
+    add("steps", at_least(1), "steps in all")
+    add("batch_size", at_least(1), "images a step, of all processes together")
+    command.add_argument("--lr", type=float, help=f"learning rate (default: the config's, or {Recipe.lr})")
+    add("seed", int, "seed of everything random")
+    add("save_every", at_least(1), "steps between checkpoints")
+    add("sample_every", at_least(0), "steps between grids of samples, 0 for none")
+    add("workers", at_least(0), "processes that read images")
+    command.add_argument(
+        "--capture", action=argparse.BooleanOptionalAction, help="steps and samples as CUDA graphs (default: on a GPU)"
+    )
+    command.add_argument(
+        "--device",
+        help="cpu, cuda, cuda:<number> or mps (default: a GPU if there is one; of several processes each has its own)",
+    )
+    return command

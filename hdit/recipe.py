@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hdit import processes
 from hdit._runtime import autocast
 from hdit.config import HDiTConfig
+from hdit.data import seed_of
 from hdit.denoiser import WEIGHTINGS, Denoiser
 from hdit.densities import enable_stratified
 from hdit.ema import ema_decay
@@ -146,17 +148,26 @@ class Recipe:
 def batch_loss(
     denoiser: Denoiser, config: HDiTConfig, pixels: Tensor, labels: Tensor, recipe: Recipe | None = None
 ) -> Tensor:
-    """The mean loss of a batch: pixels uint8 [B, C, H, W], labels int64 [B]. Random by torch's global generator."""
+    """The mean loss of a batch: pixels uint8 [B, C, H, W], labels int64 [B]. Random by torch's global generator.
+
+    With several processes (see hdit.processes) the batch is this one's part of a larger one, and each of them, seeded
+    alike, takes its part of what a single process would draw; dropout in the model differs from one to another.
+    """
     checks.same_dtype(**{"pictures": torch.uint8, "pixels": pixels.dtype})
     recipe = recipe or Recipe()
     x = pixels.float() / 127.5 - 1
+    whole = len(x) * processes.count()
+    part = processes.part(whole)
     cond: dict[str, Tensor] = {}
     if config.null_class is not None:
-        dropped = torch.rand(labels.shape, device=labels.device) < recipe.cond_dropout_rate
+        dropped = torch.rand([whole], device=labels.device)[part] < recipe.cond_dropout_rate
         cond["class_cond"] = labels.masked_fill(dropped, config.null_class)
-    sigma = recipe.noise_levels(config, len(x), x.device)
+    sigma = recipe.noise_levels(config, whole, x.device)[part]
+    noise = torch.randn([whole, *x.shape[1:]], dtype=x.dtype, device=x.device)[part]
+    if processes.count() > 1:
+        torch.manual_seed(seed_of(torch.initial_seed(), "process", processes.rank()))
     with autocast(x.device):
-        return denoiser.loss(x, torch.randn_like(x), sigma, **cond).mean()
+        return denoiser.loss(x, noise, sigma, **cond).mean()
 
 
 # k-diffusion's configurations

@@ -17,7 +17,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -201,7 +201,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._since = 0.0
-        self._resting = self._child_ended = False
+        self._resting = self._alone = self._child_ended = False
         self._before: dict[int, Any] = {}
         self._tell: Callable[[int, FrameType | None], Any] = lambda number, frame: None
 
@@ -217,6 +217,11 @@ class Signals:
             with suppress(RuntimeError):
                 self._tell(0, None)
 
+    def stop(self) -> NoReturn:
+        """Stops the run, whose weights are whole: a signal came to this process or to another of the run."""
+        self.caught = self.caught or signal.SIGTERM
+        raise Stopped(self.caught)
+
     def watch_workers(self) -> None:
         """To be called once a DataLoader has started its workers, and so torch's own handler."""
         number = getattr(signal, "SIGCHLD", None)
@@ -225,11 +230,13 @@ class Signals:
             self._handle(number, self._note_child)
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Where the run may be stopped: its weights are whole."""
-        self._resting = True
+    def at_rest(self, alone: bool = True) -> Iterator[None]:
+        """Where the run may be stopped: its weights are whole. alone: False where other processes wait for what is done
+        inside, so that a signal must not stop it.
+        """
+        self._resting, self._alone = True, alone
         try:
-            if self.caught is not None:
+            if alone and self.caught is not None:
                 raise Stopped(self.caught)
             if self._child_ended:
                 self._note_child(0, None)
@@ -249,7 +256,7 @@ class Signals:
         now = time.monotonic()
         if self.caught is None:
             self.caught, self._since = number, now
-            if self._resting:
+            if self._resting and self._alone:
                 raise Stopped(number)
         elif number == signal.SIGINT and now - self._since > AGAIN:
             raise KeyboardInterrupt
@@ -291,7 +298,8 @@ class Saver:
     """Writes a run's checkpoints, at `path`. As a context manager it also saves the finished steps when an error or a
     signal ends the run, and adds to the message what is kept.
 
-    details: those of the checkpoint that path holds, of step 0 if it holds none.
+    details: those of the checkpoint that path holds, of step 0 if it holds none. log: of the same run; None in a
+    process that has a part in the run, but saves nothing.
     """
 
     def __init__(
@@ -301,7 +309,7 @@ class Saver:
         ema_model: HDiT,
         optimizer: torch.optim.Optimizer,
         details: Details,
-        log: LossLog,
+        log: LossLog | None,
         signals: Signals,
     ) -> None:
         self.path, self.details = path, details
@@ -323,11 +331,12 @@ class Saver:
             return
         details = replace(self.details, step=self._step, loss=self._loss)
         self._whole = False  # if this fails, there is no use in trying again
-        self._log.sync()
-        try:
-            save_checkpoint(self.path, *self._state, details)
-        except ArithmeticError as error:
-            raise self.diverged(str(error)) from error
+        if self._log is not None:
+            self._log.sync()
+            try:
+                save_checkpoint(self.path, *self._state, details)
+            except ArithmeticError as error:
+                raise self.diverged(str(error)) from error
         self.details, self._whole = details, True
 
     def diverged(self, what: str) -> NonFiniteLoss:
@@ -347,6 +356,11 @@ class Saver:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if not isinstance(error, (Exception, Stopped)) or isinstance(error, NonFiniteLoss):
             return  # the run's end, a second Ctrl-C, or weights that are not to be kept
+        what, number = _mendable(error), self._signals.caught
+        if self._log is None:
+            if what is not None and isinstance(error, RuntimeError):
+                raise RunError(what) from error
+            return
         lost = ""
         if self._whole:
             try:
@@ -356,10 +370,9 @@ class Saver:
         kept = "nothing is saved yet: start again"
         if self.details.step:
             kept = f"saved {self.path} (step {self.details.step}), go on with --resume"
-        what, number = _mendable(error), self._signals.caught
         if what is None:
             say(f"{kept}{lost}")  # before the traceback of a bug
-        elif number is not None and self._whole:
+        elif number is not None and self._whole and not isinstance(error, ConnectionError):
             raise Stopped(number, f"; {kept}") from error
         else:
             raise RunError(f"{what}; {kept}{lost}") from error

@@ -1,4 +1,6 @@
-"""Trains an HDiT on one device: python -m hdit.train --data FOLDER --config PRESET --output RUN
+"""Trains an HDiT: python -m hdit.train --data FOLDER --config PRESET --output RUN
+
+torchrun --nproc_per_node N -m hdit.train … does it with N processes, each on a GPU of its own (see hdit.processes).
 
 The run's folder gets checkpoint.safetensors (see hdit.checkpoint), loss.csv and samples/<step>.png. Ctrl-C, SIGTERM,
 SIGHUP and errors from outside (see hdit.run) save a checkpoint and stop; --resume continues with exactly the losses
@@ -13,30 +15,29 @@ configuration brings its own; entries that are not used are printed (see hdit.re
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from hdit import processes
 from hdit._files import read_json
 from hdit._memory import require_memory
-from hdit._runtime import Parser, at_least, needs, one_line_errors, pick_device, printable, progress, writable
+from hdit._runtime import Stopped, needs, one_line_errors, printable, progress, writable
 from hdit.checkpoint import CheckpointError, Details, read_details, resume
 from hdit.config import HDiTConfig, presets
 from hdit.data import BatchOrder, DataError, Digits, Images, collate, open_images, seed_of
 from hdit.images import MODES
 from hdit.kdiffusion import config_from_kdiffusion
 from hdit.model import HDiT
-from hdit.options import Options, changes, chosen_options, options_of
+from hdit.options import Options, changes, chosen_options, options_of, parser
 from hdit.recipe import Recipe, recipe_from_kdiffusion
 from hdit.run import LOCK, LossLog, Saver, Signals, leave_group, no_ctrl_c, only_run, say
 from hdit.run import NonFiniteLoss as NonFiniteLoss
@@ -60,7 +61,8 @@ def train(
     """Trains a model from its beginning, or from the checkpoint in output if resuming, until options.steps.
 
     images: may be None for a run that has done its steps already, which is left as it is. recipe: Recipe() if not
-    given. Returns the averaged model. Options that differ from the checkpoint's are named on stderr.
+    given. Returns the averaged model. Options that differ from the checkpoint's are named on stderr. In one of several
+    processes (see hdit.processes) a part of each batch is trained on, and only the first writes into output.
     Raises TypeError, ValueError or OSError, before anything is written, on what can't be trained; CheckpointError if
     output has a checkpoint and shouldn't, or the other way round, or one of another configuration or recipe; DataError
     if resuming with other images; RunError if another run is in output. Once it trains: NonFiniteLoss, keeping the last
@@ -73,10 +75,12 @@ def train(
     details = read_details(output / CHECKPOINT) if resuming else None
     recipe = recipe or Recipe()
     look_ahead(config, recipe, options, output, device, 0 if details is None else details.step)
-    output.mkdir(parents=True, exist_ok=True)
-    # What is made without naming a device is made on the CPU, whatever torch.set_default_device says.
-    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-    with only_run(output), on_cpu:
+    with ExitStack() as stack:
+        if processes.is_first():
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_run(output))
+        if torch.get_default_device().type != "cpu":  # what is made without naming a device is made on the CPU
+            stack.enter_context(torch.device("cpu"))
         return _train(config, recipe, images, options, output, device, resuming)
 
 
@@ -128,7 +132,14 @@ def _train(
         found.loss,
     )
 
-    order = BatchOrder(len(images), options.batch_size, options.seed, details.step, options.steps)
+    processes.require_same(asdict(details))
+    several, writes = processes.count() > 1, processes.is_first()
+    if several and options.capture and device.type == "cuda":
+        say("several processes: steps and samples are not captured as CUDA graphs")
+        options = replace(options, capture=False)
+
+    part = processes.part(options.batch_size)
+    order = BatchOrder(len(images), options.batch_size, options.seed, details.step, options.steps, part)
     workers = 0 if isinstance(images, Digits) else options.workers  # the digits are in memory
     pinned = device.type == "cuda"
     loader = DataLoader(
@@ -137,7 +148,7 @@ def _train(
     )  # fmt: skip
     training = TrainingStep(model, ema_model, optimizer, config, recipe, options.capture)
     with (
-        LossLog(output / "loss.csv", details.step, details.loss) as log,
+        LossLog(output / "loss.csv", details.step, details.loss) if writes else nullcontext() as log,
         Signals() as signals,
         Saver(path, model, ema_model, optimizer, details, log, signals) as saver,
         progress(batches(loader, signals), desc="training", initial=details.step, total=options.steps) as bar,
@@ -148,28 +159,31 @@ def _train(
             last = step == options.steps
             if last or step % options.save_every == 0:
                 saver.save()
-            if options.sample_every and (last or step % options.sample_every == 0):
-                with signals.at_rest():
+            if writes and options.sample_every and (last or step % options.sample_every == 0):
+                # Of several processes none stops by itself: the grid is given up, and soon they agree to stop.
+                with suppress(Stopped) if several and not last else nullcontext(), signals.at_rest():
                     save_samples(ema_model, output / "samples" / f"{step:08}.png", options)
 
         for step, (pixels, labels) in enumerate(bar, details.step + 1):
             torch.manual_seed(seed_of(options.seed, "step", step))
             try:
-                values = training.gradients(pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                numbers = training.gradients(pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True))
             except ValueError as error:  # on a CPU: a scale that is no longer positive, which gives NaN on a GPU
                 if step == 1:
                     raise
                 raise saver.diverged(f"step {step}: {error}") from error
-            if not all(map(math.isfinite, values)):
-                what = f"step {step}: the loss is {values[0]:g} and the norm of its gradient {values[1]:g}"
-                raise saver.diverged(what)
+            loss, norm, stopping = processes.mean(*numbers, signals.caught is not None)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise saver.diverged(f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}")
             if step > details.step + 1:
                 keep(step - 1)  # only now: these weights have shown a finite loss and gradient
-            mean = log.write(step, *values)  # before the weights take the step, so that none is without its line
+            if log is not None:  # before the weights take the step, so that none is without its line
+                bar.set_postfix(loss=f"{log.write(step, loss, norm):.4f}", refresh=False)
             saver.begin()
             training.update(step - 1)
-            saver.finish(step, values[0])
-            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+            saver.finish(step, loss)
+            if stopping:
+                signals.stop()
         keep(options.steps)
     return ema_model
 
@@ -203,10 +217,13 @@ def look_ahead(
             raise ValueError(
                 f"mapping_cond_dim: expected 0, since images have no such vector, got {config.mapping_cond_dim}"
             )
-    require_memory(source, config, device, options.batch_size, training=True)
+    part = processes.part(options.batch_size)
+    require_memory(source, config, device, part.stop - part.start, training=True)
     needs("safetensors.torch", "numpy", "PIL.Image", "tqdm")
     if options.sample_every and config.in_channels not in MODES:
         raise ValueError(f"--sample-every: images of {config.in_channels} channels can't be saved, 1 or 3 can: pass 0")
+    if not processes.is_first():
+        return
     with torch.device("meta"):
         model = HDiT(config)
     if (output / LOCK).exists():
@@ -226,7 +243,7 @@ def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
         iterator = iter(loader)
     signals.watch_workers()
     while True:
-        with signals.at_rest():
+        with signals.at_rest(alone=processes.count() == 1):
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -235,9 +252,10 @@ def batches(loader: DataLoader[Any], signals: Signals) -> Iterator[Any]:
 
 
 def save_samples(model: HDiT, path: Path, options: Options, count: int = 36) -> None:
-    """Writes a grid of samples, of each class in turn; a batch at a time, since so many images fit into memory."""
+    """Writes a grid of samples, of each class in turn; a process's batch at a time, since so many fit into memory."""
     classes = [i % max(model.config.num_classes - 1, 1) for i in range(count)] if model.config.num_classes else None
-    grid = image_grid(generate(model, count, classes, batch_size=options.batch_size, capture=options.capture))
+    batch_size = options.batch_size // processes.count()
+    grid = image_grid(generate(model, count, classes, batch_size=batch_size, capture=options.capture))
     try:
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
@@ -287,6 +305,14 @@ def _naming(source: str) -> Iterator[None]:
         raise ValueError(f"{source}: {error}") from error
 
 
+def open_once(source: str, config: HDiTConfig, excluded: Sequence[str] | None) -> Images:
+    """open_images for config. Of several processes the first alone looks for images that can't be read."""
+    arguments = source, config.image_size, config.in_channels
+    images = open_images(*arguments, excluded) if processes.is_first() else None
+    excluded = processes.from_first(None if images is None else images.excluded)
+    return open_images(*arguments, excluded) if images is None else images
+
+
 def fit_classes(config: HDiTConfig, images: Images, class_cond: bool | None) -> HDiTConfig:
     """config with the class table that class_cond asks for: made for the data's classes, none, or left as it is.
 
@@ -308,45 +334,12 @@ def fit_classes(config: HDiTConfig, images: Images, class_cond: bool | None) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    default = {field.name: field.default for field in fields(Options)}
-    parser = Parser(
-        "python -m hdit.train", description="Trains an HDiT on one device.", argument_default=argparse.SUPPRESS
-    )
-
-    def add(name: str, kind: Any, text: str) -> None:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: {default[name]})")
-
-    parser.add_argument("--data", help="an image folder, a .zip of one, or the word digits")
-    parser.add_argument("--config", help=f".json of hdit or k-diffusion, or a preset: {', '.join(presets)}")
-    parser.add_argument("--output", default="run", help="folder of this run (default: run)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output, as it was started")
-    parser.add_argument("--image-size", type=at_least(1), help="side of the images in pixels, instead of the config's")
-    parser.add_argument(
-        "--class-cond", action=argparse.BooleanOptionalAction, help="the data's classes or none (default: the config's)"
-    )
-    add("steps", at_least(1), "steps in all")
-    add("batch_size", at_least(1), "images a step")
-    parser.add_argument("--lr", type=float, help=f"learning rate (default: the config's, or {Recipe.lr})")
-    add("seed", int, "seed of everything random")
-    add("save_every", at_least(1), "steps between checkpoints")
-    add("sample_every", at_least(0), "steps between grids of samples, 0 for none")
-    add("workers", at_least(0), "processes that read images")
-    parser.add_argument(
-        "--capture", action=argparse.BooleanOptionalAction, help="steps and samples as CUDA graphs (default: on a GPU)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:<number> or mps (default: a GPU if there is one)")
-    args = vars(parser.parse_args(arguments))
-
-    with one_line_errors("hdit.train"):
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-            raise ValueError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but hdit.train runs on one device: start it once, "
-                "without torchrun or its like"
-            )
+    with one_line_errors("hdit.train"), processes.joined():
+        args = vars(parser().parse_args(arguments))
         if not args["output"]:
             raise ValueError("--output: expected a folder, got ''")
-        output, resuming, device = Path(args["output"]), "resume" in args, pick_device(args.get("device"))
-        chosen = {name: value for name, value in args.items() if name in default}
+        output, resuming, device = Path(args["output"]), "resume" in args, processes.device(args.get("device"))
+        chosen = {name: value for name, value in args.items() if name in Options.__dataclass_fields__}
         details = read_details(output / CHECKPOINT) if resuming else None
         if resuming and details is None:
             raise CheckpointError(f"{output / CHECKPOINT} was not written by hdit.train: pass another --output")
@@ -373,11 +366,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = None
         if details is None or details.step < options.steps:  # a finished run's may be gone
             excluded = details.excluded if details is not None else None
-            images = open_images(options.data, config.image_size, config.in_channels, excluded)
+            images = open_once(options.data, config, excluded)
             class_cond = args.get("class_cond")
             if details is None or class_cond is not None:  # a run's own configuration has been made to fit
                 config = fit_classes(config, images, class_cond)
-            print(f"{len(images):,} images, {len(images.class_names) or 'no'} classes, on {device}", file=sys.stderr)
+            several = f"{processes.count()} processes, this one on " if processes.count() > 1 else ""
+            found = f"{len(images):,} images, {len(images.class_names) or 'no'} classes"
+            print(f"{found}, on {several}{device}", file=sys.stderr)
         train(config, images, options, output, device, resuming, recipe)
         print(printable(str(output / CHECKPOINT)))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hdit import processes
 from hdit._runtime import compile_kernels
 from hdit.config import HDiTConfig
 from hdit.cuda_graphs import CapturedStep, capture_step
@@ -22,7 +23,10 @@ from hdit.recipe import Recipe, batch_loss
 
 
 class TrainingStep:
-    """A step of `model` by `recipe`. captured: as CUDA graphs, where the model is on a GPU; the same numbers result."""
+    """A step of `model` by `recipe`. captured: as CUDA graphs, where the model is on a GPU; the same numbers result.
+
+    With several processes (see hdit.processes) each takes its part of a batch, and the gradients are the means of all.
+    """
 
     def __init__(
         self,
@@ -35,22 +39,25 @@ class TrainingStep:
     ) -> None:
         self._model, self._ema_model, self._optimizer = model, ema_model, optimizer
         self._config, self._recipe = config, recipe
-        self._denoiser = Denoiser(model, config.sigma_data, recipe.loss_weighting)
+        self._denoiser = Denoiser(processes.replicated(model), config.sigma_data, recipe.loss_weighting)
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
         self._captured = captured and next(model.parameters()).is_cuda
         self._halves: dict[str, CapturedStep] = {}
         self._compiled = False
 
     def gradients(self, pixels: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Computes them for a batch, clipped; returns the loss and their norm before. Random by torch's generators.
+        """Computes them for a batch, clipped; returns its loss and their norm before. Random by torch's generators.
 
-        pixels uint8 [B, C, H, W] and labels int64 [B], on the model's device. Raises ValueError as batch_loss does.
+        pixels uint8 [B, C, H, W] and labels int64 [B], on the model's device. Raises ValueError as batch_loss does, and
+        ConnectionError if another process is gone.
         """
         if not self._compiled:
             self._compiled = True
             with torch.random.fork_rng([pixels.device] if pixels.is_cuda else []):
-                compile_kernels(pixels.device, lambda: self._compute(pixels, labels))
-        loss, norm = self._run("gradients", self._compute, pixels, labels).tolist()  # the step's one wait for a GPU
+                alone = Denoiser(self._model, self._config.sigma_data, self._recipe.loss_weighting)
+                compile_kernels(pixels.device, lambda: self._compute(pixels, labels, alone))
+        with processes.connected():
+            loss, norm = self._run("gradients", self._compute, pixels, labels).tolist()  # the step's one wait for a GPU
         return loss, norm
 
     def update(self, step: int) -> None:
@@ -72,9 +79,9 @@ class TrainingStep:
             self._halves[name] = capture_step(half, *inputs)
         return self._halves[name](*inputs)
 
-    def _compute(self, pixels: Tensor, labels: Tensor) -> Tensor:
+    def _compute(self, pixels: Tensor, labels: Tensor, denoiser: Denoiser | None = None) -> Tensor:
         self._optimizer.zero_grad()
-        loss = batch_loss(self._denoiser, self._config, pixels, labels, self._recipe)
+        loss = batch_loss(denoiser or self._denoiser, self._config, pixels, labels, self._recipe)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._recipe.max_gradient_norm)
         return torch.stack([loss.detach(), norm])

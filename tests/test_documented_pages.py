@@ -1,8 +1,8 @@
 """README.md and the site's pages: what a reader copies runs, in the order in which it stands there.
 
 Python blocks run as they are, on the CPU, and print what they say. Shell commands run as they are but for their size:
-SMALLER is what each program gets beside its own arguments. `make`, `pip` and what needs a GPU (pytest -m gpu) are
-looked up, not run; benchmarks parse their arguments and measure nothing.
+SMALLER is what each program gets beside its own arguments. `make`, `pip`, what needs a GPU (pytest -m gpu) and several
+processes (torchrun) are looked up, not run; benchmarks parse their arguments and measure nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from PIL import Image
 from benchmarks import __main__ as benchmarks_program
 from benchmarks.results import ROOT
 from hdit import GlobalAttention, HDiTConfig, Level, Mapping
+from hdit.options import Options, parser
 from hdit.train import read_config
 from tests.documented_code import in_order
 
@@ -83,6 +84,11 @@ def run_shell(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         case ["python", "-m", "pytest", *arguments]:  # tests/test_documented_lanes.py starts what stands in the text
             given = set(arguments) & {"-m", "--record"}
             assert given == {word for word in arguments if word.startswith("-")} and (ROOT / "tests").is_dir()
+        case ["torchrun", "--nproc_per_node", count, "-m", "hdit.train", *arguments]:
+            chosen = parser().parse_args(arguments)
+            assert getattr(chosen, "batch_size", Options.batch_size) % int(count) == 0
+            if "--config" in arguments:
+                read_config(chosen.config)
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
         case ["pip", "install", "." | "-e", *_] | ["pip", "install", str()] as words:
@@ -114,6 +120,7 @@ def test_a_false_example_is_found(
         lambda: run_python("print(1 + 1)  # prints 3", "made up", capsys),
         lambda: run_python("print(1 + 1)", "made up", capsys),
         lambda: run_shell("make coffee", monkeypatch),
+        lambda: run_shell("torchrun --nproc_per_node 3 -m hdit.train --batch-size 64", monkeypatch),
         lambda: run_shell("rm -rf .", monkeypatch),
         lambda: run_shell('pip install ".[tea]"', monkeypatch),
         lambda: run_shell("python -m hdit.train --data FOLDER --config flowers-255", monkeypatch),

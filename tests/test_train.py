@@ -704,7 +704,7 @@ def test_bad_options_are_one_line(
         if device != "mps" or not torch.backends.mps.is_available():
             one_line("--device", "--device", device)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE is 2, but hdit.train runs on one device" in error_of(capsys, *needed)
+    assert "WORLD_SIZE is 2, but RANK, LOCAL_RANK" in error_of(capsys, *needed)
     assert not run.exists()
 
 

@@ -39,7 +39,7 @@ def capture(function: Callable[..., Any], graphs: int = MOST_GRAPHS, *, fixed_we
     or not has changed.
 
     fixed_weights: under autocast, round the weights of plain linear layers once instead of in every call, as for a run
-    of sampling (imagenet-256: 5% less time). Later changes of these weights show after `renew` only. `memory` tells the
+    of sampling. Later changes of these weights show after `renew` only. `memory` tells the
     bytes of graphs and copies.
 
     A function that moves random numbers on (dropout) draws those that it would draw eagerly. Forward hooks of modules

@@ -331,6 +331,11 @@ class CapturedStep(_Replayable):
         else:
             self.memory = sum(tensor.nbytes for tensor in self._inputs)
 
+    @property
+    def captured(self) -> bool:
+        """Whether the graph is made: from the third call on."""
+        return self._graph is not None
+
     def __call__(self, *inputs: Tensor) -> Any:
         likes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]
         if likes != self._likes:
@@ -360,6 +365,7 @@ class CapturedStep(_Replayable):
         found: list[Any] = []
         with self._beside(self._device), _no_autocast_cache():
             reason = _waits(lambda: found.append(self._function(*self._inputs)), watch)
+        torch.cuda.empty_cache()  # else what lasts (an optimizer's state) would be put among it and hold all of it
         if reason is not None:
             self._eagerly(reason)
         return _map(torch.clone, found[0])

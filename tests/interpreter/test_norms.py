@@ -94,8 +94,10 @@ def test_dtypes(name, dtype, parameter_dtype, seed) -> None:
 @pytest.mark.parametrize("name", FORWARD)
 def test_several_runs_a_line(name, seed, monkeypatch) -> None:
     """Partial sums of many programs: more blocks than one run holds, runs of unequal length."""
-    monkeypatch.setattr(norms_triton, "RUNS", 6)
-    monkeypatch.setattr(norms_triton, "BLOCK_ELEMENTS", 512)
+    spread = norms_triton.Shape(elements=512, lane=16, stages=2, programs=3)
+    monkeypatch.setattr(norms_triton, "FORWARD", spread)
+    monkeypatch.setattr(norms_triton, "BACKWARD", spread)
+    monkeypatch.setattr(norms_triton.launch, "multiprocessors", lambda device: 2)
     inputs = inputs_of(name, (2, 11, 13, 40), torch.float32, torch.float32)
     check(name, inputs, torch.randn(2, 11, 13, 40))
 

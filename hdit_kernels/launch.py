@@ -258,8 +258,8 @@ def sum_launch(partials: Tensor, like: Tensor) -> tuple[Tensor, Launch]:
     return total, Launch(_sum_partials_kernel, grid, (partials, total), (parts, columns // vector), constants)
 
 
-# Narrow and deep: 1,024 parts are under way at once, since this kernel waits for memory and little else.
-SUM_CONSTANTS = {"BLOCK": 16, "PARTS": 1024, "num_warps": 8}
+# Narrow and deep: thousands of parts of 128 columns still make several programs of few steps.
+SUM_CONSTANTS = {"BLOCK": 16, "PARTS": 256, "num_warps": 4}
 
 
 @kernel

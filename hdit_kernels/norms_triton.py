@@ -8,9 +8,13 @@ A program holds whole rows, several where they are narrow, as blocks [ROWS, BLOC
 a row's statistics from the x that it reads anyway: saving them would add an output to every forward and spare no bytes.
 
 The leading dimensions are seen as [n0, n1, n2], n0 being the batch where every sample has its own parameters. A line is
-the n2 rows of one (i0, i1); blocks of ROWS rows never cross a line, so that only the line is found by division. A
-program walks a run of blocks of one line. In backward it adds up its parameter gradients on the way: few programs, all
-of them at work at once, leave few partial sums, and `launch.sum_launch` adds a sample's.
+the n2 rows of one (i0, i1); blocks of ROWS rows never cross a line, so that only the line is found by division.
+
+Forward, a program takes one block and asks for all that it reads at once. Up to 1,024 channels it is one warp, which
+adds up its rows without a barrier. (A loop over blocks would wait for the parameters before it asks for the first x.)
+
+Backward, few programs, all of them at work at once, each walk a run of blocks of one line, with the next blocks' loads
+under way, and add up their parameter gradients on the way. So few partial sums are left for `launch.sum_launch`.
 """
 
 from __future__ import annotations
@@ -28,19 +32,8 @@ from hdit_kernels import launch
 from hdit_kernels.launch import Launch
 
 MAX_CHANNELS = 16384
-
-
-class Shape(NamedTuple):
-    """How the rows are spread over programs."""
-
-    elements: int  # of a block, unless one row is longer
-    lane: int  # elements of a thread
-    stages: int  # blocks under way at once, the one that is worked on included
-    programs: int  # for each multiprocessor, about; 0: one for each block
-
-
-FORWARD = Shape(elements=2048, lane=16, stages=1, programs=0)
-BACKWARD = Shape(elements=2048, lane=16, stages=3, programs=4)
+STAGES = 3  # of backward's loop: blocks under way at once, the one that is worked on included
+UNDER_WAY = 16384  # bytes of one tensor in the blocks that a multiprocessor's programs work on, in backward
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,18 +72,15 @@ def _norm_forward(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) ->
 def _norm_backward(dout: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
     """dx, then dshift if there is a shift, then dscale."""
     tensors, plan = _planned((dout, x), (scale,), backward=True)
-    dx, scale_partials = launch.empty_like(x), scale.new_empty(plan.partials, dtype=torch.float32)
-    shift_partials = scale_partials if shift is None else torch.empty_like(scale_partials)
+    parameters = (scale,) if shift is None else (shift, scale)
+    partials = [scale.new_empty(plan.partials, dtype=torch.float32) for _ in parameters]
+    dx = launch.empty_like(x)
+    tensors = (*tensors, dx, partials[0], partials[-1])
     constants = plan.constants | {"PER_SAMPLE": scale.ndim == 2, "CENTRED": shift is not None}
-    tensors = (*tensors, dx, shift_partials, scale_partials)
     backward = Launch(_norm_backward_kernel, plan.grid, tensors, (*plan.integers, eps), constants)
-    dscale, sum_scale = launch.sum_launch(scale_partials, scale)
-    if shift is None:
-        launch.run(backward, sum_scale)
-        return dx, dscale
-    dshift, sum_shift = launch.sum_launch(shift_partials, shift)
-    launch.run(backward, sum_shift, sum_scale)
-    return dx, dshift, dscale
+    gradients, sums = zip(*map(launch.sum_launch, partials, parameters), strict=True)
+    launch.run(backward, *sums)
+    return dx, *gradients
 
 
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -130,9 +120,10 @@ def _planned(
     if not launch.readable(strides):
         given = (*launch.rows(*tensors, keep_first=per_sample), *[launch.dense(each) for each in parameters])
         strides = tuple([tensor.stride() for tensor in given])
-    return given, _plan(
-        given[0].shape, strides, len(tensors), per_sample, launch.aligned(*given), backward, given[0].device
-    )
+    x = given[0]
+    multiprocessors = launch.multiprocessors(x.device) if backward else 0
+    aligned = launch.aligned(*given)
+    return given, _plan(x.shape, strides, len(tensors), per_sample, aligned, x.element_size(), multiprocessors)
 
 
 @functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
@@ -142,10 +133,10 @@ def _plan(
     tensors: int,
     per_sample: bool,
     aligned: bool,
-    backward: bool,
-    device: torch.device,
+    element_size: int,
+    multiprocessors: int,
 ) -> _Plan:
-    """given_strides: those of so many tensors, then those of the parameters.
+    """given_strides: those of so many tensors, then those of the parameters. multiprocessors: 0 in forward.
 
     C (`channels`) and all strides are in units of VECTOR elements: kernels multiply them back, which tells the compiler
     that they are multiples of it, so that it moves 16 bytes at a time.
@@ -157,25 +148,29 @@ def _plan(
     strides = [*strides, *[stride[0] if per_sample else 0 for stride in given_strides[tensors:]]]
     vector = launch.vector_width(aligned, channels, *strides)
     block = max(16, triton.next_power_of_2(channels))
-    spread = BACKWARD if backward else FORWARD
-    rows = max(1, spread.elements // block)
-    blocks, lines = launch.cdiv(n2, rows), n0 * n1
-    length = 1  # blocks of a program's run
-    if spread.programs:
-        length = launch.cdiv(blocks, max(1, launch.multiprocessors(device) * spread.programs // max(1, lines)))
-    runs = launch.cdiv(blocks, length) if blocks else 0  # of a line
-    warps = min(16, max(1, rows * block // (32 * spread.lane)))
-    integers = (*[s // vector for s in strides], n1, n2, blocks, length, runs, channels // vector)
-    constants = {"ROWS": rows, "BLOCK": block, "VECTOR": vector, "STAGES": spread.stages, "num_warps": warps}
+    if multiprocessors:  # wide rows one by one: registers hold several such blocks and the sums
+        rows, lane = (2048 // block if block <= 512 else 1), 16
+    else:
+        rows, lane = max(1, 1024 // block), 32
+    blocks, lines = launch.cdiv(n2, rows), n0 * n1  # blocks of a line
+    integers = (*[s // vector for s in strides], n1, n2, blocks)
+    warps = min(16, max(1, rows * block // (32 * lane)))
+    constants = {"ROWS": rows, "BLOCK": block, "VECTOR": vector, "num_warps": warps}
+    if not multiprocessors:
+        return _Plan((lines * blocks, 1, 1), (*integers, channels // vector), constants, (0, 0, 0))
+    programs = multiprocessors * max(1, UNDER_WAY // (rows * block * element_size))
+    length = max(1, launch.cdiv(blocks, max(1, programs // max(1, lines))))  # blocks of a program's run
+    runs = launch.cdiv(blocks, length)  # of a line
     partials = (n0, n1 * runs, channels) if per_sample else (1, lines * runs, channels)
-    return _Plan((lines * runs, 1, 1), integers, constants, partials)
+    constants["STAGES"] = STAGES
+    return _Plan((lines * runs, 1, 1), (*integers, length, runs, channels // vector), constants, partials)
 
 
 @triton.jit
-def _run(n1, blocks, length, runs):
-    """The program's i0, i1 and line, its first block and the one after its last."""
-    line, first = tl.program_id(0) // runs, tl.program_id(0) % runs * length
-    return line // n1, line % n1, line, first, min(first + length, blocks)
+def _line(n1, programs):
+    """The program's i0, i1 and line, and its number among the programs of the line."""
+    line, number = tl.program_id(0) // programs, tl.program_id(0) % programs
+    return line // n1, line % n1, line, number
 
 
 @triton.jit
@@ -186,11 +181,17 @@ def _block(block, n2, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _parameter(pointer, i0, s0, channels, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """A parameter's row [1, BLOCK] in float32, 0 beyond the channels."""
+def _read(pointer, i0, i1, row, column, inside, s0, s1, s2, VECTOR: tl.constexpr):
+    """A block [ROWS, BLOCK] in float32, 0 outside."""
+    return tl.load(pointer + launch.strided(i0, i1, row, column, s0, s1, s2, VECTOR), inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _parameter(pointer, i0, s0, channels, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """A parameter's row [1, BLOCK] in float32, 0 beyond the channels; 1 more if asked."""
     column = tl.arange(0, BLOCK)
-    values = tl.load(pointer + i0.to(tl.int64) * s0 * VECTOR + column, column < channels, other=0.0)
-    return values.to(tl.float32)[None, :]
+    values = tl.load(pointer + i0.to(tl.int64) * s0 * VECTOR + column, column < channels, other=0.0).to(tl.float32)
+    return (values + 1.0 if PLUS_ONE else values)[None, :]
 
 
 @triton.jit
@@ -214,27 +215,21 @@ def _store_partial(pointer, sums, channels, BLOCK: tl.constexpr):
 def _norm_forward_kernel(
     x_ptr, shift_ptr, scale_ptr, out_ptr,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64, shift_s0: tl.int64, scale_s0: tl.int64,
-    n1: tl.int32, n2: tl.int64, blocks: tl.int32, length: tl.int32, runs: tl.int32, channels: tl.int32, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-    PER_SAMPLE: tl.constexpr, CENTRED: tl.constexpr,
+    n1: tl.int32, n2: tl.int64, blocks: tl.int32, channels: tl.int32, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, PER_SAMPLE: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     channels = channels * VECTOR
-    i0, i1, line, first, end = _run(n1, blocks, length, runs)
-    scale = _parameter(scale_ptr, i0, scale_s0, channels, BLOCK, VECTOR)
-    if PER_SAMPLE:
-        scale += 1.0
+    i0, i1, line, block = _line(n1, blocks)
+    row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
+    x = _read(x_ptr, i0, i1, row, column, inside, x_s0, x_s1, x_s2, VECTOR)
+    scale = _parameter(scale_ptr, i0, scale_s0, channels, PER_SAMPLE, BLOCK, VECTOR)
     if CENTRED:
-        shift = _parameter(shift_ptr, i0, shift_s0, channels, BLOCK, VECTOR)
-
-    for block in tl.range(first, end, num_stages=STAGES):
-        row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
-        x_at = launch.strided(i0, i1, row, column, x_s0, x_s1, x_s2, VECTOR)
-        x = tl.load(x_ptr + x_at, inside, other=0.0).to(tl.float32)
-        normal, _ = _normal(x, inside, 1.0 / channels, eps, CENTRED)
-        out = normal * scale
-        if CENTRED:
-            out += shift
-        tl.store(out_ptr + launch.contiguous(line, row, column, n2, channels), out, inside)
+        shift = _parameter(shift_ptr, i0, shift_s0, channels, False, BLOCK, VECTOR)
+    normal, _ = _normal(x, inside, 1.0 / channels, eps, CENTRED)
+    out = normal * scale
+    if CENTRED:
+        out += shift
+    tl.store(out_ptr + launch.contiguous(line, row, column, n2, channels), out, inside)
 
 
 @launch.kernel
@@ -250,19 +245,15 @@ def _norm_backward_kernel(
     centred; dscale = Σ dout · n; dshift = Σ dout."""
     channels = channels * VECTOR
     share = 1.0 / channels
-    i0, i1, line, first, end = _run(n1, blocks, length, runs)
-    scale = _parameter(scale_ptr, i0, scale_s0, channels, BLOCK, VECTOR)
-    if PER_SAMPLE:
-        scale += 1.0
+    i0, i1, line, run = _line(n1, runs)
+    scale = _parameter(scale_ptr, i0, scale_s0, channels, PER_SAMPLE, BLOCK, VECTOR)
     dscale = tl.zeros([ROWS, BLOCK], tl.float32)
     dshift = tl.zeros([ROWS, BLOCK], tl.float32)
 
-    for block in tl.range(first, end, num_stages=STAGES):
+    for block in tl.range(run * length, min(run * length + length, blocks), num_stages=STAGES):
         row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
-        x_at = launch.strided(i0, i1, row, column, x_s0, x_s1, x_s2, VECTOR)
-        dout_at = launch.strided(i0, i1, row, column, dout_s0, dout_s1, dout_s2, VECTOR)
-        x = tl.load(x_ptr + x_at, inside, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + dout_at, inside, other=0.0).to(tl.float32)
+        x = _read(x_ptr, i0, i1, row, column, inside, x_s0, x_s1, x_s2, VECTOR)
+        dout = _read(dout_ptr, i0, i1, row, column, inside, dout_s0, dout_s1, dout_s2, VECTOR)
         normal, rstd = _normal(x, inside, share, eps, CENTRED)
         normal = tl.where(inside, normal, 0.0)  # rows beyond the last are 0 · infinity where eps is 0
         dscale += dout * normal
@@ -282,20 +273,16 @@ def _norm_backward_kernel(
 def _gate_forward_kernel(
     x_ptr, y_ptr, gate_ptr, out_ptr,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64, y_s0: tl.int64, y_s1: tl.int64, y_s2: tl.int64, gate_s0: tl.int64,
-    n1: tl.int32, n2: tl.int64, blocks: tl.int32, length: tl.int32, runs: tl.int32, channels: tl.int32,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    n1: tl.int32, n2: tl.int64, blocks: tl.int32, channels: tl.int32,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     channels = channels * VECTOR
-    i0, i1, line, first, end = _run(n1, blocks, length, runs)
-    gate = _parameter(gate_ptr, i0, gate_s0, channels, BLOCK, VECTOR)
-
-    for block in tl.range(first, end, num_stages=STAGES):
-        row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
-        x_at = launch.strided(i0, i1, row, column, x_s0, x_s1, x_s2, VECTOR)
-        y_at = launch.strided(i0, i1, row, column, y_s0, y_s1, y_s2, VECTOR)
-        x = tl.load(x_ptr + x_at, inside, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + y_at, inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + launch.contiguous(line, row, column, n2, channels), x + gate * y, inside)
+    i0, i1, line, block = _line(n1, blocks)
+    row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
+    x = _read(x_ptr, i0, i1, row, column, inside, x_s0, x_s1, x_s2, VECTOR)
+    y = _read(y_ptr, i0, i1, row, column, inside, y_s0, y_s1, y_s2, VECTOR)
+    gate = _parameter(gate_ptr, i0, gate_s0, channels, False, BLOCK, VECTOR)
+    tl.store(out_ptr + launch.contiguous(line, row, column, n2, channels), x + gate * y, inside)
 
 
 @launch.kernel
@@ -308,16 +295,14 @@ def _gate_backward_kernel(
 ):  # fmt: skip
     """dy = dout · gate; dgate = Σ dout · y."""
     channels = channels * VECTOR
-    i0, i1, line, first, end = _run(n1, blocks, length, runs)
-    gate = _parameter(gate_ptr, i0, gate_s0, channels, BLOCK, VECTOR)
+    i0, i1, line, run = _line(n1, runs)
+    gate = _parameter(gate_ptr, i0, gate_s0, channels, False, BLOCK, VECTOR)
     dgate = tl.zeros([ROWS, BLOCK], tl.float32)
 
-    for block in tl.range(first, end, num_stages=STAGES):
+    for block in tl.range(run * length, min(run * length + length, blocks), num_stages=STAGES):
         row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
-        dout_at = launch.strided(i0, i1, row, column, dout_s0, dout_s1, dout_s2, VECTOR)
-        y_at = launch.strided(i0, i1, row, column, y_s0, y_s1, y_s2, VECTOR)
-        dout = tl.load(dout_ptr + dout_at, inside, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + y_at, inside, other=0.0).to(tl.float32)
+        dout = _read(dout_ptr, i0, i1, row, column, inside, dout_s0, dout_s1, dout_s2, VECTOR)
+        y = _read(y_ptr, i0, i1, row, column, inside, y_s0, y_s1, y_s2, VECTOR)
         dgate += dout * y
         tl.store(dy_ptr + launch.contiguous(line, row, column, n2, channels), dout * gate, inside)
 

@@ -94,10 +94,8 @@ def test_dtypes(name, dtype, parameter_dtype, seed) -> None:
 @pytest.mark.parametrize("name", FORWARD)
 def test_several_runs_a_line(name, seed, monkeypatch) -> None:
     """Partial sums of many programs: more blocks than one run holds, runs of unequal length."""
-    spread = norms_triton.Shape(elements=512, lane=16, stages=2, programs=3)
-    monkeypatch.setattr(norms_triton, "FORWARD", spread)
-    monkeypatch.setattr(norms_triton, "BACKWARD", spread)
-    monkeypatch.setattr(norms_triton.launch, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(norms_triton, "UNDER_WAY", 1)
+    monkeypatch.setattr(norms_triton.launch, "multiprocessors", lambda device: 6)
     inputs = inputs_of(name, (2, 11, 13, 40), torch.float32, torch.float32)
     check(name, inputs, torch.randn(2, 11, 13, 40))
 

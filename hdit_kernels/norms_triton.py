@@ -6,13 +6,11 @@ of b bytes 2·N·b forward (gate 3·N·b) and 3·N·b backward. Parameters and t
 
 A program holds whole rows, several where they are narrow, as blocks [ROWS, BLOCK] in registers. So backward recomputes
 a row's statistics from the x that it reads anyway: saving them would add an output to every forward and spare no bytes.
-
 The leading dimensions are seen as [n0, n1, n2], n0 being the batch where every sample has its own parameters. A line is
 the n2 rows of one (i0, i1); blocks of ROWS rows never cross a line, so that only the line is found by division.
 
 Forward, a program takes one block and asks for all that it reads at once. Up to 1,024 channels it is one warp, which
 adds up its rows without a barrier. (A loop over blocks would wait for the parameters before it asks for the first x.)
-
 Backward, few programs, all of them at work at once, each walk a run of blocks of one line, with the next blocks' loads
 under way, and add up their parameter gradients on the way. So few partial sums are left for `launch.sum_launch`.
 """
@@ -73,8 +71,7 @@ def _norm_backward(dout: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor,
     """dx, then dshift if there is a shift, then dscale."""
     tensors, plan = _planned((dout, x), (scale,), backward=True)
     parameters = (scale,) if shift is None else (shift, scale)
-    partials = [scale.new_empty(plan.partials, dtype=torch.float32) for _ in parameters]
-    dx = launch.empty_like(x)
+    dx, partials = launch.empty_like(x), [scale.new_empty(plan.partials, dtype=torch.float32) for _ in parameters]
     tensors = (*tensors, dx, partials[0], partials[-1])
     constants = plan.constants | {"PER_SAMPLE": scale.ndim == 2, "CENTRED": shift is not None}
     backward = Launch(_norm_backward_kernel, plan.grid, tensors, (*plan.integers, eps), constants)
@@ -94,8 +91,8 @@ def gated_residual_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tens
     tensors, plan = _planned((dout, y), (gate,), backward=True)
     dy, partials = launch.empty_like(y), gate.new_empty(plan.partials, dtype=torch.float32)
     backward = Launch(_gate_backward_kernel, plan.grid, (*tensors, dy, partials), plan.integers, plan.constants)
-    dgate, sum_gate = launch.sum_launch(partials, gate)
-    launch.run(backward, sum_gate)
+    dgate, summing = launch.sum_launch(partials, gate)
+    launch.run(backward, summing)
     return dy, dgate
 
 
@@ -120,9 +117,8 @@ def _planned(
     if not launch.readable(strides):
         given = (*launch.rows(*tensors, keep_first=per_sample), *[launch.dense(each) for each in parameters])
         strides = tuple([tensor.stride() for tensor in given])
-    x = given[0]
+    x, aligned = given[0], launch.aligned(*given)
     multiprocessors = launch.multiprocessors(x.device) if backward else 0
-    aligned = launch.aligned(*given)
     return given, _plan(x.shape, strides, len(tensors), per_sample, aligned, x.element_size(), multiprocessors)
 
 
@@ -162,8 +158,8 @@ def _plan(
     length = max(1, launch.cdiv(blocks, max(1, programs // max(1, lines))))  # blocks of a program's run
     runs = launch.cdiv(blocks, length)  # of a line
     partials = (n0, n1 * runs, channels) if per_sample else (1, lines * runs, channels)
-    constants["STAGES"] = STAGES
-    return _Plan((lines * runs, 1, 1), (*integers, length, runs, channels // vector), constants, partials)
+    integers, constants = (*integers, length, runs, channels // vector), constants | {"STAGES": STAGES}
+    return _Plan((lines * runs, 1, 1), integers, constants, partials)
 
 
 @triton.jit
@@ -226,9 +222,7 @@ def _norm_forward_kernel(
     if CENTRED:
         shift = _parameter(shift_ptr, i0, shift_s0, channels, False, BLOCK, VECTOR)
     normal, _ = _normal(x, inside, 1.0 / channels, eps, CENTRED)
-    out = normal * scale
-    if CENTRED:
-        out += shift
+    out = normal * scale + shift if CENTRED else normal * scale
     tl.store(out_ptr + launch.contiguous(line, row, column, n2, channels), out, inside)
 
 
@@ -247,9 +241,7 @@ def _norm_backward_kernel(
     share = 1.0 / channels
     i0, i1, line, run = _line(n1, runs)
     scale = _parameter(scale_ptr, i0, scale_s0, channels, PER_SAMPLE, BLOCK, VECTOR)
-    dscale = tl.zeros([ROWS, BLOCK], tl.float32)
-    dshift = tl.zeros([ROWS, BLOCK], tl.float32)
-
+    dscale, dshift = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
     for block in tl.range(run * length, min(run * length + length, blocks), num_stages=STAGES):
         row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
         x = _read(x_ptr, i0, i1, row, column, inside, x_s0, x_s1, x_s2, VECTOR)
@@ -298,7 +290,6 @@ def _gate_backward_kernel(
     i0, i1, line, run = _line(n1, runs)
     gate = _parameter(gate_ptr, i0, gate_s0, channels, False, BLOCK, VECTOR)
     dgate = tl.zeros([ROWS, BLOCK], tl.float32)
-
     for block in tl.range(run * length, min(run * length + length, blocks), num_stages=STAGES):
         row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
         dout = _read(dout_ptr, i0, i1, row, column, inside, dout_s0, dout_s1, dout_s2, VECTOR)

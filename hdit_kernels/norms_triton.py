@@ -6,11 +6,13 @@ of b bytes 2·N·b forward (gate 3·N·b) and 3·N·b backward. Parameters and t
 
 A program holds whole rows, several where they are narrow, as blocks [ROWS, BLOCK] in registers. So backward recomputes
 a row's statistics from the x that it reads anyway: saving them would add an output to every forward and spare no bytes.
-
 The leading dimensions are seen as [n0, n1, n2], n0 being the batch where every sample has its own parameters. A line is
-the n2 rows of one (i0, i1); blocks of ROWS rows never cross a line, so that only the line is found by division. In
-backward a program adds up its parameter gradients over a run of blocks of one line, and `launch.sum_launch` adds a
-sample's runs.
+the n2 rows of one (i0, i1); blocks of ROWS rows never cross a line, so that only the line is found by division.
+
+Forward, a program takes one block and asks for all that it reads at once. Up to 1,024 channels it is one warp, which
+adds up its rows without a barrier. (A loop over blocks would wait for the parameters before it asks for the first x.)
+Backward, few programs, all of them at work at once, each walk a run of blocks of one line, with the next blocks' loads
+under way, and add up their parameter gradients on the way. So few partial sums are left for `launch.sum_launch`.
 """
 
 from __future__ import annotations
@@ -28,9 +30,8 @@ from hdit_kernels import launch
 from hdit_kernels.launch import Launch
 
 MAX_CHANNELS = 16384
-BLOCK_ELEMENTS = 2048  # with 4 warps 16 a thread: two 16-byte loads of bfloat16
-RUNS = 2048  # programs of a backward, about: a few waves on the largest GPUs, and few enough partial sums
-RUN_ROWS = 8  # at least, so that partial sums stay small beside the rows
+STAGES = 3  # of backward's loop: blocks under way at once, the one that is worked on included
+UNDER_WAY = 16384  # bytes of one tensor in the blocks that a multiprocessor's programs work on, in backward
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -69,18 +70,14 @@ def _norm_forward(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) ->
 def _norm_backward(dout: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
     """dx, then dshift if there is a shift, then dscale."""
     tensors, plan = _planned((dout, x), (scale,), backward=True)
-    dx, scale_partials = launch.empty_like(x), scale.new_empty(plan.partials, dtype=torch.float32)
-    shift_partials = scale_partials if shift is None else torch.empty_like(scale_partials)
+    parameters = (scale,) if shift is None else (shift, scale)
+    dx, partials = launch.empty_like(x), [scale.new_empty(plan.partials, dtype=torch.float32) for _ in parameters]
+    tensors = (*tensors, dx, partials[0], partials[-1])
     constants = plan.constants | {"PER_SAMPLE": scale.ndim == 2, "CENTRED": shift is not None}
-    tensors = (*tensors, dx, shift_partials, scale_partials)
     backward = Launch(_norm_backward_kernel, plan.grid, tensors, (*plan.integers, eps), constants)
-    dscale, sum_scale = launch.sum_launch(scale_partials, scale)
-    if shift is None:
-        launch.run(backward, sum_scale)
-        return dx, dscale
-    dshift, sum_shift = launch.sum_launch(shift_partials, shift)
-    launch.run(backward, sum_shift, sum_scale)
-    return dx, dshift, dscale
+    gradients, sums = zip(*map(launch.sum_launch, partials, parameters), strict=True)
+    launch.run(backward, *sums)
+    return dx, *gradients
 
 
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -94,8 +91,8 @@ def gated_residual_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tens
     tensors, plan = _planned((dout, y), (gate,), backward=True)
     dy, partials = launch.empty_like(y), gate.new_empty(plan.partials, dtype=torch.float32)
     backward = Launch(_gate_backward_kernel, plan.grid, (*tensors, dy, partials), plan.integers, plan.constants)
-    dgate, sum_gate = launch.sum_launch(partials, gate)
-    launch.run(backward, sum_gate)
+    dgate, summing = launch.sum_launch(partials, gate)
+    launch.run(backward, summing)
     return dy, dgate
 
 
@@ -120,7 +117,9 @@ def _planned(
     if not launch.readable(strides):
         given = (*launch.rows(*tensors, keep_first=per_sample), *[launch.dense(each) for each in parameters])
         strides = tuple([tensor.stride() for tensor in given])
-    return given, _plan(given[0].shape, strides, len(tensors), per_sample, launch.aligned(*given), backward)
+    x, aligned = given[0], launch.aligned(*given)
+    multiprocessors = launch.multiprocessors(x.device) if backward else 0
+    return given, _plan(x.shape, strides, len(tensors), per_sample, aligned, x.element_size(), multiprocessors)
 
 
 @functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
@@ -130,9 +129,10 @@ def _plan(
     tensors: int,
     per_sample: bool,
     aligned: bool,
-    backward: bool,
+    element_size: int,
+    multiprocessors: int,
 ) -> _Plan:
-    """given_strides: those of so many tensors, then those of the parameters.
+    """given_strides: those of so many tensors, then those of the parameters. multiprocessors: 0 in forward.
 
     C (`channels`) and all strides are in units of VECTOR elements: kernels multiply them back, which tells the compiler
     that they are multiples of it, so that it moves 16 bytes at a time.
@@ -144,44 +144,67 @@ def _plan(
     strides = [*strides, *[stride[0] if per_sample else 0 for stride in given_strides[tensors:]]]
     vector = launch.vector_width(aligned, channels, *strides)
     block = max(16, triton.next_power_of_2(channels))
-    rows = max(1, BLOCK_ELEMENTS // block)
-    blocks = launch.cdiv(n2, rows)  # of a line
+    if multiprocessors:  # wide rows one by one: registers hold several such blocks and the sums
+        rows, lane = (2048 // block if block <= 512 else 1), 16
+    else:
+        rows, lane = max(1, 1024 // block), 32
+    blocks, lines = launch.cdiv(n2, rows), n0 * n1  # blocks of a line
     integers = (*[s // vector for s in strides], n1, n2, blocks)
-    constants = {"ROWS": rows, "BLOCK": block, "VECTOR": vector, "num_warps": min(16, rows * block // 512)}
-    if not backward:
-        return _Plan((n0 * n1 * blocks, 1, 1), (*integers, channels // vector), constants, (0, 0, 0))
-    length = max(launch.cdiv(n0 * n1 * blocks, RUNS), launch.cdiv(RUN_ROWS, rows))  # blocks of a program's run
+    warps = min(16, max(1, rows * block // (32 * lane)))
+    constants = {"ROWS": rows, "BLOCK": block, "VECTOR": vector, "num_warps": warps}
+    if not multiprocessors:
+        return _Plan((lines * blocks, 1, 1), (*integers, channels // vector), constants, (0, 0, 0))
+    programs = multiprocessors * max(1, UNDER_WAY // (rows * block * element_size))
+    length = max(1, launch.cdiv(blocks, max(1, programs // max(1, lines))))  # blocks of a program's run
     runs = launch.cdiv(blocks, length)  # of a line
-    partials = (n0, n1 * runs, channels) if per_sample else (1, n0 * n1 * runs, channels)
-    return _Plan((n0 * n1 * runs, 1, 1), (*integers, length, runs, channels // vector), constants, partials)
+    partials = (n0, n1 * runs, channels) if per_sample else (1, lines * runs, channels)
+    integers, constants = (*integers, length, runs, channels // vector), constants | {"STAGES": STAGES}
+    return _Plan((lines * runs, 1, 1), integers, constants, partials)
 
 
 @triton.jit
-def _strided(i0, i1, row, column, s0, s1, s2, VECTOR: tl.constexpr):
-    """Offsets [ROWS, BLOCK] in a tensor of the given strides, int64."""
-    return (i0.to(tl.int64) * s0 + i1.to(tl.int64) * s1) * VECTOR + (row * s2 * VECTOR)[:, None] + column[None, :]
+def _line(n1, programs):
+    """The program's i0, i1 and line, and its number among the programs of the line."""
+    line, number = tl.program_id(0) // programs, tl.program_id(0) % programs
+    return line // n1, line % n1, line, number
 
 
 @triton.jit
-def _contiguous(line, row, column, n2, channels):
-    """Offsets [ROWS, BLOCK] in a contiguous tensor, int64."""
-    return ((line.to(tl.int64) * n2 + row) * channels)[:, None] + column[None, :]
+def _block(block, n2, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A block's row indices [ROWS], columns [BLOCK] and which elements exist [ROWS, BLOCK]."""
+    row, column = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    return row, column, (row < n2)[:, None] & (column < channels)[None, :]
 
 
 @triton.jit
-def _parameter(pointer, i0, s0, column, channels, VECTOR: tl.constexpr):
-    """A parameter's row [1, BLOCK] in float32, 0 beyond the channels."""
-    values = tl.load(pointer + i0.to(tl.int64) * s0 * VECTOR + column, column < channels, other=0.0)
-    return values.to(tl.float32)[None, :]
+def _read(pointer, i0, i1, row, column, inside, s0, s1, s2, VECTOR: tl.constexpr):
+    """A block [ROWS, BLOCK] in float32, 0 outside."""
+    return tl.load(pointer + launch.strided(i0, i1, row, column, s0, s1, s2, VECTOR), inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _normal(x, inside, channels, eps, CENTRED: tl.constexpr):
-    """x / sqrt(mean(x²) + eps), x (0 outside) centred first where CENTRED, and the factor 1 / sqrt(…), [ROWS, 1]."""
+def _parameter(pointer, i0, s0, channels, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """A parameter's row [1, BLOCK] in float32, 0 beyond the channels; 1 more if asked."""
+    column = tl.arange(0, BLOCK)
+    values = tl.load(pointer + i0.to(tl.int64) * s0 * VECTOR + column, column < channels, other=0.0).to(tl.float32)
+    return (values + 1.0 if PLUS_ONE else values)[None, :]
+
+
+@triton.jit
+def _normal(x, inside, share, eps, CENTRED: tl.constexpr):
+    """x / sqrt(mean(x²) + eps), x (0 outside) centred first where CENTRED, and the factor 1 / sqrt(…), [ROWS, 1].
+    share: of one channel in a mean."""
     if CENTRED:
-        x = tl.where(inside, x - (tl.sum(x, 1) / channels)[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, 1) / channels + eps)[:, None]
+        x = tl.where(inside, x - (tl.sum(x, 1) * share)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) * share + eps)[:, None]
     return x * rstd, rstd
+
+
+@triton.jit
+def _store_partial(pointer, sums, channels, BLOCK: tl.constexpr):
+    """A program's sums [ROWS, BLOCK] over its rows."""
+    column = tl.arange(0, BLOCK)
+    tl.store(pointer + tl.program_id(0).to(tl.int64) * channels + column, tl.sum(sums, 0), column < channels)
 
 
 @launch.kernel
@@ -191,23 +214,16 @@ def _norm_forward_kernel(
     n1: tl.int32, n2: tl.int64, blocks: tl.int32, channels: tl.int32, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, PER_SAMPLE: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """A program: one block of rows."""
     channels = channels * VECTOR
-    line, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    i0, i1 = line // n1, line % n1
-    row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = (row < n2)[:, None] & (column < channels)[None, :]
-    scale = _parameter(scale_ptr, i0, scale_s0, column, channels, VECTOR)
-    if PER_SAMPLE:
-        scale += 1.0
-
-    x = tl.load(x_ptr + _strided(i0, i1, row, column, x_s0, x_s1, x_s2, VECTOR), inside, other=0.0).to(tl.float32)
-    normal, _ = _normal(x, inside, channels, eps, CENTRED)
-    out = normal * scale
+    i0, i1, line, block = _line(n1, blocks)
+    row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
+    x = _read(x_ptr, i0, i1, row, column, inside, x_s0, x_s1, x_s2, VECTOR)
+    scale = _parameter(scale_ptr, i0, scale_s0, channels, PER_SAMPLE, BLOCK, VECTOR)
     if CENTRED:
-        out += _parameter(shift_ptr, i0, shift_s0, column, channels, VECTOR)
-    tl.store(out_ptr + _contiguous(line, row, column, n2, channels), out, inside)
+        shift = _parameter(shift_ptr, i0, shift_s0, channels, False, BLOCK, VECTOR)
+    normal, _ = _normal(x, inside, 1.0 / channels, eps, CENTRED)
+    out = normal * scale + shift if CENTRED else normal * scale
+    tl.store(out_ptr + launch.contiguous(line, row, column, n2, channels), out, inside)
 
 
 @launch.kernel
@@ -216,41 +232,33 @@ def _norm_backward_kernel(
     dout_s0: tl.int64, dout_s1: tl.int64, dout_s2: tl.int64,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64, scale_s0: tl.int64,
     n1: tl.int32, n2: tl.int64, blocks: tl.int32, length: tl.int32, runs: tl.int32, channels: tl.int32, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, PER_SAMPLE: tl.constexpr, CENTRED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """A program: one run of blocks. With n the normalised x and g = dout · scale: dx = rstd · (g − n · mean(g · n)),
-    less rstd · mean(g) where x is centred; dscale = Σ dout · n; dshift = Σ dout."""
+    """With n the normalised x and g = dout · scale: dx = rstd · (g − n · mean(g · n)), less rstd · mean(g) where x is
+    centred; dscale = Σ dout · n; dshift = Σ dout."""
     channels = channels * VECTOR
-    line, run = tl.program_id(0) // runs, tl.program_id(0) % runs
-    i0, i1 = line // n1, line % n1
-    column = tl.arange(0, BLOCK)
-    scale = _parameter(scale_ptr, i0, scale_s0, column, channels, VECTOR)
-    if PER_SAMPLE:
-        scale += 1.0
-    dscale = tl.zeros([ROWS, BLOCK], tl.float32)
-    dshift = tl.zeros([ROWS, BLOCK], tl.float32)
-
-    for block in range(run * length, min(run * length + length, blocks)):
-        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (row < n2)[:, None] & (column < channels)[None, :]
-        x_at = _strided(i0, i1, row, column, x_s0, x_s1, x_s2, VECTOR)
-        dout_at = _strided(i0, i1, row, column, dout_s0, dout_s1, dout_s2, VECTOR)
-        x = tl.load(x_ptr + x_at, inside, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + dout_at, inside, other=0.0).to(tl.float32)
-        normal, rstd = _normal(x, inside, channels, eps, CENTRED)
+    share = 1.0 / channels
+    i0, i1, line, run = _line(n1, runs)
+    scale = _parameter(scale_ptr, i0, scale_s0, channels, PER_SAMPLE, BLOCK, VECTOR)
+    dscale, dshift = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+    for block in tl.range(run * length, min(run * length + length, blocks), num_stages=STAGES):
+        row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
+        x = _read(x_ptr, i0, i1, row, column, inside, x_s0, x_s1, x_s2, VECTOR)
+        dout = _read(dout_ptr, i0, i1, row, column, inside, dout_s0, dout_s1, dout_s2, VECTOR)
+        normal, rstd = _normal(x, inside, share, eps, CENTRED)
         normal = tl.where(inside, normal, 0.0)  # rows beyond the last are 0 · infinity where eps is 0
         dscale += dout * normal
         dnormal = dout * scale
-        dx = dnormal - normal * (tl.sum(dnormal * normal, 1) / channels)[:, None]
+        dx = dnormal - normal * (tl.sum(dnormal * normal, 1) * share)[:, None]
         if CENTRED:
             dshift += dout
-            dx -= (tl.sum(dnormal, 1) / channels)[:, None]
-        tl.store(dx_ptr + _contiguous(line, row, column, n2, channels), dx * rstd, inside)
+            dx -= (tl.sum(dnormal, 1) * share)[:, None]
+        tl.store(dx_ptr + launch.contiguous(line, row, column, n2, channels), dx * rstd, inside)
 
-    partial_at = tl.program_id(0).to(tl.int64) * channels + column
-    tl.store(dscale_ptr + partial_at, tl.sum(dscale, 0), column < channels)
+    _store_partial(dscale_ptr, dscale, channels, BLOCK)
     if CENTRED:
-        tl.store(dshift_ptr + partial_at, tl.sum(dshift, 0), column < channels)
+        _store_partial(dshift_ptr, dshift, channels, BLOCK)
 
 
 @launch.kernel
@@ -260,17 +268,13 @@ def _gate_forward_kernel(
     n1: tl.int32, n2: tl.int64, blocks: tl.int32, channels: tl.int32,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A program: one block of rows."""
     channels = channels * VECTOR
-    line, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    i0, i1 = line // n1, line % n1
-    row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = (row < n2)[:, None] & (column < channels)[None, :]
-    gate = _parameter(gate_ptr, i0, gate_s0, column, channels, VECTOR)
-    x = tl.load(x_ptr + _strided(i0, i1, row, column, x_s0, x_s1, x_s2, VECTOR), inside).to(tl.float32)
-    y = tl.load(y_ptr + _strided(i0, i1, row, column, y_s0, y_s1, y_s2, VECTOR), inside).to(tl.float32)
-    tl.store(out_ptr + _contiguous(line, row, column, n2, channels), x + gate * y, inside)
+    i0, i1, line, block = _line(n1, blocks)
+    row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
+    x = _read(x_ptr, i0, i1, row, column, inside, x_s0, x_s1, x_s2, VECTOR)
+    y = _read(y_ptr, i0, i1, row, column, inside, y_s0, y_s1, y_s2, VECTOR)
+    gate = _parameter(gate_ptr, i0, gate_s0, channels, False, BLOCK, VECTOR)
+    tl.store(out_ptr + launch.contiguous(line, row, column, n2, channels), x + gate * y, inside)
 
 
 @launch.kernel
@@ -279,25 +283,18 @@ def _gate_backward_kernel(
     dout_s0: tl.int64, dout_s1: tl.int64, dout_s2: tl.int64,
     y_s0: tl.int64, y_s1: tl.int64, y_s2: tl.int64, gate_s0: tl.int64,
     n1: tl.int32, n2: tl.int64, blocks: tl.int32, length: tl.int32, runs: tl.int32, channels: tl.int32,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: one run of blocks. dy = dout · gate; dgate = Σ dout · y."""
+    """dy = dout · gate; dgate = Σ dout · y."""
     channels = channels * VECTOR
-    line, run = tl.program_id(0) // runs, tl.program_id(0) % runs
-    i0, i1 = line // n1, line % n1
-    column = tl.arange(0, BLOCK)
-    gate = _parameter(gate_ptr, i0, gate_s0, column, channels, VECTOR)
+    i0, i1, line, run = _line(n1, runs)
+    gate = _parameter(gate_ptr, i0, gate_s0, channels, False, BLOCK, VECTOR)
     dgate = tl.zeros([ROWS, BLOCK], tl.float32)
-
-    for block in range(run * length, min(run * length + length, blocks)):
-        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (row < n2)[:, None] & (column < channels)[None, :]
-        dout_at = _strided(i0, i1, row, column, dout_s0, dout_s1, dout_s2, VECTOR)
-        y_at = _strided(i0, i1, row, column, y_s0, y_s1, y_s2, VECTOR)
-        dout = tl.load(dout_ptr + dout_at, inside, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + y_at, inside, other=0.0).to(tl.float32)
+    for block in tl.range(run * length, min(run * length + length, blocks), num_stages=STAGES):
+        row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
+        dout = _read(dout_ptr, i0, i1, row, column, inside, dout_s0, dout_s1, dout_s2, VECTOR)
+        y = _read(y_ptr, i0, i1, row, column, inside, y_s0, y_s1, y_s2, VECTOR)
         dgate += dout * y
-        tl.store(dy_ptr + _contiguous(line, row, column, n2, channels), dout * gate, inside)
+        tl.store(dy_ptr + launch.contiguous(line, row, column, n2, channels), dout * gate, inside)
 
-    partial_at = tl.program_id(0).to(tl.int64) * channels + column
-    tl.store(dgate_ptr + partial_at, tl.sum(dgate, 0), column < channels)
+    _store_partial(dgate_ptr, dgate, channels, BLOCK)

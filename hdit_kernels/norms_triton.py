@@ -4,13 +4,14 @@ All are bound by memory: a norm reads x and writes the output, its backward read
 reads x and y and writes the output, its backward reads dout and y and writes dy. Each is touched once: for N elements
 of b bytes 2·N·b forward (gate 3·N·b) and 3·N·b backward. Parameters and the float32 partial sums are small beside them.
 
-A program holds whole rows, several where they are narrow, as blocks [ROWS, BLOCK] in registers. So backward recomputes
-a row's statistics from the x that it reads anyway: saving them would add an output to every forward and spare no bytes.
-The leading dimensions are seen as [n0, n1, n2], n0 being the batch where every sample has its own parameters. A line is
-the n2 rows of one (i0, i1); blocks of ROWS rows never cross a line, so that only the line is found by division.
+A program holds whole rows, several where they are narrow, in registers. So backward recomputes a row's statistics from
+the x that it reads anyway: saving them would add an output to every forward and spare no bytes. The leading dimensions
+are seen as [n0, n1, n2], n0 being the batch where every sample has its own parameters. A line is the n2 rows of one
+(i0, i1); programs never cross a line.
 
-Forward, a program takes one block and asks for all that it reads at once. Up to 1,024 channels it is one warp, which
-adds up its rows without a barrier. (A loop over blocks would wait for the parameters before it asks for the first x.)
+Forward, a program asks for all that it reads at once; a loop would wait for the parameters first. A norm's row is cut
+into parts of 512 bytes, or fewer that divide it, so that one warp has whole rows and adds them up without a barrier,
+and no lane is idle at widths like 384 and 768. From 1,024 channels on, several warps share a row.
 Backward, few programs, all of them at work at once, each walk a run of blocks of one line, with the next blocks' loads
 under way, and add up their parameter gradients on the way. So few partial sums are left for `launch.sum_launch`.
 """
@@ -18,8 +19,8 @@ under way, and add up their parameter gradients on the way. So few partial sums 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,6 +32,8 @@ from hdit_kernels.launch import Launch
 
 MAX_CHANNELS = 16384
 STAGES = 3  # of backward's loop: blocks under way at once, the one that is worked on included
+LINES = 32768  # of one of the grid's axes, which has at most 65,535 programs
+LINES_OF_AN_AXIS = tl.constexpr(LINES)
 UNDER_WAY = 16384  # bytes of one tensor in the blocks that a multiprocessor's programs work on, in backward
 
 
@@ -60,7 +63,7 @@ def ada_layer_norm_backward(dout: Tensor, x: Tensor, shift: Tensor, scale: Tenso
 
 def _norm_forward(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) -> Tensor:
     """With a shift a layer norm. scale [C] multiplies as it is; scale [B, C], one per sample, as 1 + scale."""
-    tensors, plan = _planned((x,), (scale if shift is None else shift, scale))
+    tensors, plan = _planned((x,), (scale if shift is None else shift, scale), _norm_forward_block)
     out = launch.empty_like(x)
     constants = plan.constants | {"PER_SAMPLE": scale.ndim == 2, "CENTRED": shift is not None}
     launch.run(Launch(_norm_forward_kernel, plan.grid, (*tensors, out), (*plan.integers, eps), constants))
@@ -69,7 +72,7 @@ def _norm_forward(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) ->
 
 def _norm_backward(dout: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
     """dx, then dshift if there is a shift, then dscale."""
-    tensors, plan = _planned((dout, x), (scale,), backward=True)
+    tensors, plan = _planned((dout, x), (scale,), _backward_block)
     parameters = (scale,) if shift is None else (shift, scale)
     dx, partials = launch.empty_like(x), [scale.new_empty(plan.partials, dtype=torch.float32) for _ in parameters]
     tensors = (*tensors, dx, partials[0], partials[-1])
@@ -81,14 +84,14 @@ def _norm_backward(dout: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor,
 
 
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    tensors, plan = _planned((x, y), (gate,))
+    tensors, plan = _planned((x, y), (gate,), _gate_forward_block)
     out = launch.empty_like(x)
     launch.run(Launch(_gate_forward_kernel, plan.grid, (*tensors, out), plan.integers, plan.constants))
     return out
 
 
 def gated_residual_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    tensors, plan = _planned((dout, y), (gate,), backward=True)
+    tensors, plan = _planned((dout, y), (gate,), _backward_block)
     dy, partials = launch.empty_like(y), gate.new_empty(plan.partials, dtype=torch.float32)
     backward = Launch(_gate_backward_kernel, plan.grid, (*tensors, dy, partials), plan.integers, plan.constants)
     dgate, summing = launch.sum_launch(partials, gate)
@@ -105,8 +108,36 @@ class _Plan(NamedTuple):
     partials: tuple[int, int, int]
 
 
+Block = dict[str, Any]  # a kernel's constants that say what of a line it takes at once: ROWS and how wide they are
+
+
+def _norm_forward_block(channels: int, element_size: int) -> Block:
+    if channels >= 1024:
+        width = triton.next_power_of_2(channels)
+        rows, warps = max(1, 2048 // width), min(16, max(4, width // 512))
+        return {"ROWS": rows, "PARTS": 1, "WIDTH": width, "EXACT": width == channels, "num_warps": warps}
+    widest = 512 // element_size
+    dividing = [width for width in (256, 128, 64) if width <= widest and channels % width == 0]
+    width = max(dividing, default=min(widest, max(16, triton.next_power_of_2(channels))))
+    parts = launch.cdiv(channels, width)
+    rows = 4 * 2 * (widest // width)  # for 4 warps, 2 times what a warp reads at once
+    return {"ROWS": rows, "PARTS": parts, "WIDTH": width, "EXACT": parts * width == channels, "num_warps": 4}
+
+
+def _gate_forward_block(channels: int, element_size: int) -> Block:
+    block = max(16, triton.next_power_of_2(channels))
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
+
+
+def _backward_block(channels: int, element_size: int) -> Block:
+    """Wide rows one by one: registers hold several such blocks and the sums."""
+    block = max(16, triton.next_power_of_2(channels))
+    rows = 2048 // block if block <= 512 else 1
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512)), "STAGES": STAGES}
+
+
 def _planned(
-    tensors: tuple[Tensor, ...], parameters: tuple[Tensor, ...], backward: bool = False
+    tensors: tuple[Tensor, ...], parameters: tuple[Tensor, ...], block_of: Callable[[int, int], Block]
 ) -> tuple[tuple[Tensor, ...], _Plan]:
     """Tensors and parameters, so that kernels can read them, and the plan. Parameters are all [C], or all [B, C] with
     one row for each index of the first dimension.
@@ -118,8 +149,10 @@ def _planned(
         given = (*launch.rows(*tensors, keep_first=per_sample), *[launch.dense(each) for each in parameters])
         strides = tuple([tensor.stride() for tensor in given])
     x, aligned = given[0], launch.aligned(*given)
-    multiprocessors = launch.multiprocessors(x.device) if backward else 0
-    return given, _plan(x.shape, strides, len(tensors), per_sample, aligned, x.element_size(), multiprocessors)
+    multiprocessors = launch.multiprocessors(x.device) if block_of is _backward_block else 0
+    return given, _plan(
+        x.shape, strides, len(tensors), per_sample, aligned, x.element_size(), block_of, multiprocessors
+    )
 
 
 @functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
@@ -130,6 +163,7 @@ def _plan(
     per_sample: bool,
     aligned: bool,
     element_size: int,
+    block_of: Callable[[int, int], Block],
     multiprocessors: int,
 ) -> _Plan:
     """given_strides: those of so many tensors, then those of the parameters. multiprocessors: 0 in forward.
@@ -143,28 +177,34 @@ def _plan(
     (n0, n1, n2), strides = launch.merged(shape, given_strides[:tensors], per_sample)
     strides = [*strides, *[stride[0] if per_sample else 0 for stride in given_strides[tensors:]]]
     vector = launch.vector_width(aligned, channels, *strides)
-    block = max(16, triton.next_power_of_2(channels))
-    if multiprocessors:  # wide rows one by one: registers hold several such blocks and the sums
-        rows, lane = (2048 // block if block <= 512 else 1), 16
-    else:
-        rows, lane = max(1, 1024 // block), 32
-    blocks, lines = launch.cdiv(n2, rows), n0 * n1  # blocks of a line
-    integers = (*[s // vector for s in strides], n1, n2, blocks)
-    warps = min(16, max(1, rows * block // (32 * lane)))
-    constants = {"ROWS": rows, "BLOCK": block, "VECTOR": vector, "num_warps": warps}
+    constants = {**block_of(channels, element_size), "VECTOR": vector}
+    blocks, lines = launch.cdiv(n2, constants["ROWS"]), n0 * n1  # blocks of a line
+    strides = [stride // vector for stride in strides]
     if not multiprocessors:
-        return _Plan((lines * blocks, 1, 1), (*integers, channels // vector), constants, (0, 0, 0))
-    programs = multiprocessors * max(1, UNDER_WAY // (rows * block * element_size))
+        grid = (blocks, min(lines, LINES), launch.cdiv(lines, LINES))
+        return _Plan(grid, (*strides, n1, n2, lines, channels // vector), constants | {"ONE": n1 == 1}, (0, 0, 0))
+    programs = multiprocessors * max(1, UNDER_WAY // (constants["ROWS"] * constants["BLOCK"] * element_size))
     length = max(1, launch.cdiv(blocks, max(1, programs // max(1, lines))))  # blocks of a program's run
     runs = launch.cdiv(blocks, length)  # of a line
     partials = (n0, n1 * runs, channels) if per_sample else (1, lines * runs, channels)
-    integers, constants = (*integers, length, runs, channels // vector), constants | {"STAGES": STAGES}
-    return _Plan((lines * runs, 1, 1), integers, constants, partials)
+    return _Plan(
+        (lines * runs, 1, 1), (*strides, n1, n2, blocks, length, runs, channels // vector), constants, partials
+    )
+
+
+@triton.jit
+def _forward_line(n1, ONE: tl.constexpr):
+    """A forward program's i0, i1 and line, without a division where each i0 has one line."""
+    line = tl.program_id(1) + tl.program_id(2) * LINES_OF_AN_AXIS
+    if ONE:
+        return line, line * 0, line
+    else:
+        return line // n1, line % n1, line
 
 
 @triton.jit
 def _line(n1, programs):
-    """The program's i0, i1 and line, and its number among the programs of the line."""
+    """A backward program's i0, i1 and line, and its number among the programs of the line."""
     line, number = tl.program_id(0) // programs, tl.program_id(0) % programs
     return line // n1, line % n1, line, number
 
@@ -191,6 +231,16 @@ def _parameter(pointer, i0, s0, channels, PLUS_ONE: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
+def _own_parameter(pointer, i0, s0, column, inside, PLUS_ONE: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+    """A parameter's channels for each of ROWS rows in float32, 1 more if asked. Each warp reads its own: one row that
+    all share would go through shared memory, behind a barrier.
+    """
+    at = i0.to(tl.int64) * s0 * VECTOR + tl.zeros([ROWS, 1], tl.int32) + column[None, :]
+    values = tl.load(pointer + at, inside, other=0.0).to(tl.float32)
+    return values + 1.0 if PLUS_ONE else values
+
+
+@triton.jit
 def _normal(x, inside, share, eps, CENTRED: tl.constexpr):
     """x / sqrt(mean(x²) + eps), x (0 outside) centred first where CENTRED, and the factor 1 / sqrt(…), [ROWS, 1].
     share: of one channel in a mean."""
@@ -211,19 +261,41 @@ def _store_partial(pointer, sums, channels, BLOCK: tl.constexpr):
 def _norm_forward_kernel(
     x_ptr, shift_ptr, scale_ptr, out_ptr,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64, shift_s0: tl.int64, scale_s0: tl.int64,
-    n1: tl.int32, n2: tl.int64, blocks: tl.int32, channels: tl.int32, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, PER_SAMPLE: tl.constexpr, CENTRED: tl.constexpr,
+    n1: tl.int32, n2: tl.int64, lines: tl.int32, channels: tl.int32, eps,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr,
+    ONE: tl.constexpr, PER_SAMPLE: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
+    """A row is PARTS parts of WIDTH channels; EXACT: all of them exist."""
     channels = channels * VECTOR
-    i0, i1, line, block = _line(n1, blocks)
-    row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
-    x = _read(x_ptr, i0, i1, row, column, inside, x_s0, x_s1, x_s2, VECTOR)
-    scale = _parameter(scale_ptr, i0, scale_s0, channels, PER_SAMPLE, BLOCK, VECTOR)
-    if CENTRED:
-        shift = _parameter(shift_ptr, i0, shift_s0, channels, False, BLOCK, VECTOR)
-    normal, _ = _normal(x, inside, 1.0 / channels, eps, CENTRED)
-    out = normal * scale + shift if CENTRED else normal * scale
-    tl.store(out_ptr + launch.contiguous(line, row, column, n2, channels), out, inside)
+    share = 1.0 / channels
+    i0, i1, line = _forward_line(n1, ONE)
+    row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    exists = ((row < n2) & (line < lines))[:, None]
+    x_at = launch.strided(i0, i1, row, column, x_s0, x_s1, x_s2, VECTOR)
+    out_at = launch.contiguous(line, row, column, n2, channels)
+    xs = ()
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    for part in tl.static_range(PARTS):
+        inside = exists if EXACT else exists & (column + part * WIDTH < channels)[None, :]
+        x = tl.load(x_ptr + x_at + part * WIDTH, inside, other=0.0)
+        xs = xs + (x,)  # type: ignore[assignment]
+        if CENTRED:
+            sums += x.to(tl.float32)
+    mean = (tl.sum(sums, 1) * share)[:, None] if CENTRED else 0.0
+    squares = tl.zeros([ROWS, WIDTH], tl.float32)
+    for part in tl.static_range(PARTS):
+        x = xs[part].to(tl.float32) - mean
+        if CENTRED and not EXACT:
+            x = tl.where((column + part * WIDTH < channels)[None, :], x, 0.0)
+        squares += x * x
+    rstd = tl.rsqrt(tl.sum(squares, 1) * share + eps)[:, None]
+    for part in tl.static_range(PARTS):
+        inside = exists if EXACT else exists & (column + part * WIDTH < channels)[None, :]
+        scale = _own_parameter(scale_ptr, i0, scale_s0, column + part * WIDTH, inside, PER_SAMPLE, ROWS, VECTOR)
+        out = (xs[part].to(tl.float32) - mean) * rstd * scale
+        if CENTRED:
+            out += _own_parameter(shift_ptr, i0, shift_s0, column + part * WIDTH, inside, False, ROWS, VECTOR)
+        tl.store(out_ptr + out_at + part * WIDTH, out, inside)
 
 
 @launch.kernel
@@ -265,15 +337,16 @@ def _norm_backward_kernel(
 def _gate_forward_kernel(
     x_ptr, y_ptr, gate_ptr, out_ptr,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64, y_s0: tl.int64, y_s1: tl.int64, y_s2: tl.int64, gate_s0: tl.int64,
-    n1: tl.int32, n2: tl.int64, blocks: tl.int32, channels: tl.int32,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    n1: tl.int32, n2: tl.int64, lines: tl.int32, channels: tl.int32,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     channels = channels * VECTOR
-    i0, i1, line, block = _line(n1, blocks)
-    row, column, inside = _block(block, n2, channels, ROWS, BLOCK)
+    i0, i1, line = _forward_line(n1, ONE)
+    row, column, inside = _block(tl.program_id(0), n2, channels, ROWS, BLOCK)
+    inside &= line < lines
     x = _read(x_ptr, i0, i1, row, column, inside, x_s0, x_s1, x_s2, VECTOR)
     y = _read(y_ptr, i0, i1, row, column, inside, y_s0, y_s1, y_s2, VECTOR)
-    gate = _parameter(gate_ptr, i0, gate_s0, channels, False, BLOCK, VECTOR)
+    gate = _own_parameter(gate_ptr, i0, gate_s0, column, inside, False, ROWS, VECTOR)
     tl.store(out_ptr + launch.contiguous(line, row, column, n2, channels), x + gate * y, inside)
 
 

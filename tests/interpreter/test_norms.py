@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import norms_triton, reference, testing
 from hdit_kernels.testing import relative_error
 from tests.lanes import kernels_only
 
-# Several blocks of rows, one channel, widths of no power of two and of no multiple of 8, more than a block holds.
-SHAPES = [(3, 7, 24), (2, 150, 16), (2, 3, 5, 33), (5, 64), (4, 1), (1, 2, 2, 3, 200), (1, 2, 2100)]
+# Several blocks of rows, one channel, widths of no power of two and of no multiple of 8, of three and of five parts that
+# forward reads, of parts that are not all full, more than a block holds.
+SHAPES = [
+    (3, 7, 24),
+    (2, 150, 16),
+    (2, 3, 5, 33),
+    (5, 64),
+    (4, 1),
+    (1, 2, 2, 3, 200),
+    (1, 9, 384),
+    (2, 2, 320),
+    (1, 2, 600),
+    (1, 2, 2100),
+]
 # activations, parameters
 DTYPES = [
     (torch.float16, torch.float16),
@@ -85,8 +98,17 @@ def test_shapes(name, shape, seed) -> None:
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORWARD)
 def test_dtypes(name, dtype, parameter_dtype, seed) -> None:
-    for shape in [(2, 5, 3, 56), (3, 4, 37)]:
+    for shape in [(2, 5, 3, 56), (3, 4, 37), (1, 3, 768)]:
         check(name, inputs_of(name, shape, dtype, parameter_dtype), torch.randn(shape).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["ada_layer_norm", "gated_residual"])
+def test_more_lines_than_an_axis_of_the_grid(name, seed, monkeypatch) -> None:
+    monkeypatch.setattr(norms_triton, "LINES", 2)
+    monkeypatch.setattr(norms_triton, "LINES_OF_AN_AXIS", tl.constexpr(2))
+    norms_triton._plan.cache_clear()
+    check(name, inputs_of(name, (5, 3, 16), torch.float32, torch.float32), torch.randn(5, 3, 16))
+    norms_triton._plan.cache_clear()
 
 
 @pytest.mark.parametrize("name", FORWARD)

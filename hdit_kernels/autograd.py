@@ -12,7 +12,10 @@ autograd.Function that Dynamo itself takes apart has no derivative beyond the fi
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import torch
@@ -117,7 +120,7 @@ def differentiable(
     def differentiable_gradients(*arguments: Any) -> Any:
         return apply(Gradients, *arguments)
 
-    torch.compiler.allow_in_graph([with_gradients, differentiable_gradients])
+    _allow_in_graph(with_gradients, differentiable_gradients)
 
     def call(*arguments: Any) -> Any:
         return with_gradients(*arguments) if needs_grad(arguments, inputs) else forward(*arguments)
@@ -130,6 +133,40 @@ def differentiable(
         return results[0] if len(results) == 1 else tuple(results)
 
     return call_with_extras if extras else call
+
+
+_for_dynamo: list[Any] = []
+
+
+def _allow_in_graph(*functions: Any) -> None:
+    """torch.compiler.allow_in_graph, but not before somebody imports Dynamo: it takes as long as importing torch."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.allow_in_graph(functions)
+    else:
+        _for_dynamo.extend(functions)
+
+
+class _AfterDynamo(MetaPathFinder):
+    """Tells Dynamo of what waits for it as soon as it is imported, once."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                torch.compiler.allow_in_graph(_for_dynamo)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "torch._dynamo" not in sys.modules:
+    sys.meta_path.insert(0, _AfterDynamo())
 
 
 def apply(function: Any, *arguments: Any) -> Any:

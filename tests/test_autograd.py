@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -370,3 +372,21 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(name: str) -> Non
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     zeros = torch.autograd.grad(outputs, leaves, [torch.empty_like(o) for o in outputs])
     assert all(not g.any() and g.shape == t.shape for g, t in zip(zeros, leaves, strict=True))
+
+
+def test_dynamo_is_imported_by_those_who_compile_only() -> None:
+    """It takes as long as importing torch; and knows of the operators as soon as it is: else a second derivative of
+    what the backend "eager" compiled would be wrong.
+    """
+    script = """
+import sys, torch, hdit, hdit_kernels
+assert "torch._dynamo" not in sys.modules
+x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+def second(function):
+    (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), x)[0]
+def squares(x):
+    return hdit_kernels.geglu(x).square().sum()
+assert torch.equal(second(torch.compile(squares, backend="eager", fullgraph=True)), second(squares))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,25 +1,29 @@
 """Kernels and launchers of `token_merge` and `token_split`.
 
-A tensor [B, H·h, W·w, C] of any strides is seen as a matrix of B·H·W rows, its h x w patches, and h·w·C
-columns: the pixel-unshuffle is in the offsets of the loads, the pixel-shuffle in those of the stores, and no rearranged
-copy is written. A plain matrix is the case of 1 x 1 patches. With G the matrix of a gradient, X of an input and W the
-weight [out, in] there are
+A tensor [B, H·h, W·w, C] of any strides is seen as a matrix of B·H·W rows, its h x w patches, and h·w·C columns. A
+plain matrix is the case of 1 x 1 patches. With G the matrix of a gradient, X of an input and W the weight [out, in]:
 
     merge: out = X·Wᵀ            dX = G·W            dW = Gᵀ·X
-    split: Y = X·Wᵀ, shuffled    dX = fac·(G·W)      dW = fac·(Gᵀ·X)      dskip = (1 − fac)·G
+    split: Y = X·Wᵀ, shuffled    dX = G·(fac·W)      dW = fac·(Gᵀ·X)      dskip = (1 − fac)·G
            out = skip + fac·(Y − skip)               dfac = Σ G·(Y − skip) = Σ W·(Gᵀ·X) − Σ G·skip
 
-Written so, fac scales products that are float32 still, and dfac needs Y neither stored nor computed again.
+so that Y is neither stored nor computed again. A product is made in one of two ways:
+
+- by `_product_kernel`, whose loads and stores have the pixel-unshuffle and -shuffle in their offsets; no copy;
+- by cuBLAS, of a matrix that `_copy_kernel` has written, or writes back: twice its bytes more.
+
+Weight gradients, and dX of a split, which shares its copy of G, go the second way: cuBLAS gains more than a copy takes.
+The others go the first, but for the widest (`by_cublas`).
 
 Bytes moved for N elements of the fine tensor and M of the coarse one, b bytes each, beside the weight: forward
-(N + M)·b, with a skip N·b more; backward 2·(N + M)·b for dX and dW, with a skip 3·N·b more.
+(N + M)·b, with a skip N·b more; backward of a merge (4·N + 2·M)·b, of a split (4·N + 2·M)·b, with a skip 2·N·b more.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,16 +33,28 @@ from torch import Tensor
 from hdit_kernels import launch
 from hdit_kernels.launch import Launch, Plan
 
-WEIGHT_GRADIENT_PROGRAMS = 256  # about: two for each multiprocessor of the largest GPUs
-WEIGHT_BLOCK = 256  # elements of a weight's gradient that a program adds up
 NO_PATCH = (1, 1)
 Patch = tuple[int, ...]  # rows and columns
-LERP_TILE = (32, 128)  # tokens and channels
-LERP_PROGRAMS = 1024  # at most: each leaves one number of the sum that is dfac
+COPY_TILE = 4096  # elements; with 4 warps four 16-byte loads of bfloat16 a thread
+LERP_PROGRAMS = 1056  # at most, eight for each multiprocessor: each leaves one number of the sum that is dfac
+WEIGHT_BLOCK = 1024  # elements of a weight's gradient that a program finishes
+
+
+def by_cublas(columns: int, inner: int) -> bool:
+    """Whether a product of so many columns, sums of so many terms, gains more by cuBLAS than the copy takes."""
+    return min(columns, inner) >= 1536
 
 
 def token_merge_forward(x: Tensor, weight: Tensor, patch_size: Sequence[int]) -> Tensor:
-    return _project(x, tuple(patch_size), weight, NO_PATCH)
+    (h, w), weight = patch_size, _weight(weight, x)
+    out = x.new_empty((x.shape[0], x.shape[1] // h, x.shape[2] // w, weight.shape[0]))
+    if by_cublas(*weight.shape):
+        copy, matrix = _gather(x, (h, w))
+        launch.run(copy)
+        _multiply(matrix, weight.t(), _rows(out))
+    else:
+        launch.run(_product(x, (h, w), weight, False, out, NO_PATCH))
+    return out
 
 
 def token_merge_backward(
@@ -46,21 +62,26 @@ def token_merge_backward(
 ) -> tuple[Tensor, ...]:
     patch = tuple(patch_size)
     dx, dweight = None, None
-    launches: list[Launch] = []
     if needed[0]:
-        dx = launch.empty_like(x)
-        launches.append(_project_back(dout, NO_PATCH, weight, dx, patch))
+        dx, narrow = launch.empty_like(x), _weight(weight, x)
+        if by_cublas(*weight.shape):
+            launch.run(_scatter(_multiply(_rows(dout), narrow), dx, patch))
+        else:
+            launch.run(_product(dout, NO_PATCH, narrow, True, dx, patch))
     if needed[1]:
-        dweight, more = _weight_gradient(dout, NO_PATCH, x, patch, weight)
-        launches += more
-    launch.run(*launches)
+        copy, matrix = _gather(x, patch)
+        launch.run(copy)
+        dweight = _multiply(_rows(dout).t(), matrix, launch.empty_like(weight))
     return _tensors(dout, dx, dweight)
 
 
 def token_split_forward(
     x: Tensor, weight: Tensor, patch_size: Sequence[int], skip: Tensor | None, fac: Tensor | None
 ) -> Tensor:
-    return _project(x, NO_PATCH, weight, tuple(patch_size), skip, fac)
+    h, w = patch_size
+    out = x.new_empty((x.shape[0], x.shape[1] * h, x.shape[2] * w, weight.shape[0] // (h * w)))
+    launch.run(_product(x, NO_PATCH, _weight(weight, x), False, out, (h, w), skip, fac))
+    return out
 
 
 def token_split_backward(
@@ -74,32 +95,35 @@ def token_split_backward(
 ) -> tuple[Tensor, ...]:
     patch = tuple(patch_size)
     dx, dweight, dskip, dfac = None, None, None, None
-    launches: list[Launch] = []
-    if needed[0]:
-        dx = launch.empty_like(x)
-        launches.append(_project_back(dout, patch, weight, dx, NO_PATCH, fac))
     if skip is None or fac is None:
+        copy, matrix = _gather(dout, patch)
+        launch.run(copy)
+        if needed[0]:
+            dx = _multiply(matrix, _weight(weight, x)).view(x.shape)
         if needed[1]:
-            dweight, more = _weight_gradient(dout, patch, x, NO_PATCH, weight)
-            launches += more
-        launch.run(*launches)
+            dweight = _multiply(matrix.t(), _rows(x), launch.empty_like(weight))
         return _tensors(dout, dx, dweight, None, None)
     # Σ G·(Y − skip): each of the two sums comes with one of the other gradients
-    weight_sums, skip_sums = launch.cdiv(weight.numel(), WEIGHT_BLOCK), min(LERP_PROGRAMS, _lerp_tiles(skip))
-    sums = dout.new_empty((1, weight_sums + skip_sums, 1), dtype=torch.float32)
+    dskip = launch.empty_like(skip)
+    copy, matrix = _gather(dout, patch, skip, fac, dskip)
+    skip_sums, weight_sums = copy.grid[0], launch.cdiv(weight.numel(), WEIGHT_BLOCK)
+    sums = dout.new_empty((1, skip_sums + weight_sums, 1), dtype=torch.float32)
+    launch.run(copy._replace(tensors=(*copy.tensors, sums)))
+    if needed[0]:
+        scaled = torch.mul(weight.detach(), fac.detach().float(), out=x.new_empty(weight.shape))
+        dx = _multiply(matrix, scaled).view(x.shape)
     if needed[1] or needed[3]:
-        found, more = _weight_gradient(dout, patch, x, NO_PATCH, weight, fac, sums)
-        launches += more
-        dweight = found if needed[1] else None
-    if needed[2] or needed[3]:
-        found = launch.empty_like(skip)
-        launches.append(_lerp_skip(dout, skip, fac, found, sums, weight_sums, skip_sums))
-        dskip = found if needed[2] else None
-    if needed[3]:
+        product = _multiply(matrix.t(), _rows(x), x.new_empty(weight.shape, dtype=torch.float32))
+        dweight = launch.empty_like(weight)
+        tensors = (product, weight.contiguous(), fac, dweight, sums)
+        vector = _vector(True, weight.numel())
+        numbers = (weight.numel() // vector, skip_sums)
+        constants = {"VECTOR": vector, "BLOCK": WEIGHT_BLOCK, "num_warps": 4}
+        finish = Launch(_finish_weight_kernel, (weight_sums, 1, 1), tensors, numbers, constants)
         dfac, summing = launch.sum_launch(sums, fac)
-        launches.append(summing)
-    launch.run(*launches)
-    return _tensors(dout, dx, dweight, dskip, dfac)
+        launch.run(finish, summing)
+    found = (dx, dweight, dskip, dfac)
+    return _tensors(dout, *[gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)])
 
 
 def _tensors(dout: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
@@ -107,46 +131,88 @@ def _tensors(dout: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
     return tuple([dout.new_empty(0) if gradient is None else gradient for gradient in gradients])
 
 
+def _weight(weight: Tensor, x: Tensor) -> Tensor:
+    """As products with x take it: in its dtype, contiguous."""
+    return weight.detach().to(x.dtype).contiguous()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[B, H, W, C] as a plain matrix, copied only if its strides don't allow it."""
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a·b, by default in their dtype, rounded once. With `out` given torch.mm takes no notice of autocast."""
+    if out is None:
+        out = a.new_empty((a.shape[0], b.shape[1]))
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if out.dtype == torch.float32 and a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return out.copy_(_multiply(a.float(), b.float()))  # elsewhere results have the factors' dtype
+
+
 class Layout(NamedTuple):
-    """What a plan has to know of a tensor: [B, H·h, W·w, C] seen as a matrix by its patch, or a weight."""
+    """A tensor [B, H·h, W·w, C] as a matrix of its patches, each of `positions` runs of elements that lie side by side.
 
-    shape: Sequence[int]
-    stride: Sequence[int]
-    aligned: bool
-    patch: Patch
+    strides: of batches, rows and columns of patches, rows and columns of positions in a patch, and elements.
+    """
 
-    def strides(self) -> list[int]:
-        """0 for a dimension of size 1, whose own stride, if odd, would keep loads narrow for nothing."""
-        return [0 if size == 1 else stride for size, stride in zip(self.shape, self.stride, strict=True)]
-
-    def vector(self) -> int:
-        """8 where channels lie side by side and each run of them starts and ends at multiples of 8 elements; else 1."""
-        *outer, s_c = self.strides()
-        return launch.vector_width(self.aligned, self.shape[-1], *outer) if s_c == 1 else 1
-
-    def row_vector(self) -> int:
-        """Of a weight: 8 where every row starts at a multiple of 8 elements; else 1."""
-        return launch.vector_width(self.aligned, self.stride[0])
-
-    def grid(self) -> tuple[int, int, int]:
-        """Rows of the matrix, and rows and columns of patches in the grid."""
-        height, width = self.shape[1] // self.patch[0], self.shape[2] // self.patch[1]
-        return self.shape[0] * height * width, height, width
+    strides: Sequence[int]
+    width: int  # positions in a row of a patch
+    positions: int
+    run: int
+    grid: tuple[int, int, int]  # rows of the matrix, rows and columns of patches
+    vector: int  # elements that a load may take at once
 
     def in_units(self, vector: int) -> tuple[int, ...]:
-        """s_b, s_y, s_x, s_c, h, w and C. Strides but the last, and C, are in units of a vector."""
-        s_b, s_y, s_x, s_c = self.strides()
-        return s_b // vector, s_y // vector, s_x // vector, s_c, *self.patch, self.shape[-1] // vector
+        """Strides but the last, and the run, are in units of a vector."""
+        *outer, s_c = self.strides
+        return (*[stride // vector for stride in outer], s_c, self.width, self.positions, self.run // vector)
+
+    def padded(self, size: int) -> int:
+        """Of a block of `size` columns those that a run takes, or a part of it. Few values: each is a binary."""
+        if self.positions == 1 or self.run > 16:
+            return size
+        return 4 if self.run <= 4 else 16
+
+    def blocks(self, size: int) -> int:
+        """How many blocks of so many columns the matrix has."""
+        padded = self.padded(size)
+        return launch.cdiv(self.run, padded) * launch.cdiv(self.positions, size // padded)
+
+    def fills(self, size: int) -> bool:
+        """Whether every column of those blocks exists."""
+        padded = self.padded(size)
+        return self.run % padded == 0 and self.positions % (size // padded) == 0
 
 
-def _layout(tensor: Tensor, patch: Patch = NO_PATCH) -> Layout:
-    return Layout(tensor.shape, tensor.stride(), launch.aligned(tensor), patch)
+def _layouts(patch: Patch, *tensors: Tensor) -> list[Layout]:
+    """Of tensors of one shape, with the same runs."""
+    given = [(tensor.shape, tensor.stride(), launch.aligned(tensor)) for tensor in tensors]
+    merged = all([stride[2] == shape[3] * stride[3] or patch[1] == 1 for shape, stride, _ in given])
+    return [_layout(*each, patch, merged) for each in given]
 
 
-def _contiguous(shape: Sequence[int], patch: Patch) -> Layout:
-    """Of a tensor that a launcher allocates."""
-    _, height, width, channels = shape
-    return Layout(shape, (height * width * channels, width * channels, channels, 1), True, patch)
+@functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
+def _layout(shape: Sequence[int], stride: Sequence[int], aligned: bool, patch: Patch, merged: bool) -> Layout:
+    """merged: a row of a patch is one run."""
+    (batch, height, width, run), (h, w) = shape, patch
+    # 0 for a dimension of size 1, whose own stride, if odd, would keep loads narrow for nothing
+    s_b, s_y, s_x, s_c = [0 if size == 1 else step for size, step in zip(shape, stride, strict=True)]
+    height, columns = height // h, width // w
+    across = w
+    if merged:
+        s_c = s_x if run == 1 else s_c
+        run, across = run * w, 1
+    strides = (s_b, s_y * h, s_x * w, s_y, 0 if merged else s_x, s_c)
+    vector = _vector(aligned and s_c == 1, *strides[:-1], run)
+    return Layout(strides, across, h * across, run, (batch * height * columns, height, columns), vector)
+
+
+def _vector(whole: bool, *strides: int) -> int:
+    """The most elements, 8, 4 or 1, of which all strides are multiples; 1 where not `whole`."""
+    return next((size for size in (8, 4) if whole and all(stride % size == 0 for stride in strides)), 1)
 
 
 class Tile(NamedTuple):
@@ -158,157 +224,118 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def programs(self, rows: int, columns: int) -> int:
-        return launch.cdiv(rows, self.rows) * launch.cdiv(columns, self.columns)
 
-
-def tile_for(family: str, dtype: torch.dtype) -> Tile:
-    """For every product. The defaults stay within the 64 KB of shared memory of AMD GPUs, a float32 weight included."""
+def tile_for(family: str, dtype: torch.dtype, narrow: bool) -> Tile:
+    """narrow: a product of at most 64 columns. The defaults stay within the 64 KB of shared memory of AMD GPUs."""
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 3)
-    if family == "hopper":
-        return Tile(128, 128, 64, 8, 3)
-    return Tile(128, 64, 32, 4, 3)
+    if narrow or family != "hopper":
+        return Tile(128, 64, 32, 4, 3)
+    return Tile(128, 128, 64, 8, 3)
 
 
-def _tile_and_precision(x: Tensor) -> tuple[Tile, str]:
-    """The tile of a product of x, and tl.dot's precision."""
-    return tile_for(launch.gpu_family(x.device), x.dtype), launch.input_precision(x.dtype)
-
-
-def _options(tile: Tile, precision: str) -> dict[str, Any]:
-    return dict(
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-
-
-def _project(
-    x: Tensor, x_patch: Patch, weight: Tensor, out_patch: Patch, skip: Tensor | None = None, fac: Tensor | None = None
-) -> Tensor:
-    """X·Wᵀ; with a skip skip + fac · (X·Wᵀ − skip)."""
-    weight = launch.dense(weight)
-    layouts = _layout(x, x_patch), _layout(weight), None if skip is None else _layout(skip, out_patch)
-    (grid, numbers, constants), shape = _project_plan(*_tile_and_precision(x), *layouts, out_patch)
-    out = x.new_empty(shape)
-    tensors = (x, weight, out if skip is None else skip, weight if fac is None else fac, out)
-    launch.run(Launch(_project_kernel, grid, tensors, numbers, constants))
-    return out
-
-
-@functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
-def _project_plan(
-    tile: Tile, precision: str, x: Layout, weight: Layout, skip: Layout | None, out_patch: Patch
-) -> tuple[Plan, Sequence[int]]:
-    """Also the output's shape."""
-    rows, height, width = x.grid()
-    h, w = out_patch
-    out = _contiguous((x.shape[0], height * h, width * w, weight.shape[0] // (h * w)), out_patch)
-    # the weight's rows run along x's columns
-    whole = x.shape[-1] % tile.depth == 0 and min(x.vector(), weight.row_vector()) == 8
-    x_vector, vector = 8 if whole else 1, min(out.vector(), 8 if skip is None else skip.vector())
-    skip_strides = (0, 0, 0, 0) if skip is None else skip.in_units(vector)[:4]
-    x_matrix, out_matrix = x.in_units(x_vector), out.in_units(vector)
-    numbers = (rows, height, width, *x_matrix, weight.stride[0] // x_vector, *skip_strides, *out_matrix)
-    constants = {"WHOLE": whole, "VECTOR": vector, "HAS_SKIP": skip is not None, **_options(tile, precision)}
-    return ((tile.programs(rows, weight.shape[0]), 1, 1), numbers, constants), out.shape
-
-
-def _project_back(
-    dout: Tensor, dout_patch: Patch, weight: Tensor, dx: Tensor, dx_patch: Patch, fac: Tensor | None = None
-) -> Launch:
-    """Fills dx = G·W, with fac times fac."""
-    weight = launch.dense(weight)
-    layouts = _layout(dout, dout_patch), _layout(weight)
-    of_dx = dx.shape, dx_patch
-    grid, numbers, constants = _project_back_plan(*_tile_and_precision(dout), *layouts, *of_dx, fac is not None)
-    tensors = (dout, weight, weight if fac is None else fac, dx)
-    return Launch(_project_back_kernel, grid, tensors, numbers, constants)
-
-
-@functools.lru_cache(maxsize=4096)
-def _project_back_plan(
-    tile: Tile, precision: str, dout: Layout, weight: Layout, shape: Sequence[int], patch: Patch, has_fac: bool
-) -> Plan:
-    """shape, patch: dx's."""
-    dx = _contiguous(shape, patch)
-    whole = dout.shape[-1] % tile.depth == 0 and dout.vector() == 8
-    # the weight's rows run along dx's columns
-    dout_vector, vector = 8 if whole else 1, min(dx.vector(), weight.row_vector())
-    rows, height, width = dout.grid()
-    matrices = (*dout.in_units(dout_vector), weight.stride[0] // vector, *dx.in_units(vector))
-    constants = {"WHOLE": whole, "VECTOR": vector, "HAS_FAC": has_fac, **_options(tile, precision)}
-    return (tile.programs(rows, weight.shape[1]), 1, 1), (rows, height, width, *matrices), constants
-
-
-def _weight_gradient(
-    dout: Tensor,
-    dout_patch: Patch,
+def _product(
     x: Tensor,
     x_patch: Patch,
     weight: Tensor,
+    transposed: bool,
+    out: Tensor,
+    patch: Patch,
+    skip: Tensor | None = None,
     fac: Tensor | None = None,
-    sums: Tensor | None = None,
-) -> tuple[Tensor, tuple[Launch, Launch]]:
-    """Gᵀ·X in the weight's shape and dtype, and the launches that fill it; with fac times fac, and parts of
-    Σ W·(Gᵀ·X) go to the first of the sums.
-    """
-    layouts = _layout(dout, dout_patch), _layout(x, x_patch)
-    (grid, numbers, constants), parts = _weight_gradient_plan(*_tile_and_precision(x), *layouts, weight.shape)
-    elements = weight.numel()
-    partials = x.new_empty((parts, elements), dtype=torch.float32)
-    product = Launch(_weight_gradient_kernel, grid, (dout, x, partials), numbers, constants)
-    dweight = launch.empty_like(weight)
-    tensors = (partials, weight, weight if fac is None else fac, dweight, partials if sums is None else sums)
-    grid, numbers = (launch.cdiv(elements, WEIGHT_BLOCK), 1, 1), (parts, elements, weight.shape[1], *weight.stride())
-    constants = {"PARTS": 8, "BLOCK": WEIGHT_BLOCK, "HAS_FAC": fac is not None, "num_warps": 4}
-    return dweight, (product, Launch(_sum_parts_kernel, grid, tensors, numbers, constants))
-
-
-@functools.lru_cache(maxsize=4096)
-def _weight_gradient_plan(
-    tile: Tile, precision: str, dout: Layout, x: Layout, weight: Sequence[int]
-) -> tuple[Plan, int]:
-    """Also into how many parts the rows are cut. weight: its shape."""
-    dout_vector, x_vector = dout.vector(), x.vector()
-    rows, height, width = x.grid()
-    tiles = tile.programs(*weight)
-    parts = max(1, min(WEIGHT_GRADIENT_PROGRAMS // tiles, rows // (4 * tile.depth)))
-    length = launch.cdiv(launch.cdiv(rows, parts), tile.depth) * tile.depth
-    parts = launch.cdiv(rows, length)
-    numbers = (rows, length, height, width, *dout.in_units(dout_vector), *x.in_units(x_vector))
-    constants = {"DOUT_VECTOR": dout_vector, "X_VECTOR": x_vector, **_options(tile, precision)}
-    return ((tiles * parts, 1, 1), numbers, constants), parts
-
-
-def _lerp_skip(
-    dout: Tensor, skip: Tensor, fac: Tensor, dskip: Tensor, sums: Tensor, first_sum: int, programs: int
 ) -> Launch:
-    """Fills dskip; the parts of −Σ G·skip go to the sums from first_sum on."""
-    grid, numbers, constants = _lerp_plan(_layout(dout), _layout(skip), first_sum, programs)
-    return Launch(_lerp_skip_kernel, grid, (dout, skip, fac, dskip, sums), numbers, constants)
+    """Fills out = x·weightᵀ, or x·weight where transposed; with a skip skip + fac · (x·weightᵀ − skip)."""
+    layouts = *_layouts(x_patch, x), *_layouts(patch, *[out] if skip is None else [out, skip])
+    of_weight = weight.shape[1], launch.aligned(weight)
+    narrow = layouts[1].positions * layouts[1].padded(64) <= 64 and layouts[1].blocks(64) == 1
+    tile = tile_for(launch.gpu_family(x.device), x.dtype, narrow)
+    plan = _product_plan(tile, launch.input_precision(x.dtype), transposed, of_weight, skip is not None, *layouts)
+    tensors = (x, weight, out if skip is None else skip, weight if fac is None else fac, out)
+    return Launch(_product_kernel, plan[0], tensors, *plan[1:])
 
 
 @functools.lru_cache(maxsize=4096)
-def _lerp_plan(dout: Layout, skip: Layout, first_sum: int, programs: int) -> Plan:
-    vector = min(dout.vector(), skip.vector())
-    strides = (*dout.in_units(vector)[:4], *skip.in_units(vector)[:4])
-    numbers = (first_sum, *skip.grid(), *strides, skip.shape[-1] // vector, programs)
-    constants = {"ROWS": LERP_TILE[0], "BLOCK": LERP_TILE[1], "VECTOR": vector, "num_warps": 4}
+def _product_plan(
+    tile: Tile, precision: str, transposed: bool, weight: tuple[int, bool], has_skip: bool, *layouts: Layout
+) -> Plan:
+    """weight: its row's length, and whether it starts at a multiple of 16 bytes. layouts: of x, out, and the skip."""
+    x, out, skip = *layouts[:2], layouts[-1]
+    length, aligned = weight
+    vector = min(*[layout.vector for layout in layouts], _vector(aligned, length))
+    numbers = (*x.grid, length // vector, *x.in_units(vector), *out.in_units(vector), *skip.in_units(vector)[:6])
+    constants = {
+        "TRANSPOSED": transposed, "HAS_SKIP": has_skip, "VECTOR": vector,
+        "WHOLE": x.fills(tile.depth) and (not transposed or out.fills(tile.columns)),
+        "X_PADDED": x.padded(tile.depth), "PADDED": out.padded(tile.columns),
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PRECISION": precision,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    return (launch.cdiv(x.grid[0], tile.rows) * out.blocks(tile.columns), 1, 1), numbers, constants
+
+
+def _gather(
+    x: Tensor, patch: Patch, skip: Tensor | None = None, fac: Tensor | None = None, dskip: Tensor | None = None
+) -> tuple[Launch, Tensor]:
+    """x's matrix, and the launch that fills it; of a gradient with a skip it also fills dskip, and awaits one tensor
+    more: for parts of −Σ x·skip, one of each program.
+    """
+    layouts = _layouts(patch, x) if skip is None or dskip is None else _layouts(patch, x, skip, dskip)
+    matrix = x.new_empty((layouts[0].grid[0], layouts[0].positions * layouts[0].run))
+    plan = _copy_plan("gather" if skip is None else "lerp", *layouts)
+    tensors = (x, matrix, *(t for t in (skip, fac, dskip) if t is not None))
+    return Launch(_copy_kernel, plan[0], tensors if skip is not None else (*tensors, *[matrix] * 4), *plan[1:]), matrix
+
+
+def _scatter(matrix: Tensor, out: Tensor, patch: Patch) -> Launch:
+    """Fills out, whose matrix is given."""
+    plan = _copy_plan("scatter", *_layouts(patch, out))
+    return Launch(_copy_kernel, plan[0], (out, matrix, *[matrix] * 4), *plan[1:])
+
+
+@functools.lru_cache(maxsize=4096)
+def _copy_plan(way: str, *layouts: Layout) -> Plan:
+    """layouts: of the tensor that is copied, the skip and its gradient."""
+    x, skip, dskip = layouts[0], layouts[len(layouts) // 2], layouts[-1]
+    vector = min([layout.vector for layout in layouts])
+    block = next(size for size in (4, 16, 64, 256) if x.run <= size or size == 256)
+    tiles = launch.cdiv(x.grid[0] * x.positions, COPY_TILE // block) * launch.cdiv(x.run, block)
+    programs = min(LERP_PROGRAMS, tiles) if way == "lerp" else tiles
+    of_grid = (x.grid[0] * x.positions, *x.grid[1:], programs)
+    numbers = (*of_grid, *x.in_units(vector), *skip.in_units(vector)[:6], *dskip.in_units(vector)[:6])
+    constants = {"WAY": way, "VECTOR": vector, "UNITS": COPY_TILE // block, "BLOCK": block, "num_warps": 4}
     return (programs, 1, 1), numbers, constants
 
 
-def _lerp_tiles(skip: Tensor) -> int:
-    channels = skip.shape[-1]
-    return launch.cdiv(skip.numel() // channels, LERP_TILE[0]) * launch.cdiv(channels, LERP_TILE[1])
+@triton.jit
+def _row_offset(row, height, width, strides, VECTOR: tl.constexpr):
+    """Where a patch starts."""
+    return launch.row_offset(row, height, width, strides[0], strides[1], strides[2], VECTOR)
 
 
 @triton.jit
-def _column_offset(column, w, channels, s_y, s_x, s_c, VECTOR: tl.constexpr):
-    """Where a column (row of the patch, column of the patch, channel) lies after the patch's first element, int64."""
-    unit = column // VECTOR
-    position = unit // channels
-    return ((position // w) * s_y + (position % w) * s_x + unit % channels * s_c) * VECTOR + column % VECTOR
+def _column_offset(position, within, across, strides, VECTOR: tl.constexpr):
+    """Where an element of a position of the patch lies after the patch's start, int64."""
+    start = ((position // across).to(tl.int64) * strides[3] + (position % across).to(tl.int64) * strides[4]) * VECTOR
+    if VECTOR == 1:
+        return start + within.to(tl.int64) * strides[5]
+    else:
+        return start + within
+
+
+@triton.jit
+def _columns(block, positions, run, SIZE: tl.constexpr, PADDED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT columns of the block-th SIZE ones: position and element of it, number in the matrix, whether they exist.
+
+    A block has SIZE / PADDED positions, or PADDED = SIZE elements of one, a scalar.
+    """
+    blocks = tl.cdiv(run, PADDED)
+    position = block // blocks * (SIZE // PADDED)
+    lane = FIRST + tl.arange(0, COUNT)
+    if PADDED < SIZE:
+        position += lane // PADDED
+        lane = lane % PADDED
+    within = block % blocks * PADDED + lane
+    return position, within, position * run + within, (within < run) & (position < positions)
 
 
 @triton.jit
@@ -322,179 +349,136 @@ def _add_dot(total, a, b, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    x_ptr, weight_ptr, row, rows, height, width, s_b, s_y, s_x, s_c, h, w, channels, column, columns, weight_s,
-    TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr, WEIGHT_VECTOR: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+def _store(
+    y, row, rows, height, width, out_ptr, out, across, skip_ptr, skip, fac_ptr, position, within, exists,
+    HAS_SKIP: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The given rows and columns of x · weightᵀ, or of x · weight where TRANSPOSED, in float32.
-
-    WHOLE: x's channels are a multiple of DEPTH, so that a block of them stays within one position of the patch.
-    """
-    X_VECTOR: tl.constexpr = 8 if WHOLE else 1
-    inner = h * w * channels * X_VECTOR
-    lane = tl.arange(0, DEPTH)
-    x_row = launch.row_offset(row, height, width, s_b, s_y * h, s_x * w, X_VECTOR)
-    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
-    for first in range(0, inner, DEPTH):
-        k = first + lane
-        x_mask, weight_mask = (row < rows)[:, None], (column < columns)[None, :]
-        if WHOLE:
-            position = first // (channels * X_VECTOR)
-            start = ((position // w) * s_y + (position % w) * s_x) * X_VECTOR
-            x_column = tl.multiple_of(start + first % (channels * X_VECTOR), X_VECTOR) + lane
-        else:
-            x_column = _column_offset(k, w, channels, s_y, s_x, s_c, X_VECTOR)
-            x_mask, weight_mask = x_mask & (k < inner)[None, :], weight_mask & (k < inner)[:, None]
-        if TRANSPOSED:
-            weight_at = (k * weight_s * WEIGHT_VECTOR)[:, None] + column[None, :]
-        else:
-            weight_at = (column * weight_s * WEIGHT_VECTOR)[None, :] + k[:, None]
-        x = tl.load(x_ptr + x_row[:, None] + x_column[None, :], x_mask, other=0.0)
-        weight = tl.load(weight_ptr + weight_at, weight_mask, other=0.0).to(x.dtype)
-        total = _add_dot(total, x, weight, DEPTH, PRECISION)
-    return total
-
-
-@launch.kernel
-def _project_kernel(
-    x_ptr, weight_ptr, skip_ptr, fac_ptr, out_ptr, rows: tl.int32, height: tl.int32, width: tl.int32,
-    x_s_b: tl.int64, x_s_y: tl.int64, x_s_x: tl.int64, x_s_c: tl.int64,
-    x_h: tl.int32, x_w: tl.int32, x_channels: tl.int32, weight_s: tl.int64,
-    skip_s_b: tl.int64, skip_s_y: tl.int64, skip_s_x: tl.int64, skip_s_c: tl.int64,
-    out_s_b: tl.int64, out_s_y: tl.int64, out_s_x: tl.int64, out_s_c: tl.int64,
-    h: tl.int32, w: tl.int32, channels: tl.int32,
-    WHOLE: tl.constexpr, VECTOR: tl.constexpr, HAS_SKIP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of out = y, or of skip + fac · (y − skip), with y = x · weightᵀ."""
-    columns = h * w * channels * VECTOR
-    blocks = tl.cdiv(columns, COLUMNS)
-    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    y = _product(
-        x_ptr, weight_ptr, row, rows, height, width,
-        x_s_b, x_s_y, x_s_x, x_s_c, x_h, x_w, x_channels, column, columns, weight_s,
-        TRANSPOSED=False, WHOLE=WHOLE, WEIGHT_VECTOR=8 if WHOLE else 1, DEPTH=DEPTH, PRECISION=PRECISION,
-    )  # fmt: skip
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    """Stores y, or its interpolation with the skip."""
+    inside = (row < rows)[:, None] & exists[None, :]
     if HAS_SKIP:
-        skip_row = launch.row_offset(row, height, width, skip_s_b, skip_s_y * h, skip_s_x * w, VECTOR)
-        skip_column = _column_offset(column, w, channels, skip_s_y, skip_s_x, skip_s_c, VECTOR)
-        skip = tl.load(skip_ptr + skip_row[:, None] + skip_column[None, :], inside, other=0.0).to(tl.float32)
-        y = skip + tl.load(fac_ptr).to(tl.float32) * (y - skip)
-    out_row = launch.row_offset(row, height, width, out_s_b, out_s_y * h, out_s_x * w, VECTOR)
-    out_column = _column_offset(column, w, channels, out_s_y, out_s_x, out_s_c, VECTOR)
+        skip_row = _row_offset(row, height, width, skip, VECTOR)
+        skip_column = _column_offset(position, within, across, skip, VECTOR)
+        before = tl.load(skip_ptr + skip_row[:, None] + skip_column[None, :], inside, other=0.0).to(tl.float32)
+        y = before + tl.load(fac_ptr).to(tl.float32) * (y - before)
+    out_row = _row_offset(row, height, width, out, VECTOR)
+    out_column = _column_offset(position, within, across, out, VECTOR)
     tl.store(out_ptr + out_row[:, None] + out_column[None, :], y, inside)
 
 
 @launch.kernel
-def _project_back_kernel(
-    dout_ptr, weight_ptr, fac_ptr, dx_ptr, rows: tl.int32, height: tl.int32, width: tl.int32,
-    dout_s_b: tl.int64, dout_s_y: tl.int64, dout_s_x: tl.int64, dout_s_c: tl.int64,
-    dout_h: tl.int32, dout_w: tl.int32, dout_channels: tl.int32, weight_s: tl.int64,
-    dx_s_b: tl.int64, dx_s_y: tl.int64, dx_s_x: tl.int64, dx_s_c: tl.int64,
-    h: tl.int32, w: tl.int32, channels: tl.int32,
-    WHOLE: tl.constexpr, VECTOR: tl.constexpr, HAS_FAC: tl.constexpr,
+def _product_kernel(
+    x_ptr, weight_ptr, skip_ptr, fac_ptr, out_ptr,
+    rows: tl.int32, height: tl.int32, width: tl.int32, weight_s: tl.int64,
+    x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64, x_s3: tl.int64, x_s4: tl.int64, x_s5: tl.int64,
+    x_across: tl.int32, x_positions: tl.int32, x_run: tl.int32,
+    out_s0: tl.int64, out_s1: tl.int64, out_s2: tl.int64, out_s3: tl.int64, out_s4: tl.int64, out_s5: tl.int64,
+    across: tl.int32, positions: tl.int32, run: tl.int32,
+    skip_s0: tl.int64, skip_s1: tl.int64, skip_s2: tl.int64, skip_s3: tl.int64, skip_s4: tl.int64, skip_s5: tl.int64,
+    TRANSPOSED: tl.constexpr, HAS_SKIP: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+    X_PADDED: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dx = dout · weight, times fac where it is given."""
-    columns = h * w * channels * VECTOR
-    blocks = tl.cdiv(columns, COLUMNS)
+    """A tile of out = y, or of skip + fac · (y − skip), with y = x · weightᵀ, or x · weight where TRANSPOSED.
+
+    WHOLE: what a step of the sum reads exists, rows apart.
+    """
+    x_strides = (x_s0, x_s1, x_s2, x_s3, x_s4, x_s5)
+    out_strides = (out_s0, out_s1, out_s2, out_s3, out_s4, out_s5)
+    skip_strides = (skip_s0, skip_s1, skip_s2, skip_s3, skip_s4, skip_s5)
+    x_run *= VECTOR
+    run *= VECTOR
+    weight_s *= VECTOR
+    blocks = tl.cdiv(run, PADDED) * tl.cdiv(positions, COLUMNS // PADDED)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    dx = _product(
-        dout_ptr, weight_ptr, row, rows, height, width,
-        dout_s_b, dout_s_y, dout_s_x, dout_s_c, dout_h, dout_w, dout_channels, column, columns, weight_s,
-        TRANSPOSED=True, WHOLE=WHOLE, WEIGHT_VECTOR=VECTOR, DEPTH=DEPTH, PRECISION=PRECISION,
+    block = tl.program_id(0) % blocks
+    _, _, column, exists = _columns(block, positions, run, COLUMNS, PADDED, 0, COLUMNS)
+    # rows and columns beyond the last are computed of the last's values, and not stored
+    x_at = x_ptr + _row_offset(tl.minimum(row, rows - 1), height, width, x_strides, VECTOR)[:, None]
+    if TRANSPOSED:
+        weight_at = weight_ptr + column[None, :]
+    else:
+        weight_at = weight_ptr + (tl.where(exists, column, 0).to(tl.int64) * weight_s)[None, :]
+    y = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for step in range(tl.cdiv(x_run, X_PADDED) * tl.cdiv(x_positions, DEPTH // X_PADDED)):
+        x_position, x_within, k, k_exists = _columns(step, x_positions, x_run, DEPTH, X_PADDED, 0, DEPTH)
+        x_column = _column_offset(x_position, x_within, x_across, x_strides, VECTOR)
+        weight_k = (k.to(tl.int64) * weight_s)[:, None] if TRANSPOSED else k[:, None]
+        if WHOLE:
+            x = tl.load(x_at + x_column[None, :])
+            weight = tl.load(weight_at + weight_k)
+        else:
+            x = tl.load(x_at + x_column[None, :], k_exists[None, :], other=0.0)
+            weight = tl.load(weight_at + weight_k, k_exists[:, None] & exists[None, :], other=0.0)
+        y = _add_dot(y, x, weight, DEPTH, PRECISION)
+    HALF: tl.constexpr = COLUMNS // 2
+    # in two halves: with a skip that saves registers, so that two programs fit a multiprocessor
+    first, second = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, HALF)), (0, 2, 1)))
+    position, within, _, exists = _columns(block, positions, run, COLUMNS, PADDED, 0, HALF)
+    _store(
+        first, row, rows, height, width, out_ptr, out_strides, across, skip_ptr, skip_strides, fac_ptr,
+        position, within, exists, HAS_SKIP, VECTOR,
     )  # fmt: skip
-    if HAS_FAC:
-        dx = tl.load(fac_ptr).to(tl.float32) * dx
-    dx_row = launch.row_offset(row, height, width, dx_s_b, dx_s_y * h, dx_s_x * w, VECTOR)
-    dx_column = _column_offset(column, w, channels, dx_s_y, dx_s_x, dx_s_c, VECTOR)
-    tl.store(dx_ptr + dx_row[:, None] + dx_column[None, :], dx, (row < rows)[:, None] & (column < columns)[None, :])
+    position, within, _, exists = _columns(block, positions, run, COLUMNS, PADDED, HALF, HALF)
+    _store(
+        second, row, rows, height, width, out_ptr, out_strides, across, skip_ptr, skip_strides, fac_ptr,
+        position, within, exists, HAS_SKIP, VECTOR,
+    )  # fmt: skip
 
 
 @launch.kernel
-def _weight_gradient_kernel(
-    dout_ptr, x_ptr, partials_ptr, rows: tl.int32, length: tl.int32, height: tl.int32, width: tl.int32,
-    dout_s_b: tl.int64, dout_s_y: tl.int64, dout_s_x: tl.int64, dout_s_c: tl.int64,
-    dout_h: tl.int32, dout_w: tl.int32, dout_channels: tl.int32,
-    x_s_b: tl.int64, x_s_y: tl.int64, x_s_x: tl.int64, x_s_c: tl.int64,
-    x_h: tl.int32, x_w: tl.int32, x_channels: tl.int32,
-    DOUT_VECTOR: tl.constexpr, X_VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+def _copy_kernel(
+    x_ptr, matrix_ptr, skip_ptr, fac_ptr, dskip_ptr, sums_ptr,
+    units: tl.int32, height: tl.int32, width: tl.int32, programs: tl.int32,
+    x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64, x_s3: tl.int64, x_s4: tl.int64, x_s5: tl.int64,
+    across: tl.int32, positions: tl.int32, run: tl.int32,
+    skip_s0: tl.int64, skip_s1: tl.int64, skip_s2: tl.int64, skip_s3: tl.int64, skip_s4: tl.int64, skip_s5: tl.int64,
+    dskip_s0: tl.int64, dskip_s1: tl.int64, dskip_s2: tl.int64, dskip_s3: tl.int64, dskip_s4: tl.int64,
+    dskip_s5: tl.int64,
+    WAY: tl.constexpr, VECTOR: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of doutᵀ · x, summed over `length` of the rows."""
-    out_columns = dout_h * dout_w * dout_channels * DOUT_VECTOR
-    in_columns = x_h * x_w * x_channels * X_VECTOR
-    blocks = tl.cdiv(in_columns, COLUMNS)
-    tiles = tl.cdiv(out_columns, ROWS) * blocks
-    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    o = tile // blocks * ROWS + tl.arange(0, ROWS)
-    i = tile % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    dout_column = _column_offset(o, dout_w, dout_channels, dout_s_y, dout_s_x, dout_s_c, DOUT_VECTOR)
-    x_column = _column_offset(i, x_w, x_channels, x_s_y, x_s_x, x_s_c, X_VECTOR)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(part * length, tl.minimum((part + 1) * length, rows), DEPTH):
-        row = first + tl.arange(0, DEPTH)
-        dout_row = launch.row_offset(row, height, width, dout_s_b, dout_s_y * dout_h, dout_s_x * dout_w, DOUT_VECTOR)
-        x_row = launch.row_offset(row, height, width, x_s_b, x_s_y * x_h, x_s_x * x_w, X_VECTOR)
-        dout_mask = (row < rows)[:, None] & (o < out_columns)[None, :]
-        x_mask = (row < rows)[:, None] & (i < in_columns)[None, :]
-        dout = tl.load(dout_ptr + dout_row[:, None] + dout_column[None, :], dout_mask, other=0.0)
-        x = tl.load(x_ptr + x_row[:, None] + x_column[None, :], x_mask, other=0.0)
-        total = _add_dot(total, tl.trans(dout), x, DEPTH, PRECISION)
-    at = (part.to(tl.int64) * out_columns + o)[:, None] * in_columns + i[None, :]
-    tl.store(partials_ptr + at, total, (o < out_columns)[:, None] & (i < in_columns)[None, :])
+    """WAY "gather": matrix = x; "scatter": x = matrix; "lerp": matrix = x, a gradient, dskip = (1 − fac) · x, and this
+    program's part of −Σ x · skip. A unit is a row's position; every `programs`-th tile is the program's.
+    """
+    x_strides = (x_s0, x_s1, x_s2, x_s3, x_s4, x_s5)
+    skip_strides = (skip_s0, skip_s1, skip_s2, skip_s3, skip_s4, skip_s5)
+    dskip_strides = (dskip_s0, dskip_s1, dskip_s2, dskip_s3, dskip_s4, dskip_s5)
+    run *= VECTOR
+    blocks = tl.cdiv(run, BLOCK)
+    total = tl.zeros([UNITS, BLOCK], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(units, UNITS) * blocks, programs):
+        unit = tile // blocks * UNITS + tl.arange(0, UNITS)
+        within = (tile % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+        row, position = (unit // positions)[:, None], (unit % positions)[:, None]
+        inside = (unit < units)[:, None] & (within < run)
+        matrix_at = matrix_ptr + (unit.to(tl.int64) * run)[:, None] + within
+        x_at = _row_offset(row, height, width, x_strides, VECTOR)
+        x_at = x_ptr + x_at + _column_offset(position, within, across, x_strides, VECTOR)
+        if WAY == "scatter":
+            tl.store(x_at, tl.load(matrix_at, inside), inside)
+        else:
+            x = tl.load(x_at, inside, other=0.0)
+            tl.store(matrix_at, x, inside)
+        if WAY == "lerp":
+            skip_at = _row_offset(row, height, width, skip_strides, VECTOR)
+            skip_at = skip_ptr + skip_at + _column_offset(position, within, across, skip_strides, VECTOR)
+            dskip_at = _row_offset(row, height, width, dskip_strides, VECTOR)
+            dskip_at = dskip_ptr + dskip_at + _column_offset(position, within, across, dskip_strides, VECTOR)
+            gradient = x.to(tl.float32)
+            tl.store(dskip_at, (1 - tl.load(fac_ptr).to(tl.float32)) * gradient, inside)
+            total += gradient * tl.load(skip_at, inside, other=0.0).to(tl.float32)
+    if WAY == "lerp":
+        tl.store(sums_ptr + tl.program_id(0), -tl.sum(tl.sum(total, 1), 0))
 
 
 @launch.kernel
-def _sum_parts_kernel(
-    partials_ptr, weight_ptr, fac_ptr, dweight_ptr, sums_ptr,
-    parts: tl.int32, elements: tl.int32, columns: tl.int32, weight_s0: tl.int64, weight_s1: tl.int64,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, HAS_FAC: tl.constexpr,
+def _finish_weight_kernel(
+    product_ptr, weight_ptr, fac_ptr, dweight_ptr, sums_ptr, elements: tl.int32, first_sum: tl.int32,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dweight = the sum of the partials, in a fixed order; with fac times fac, and this block's Σ weight · sum."""
+    """dweight = fac · product, and this block's Σ weight · product."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([PARTS, BLOCK], tl.float32)
-    for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        partials_at = part.to(tl.int64)[:, None] * elements + at[None, :]
-        total += tl.load(partials_ptr + partials_at, (part < parts)[:, None] & (at < elements)[None, :], other=0.0)
-    dweight = tl.sum(total, 0)
-    if HAS_FAC:
-        weight_at = at // columns * weight_s0 + at % columns * weight_s1
-        weight = tl.load(weight_ptr + weight_at, at < elements, other=0.0).to(tl.float32)
-        tl.store(sums_ptr + tl.program_id(0), tl.sum(weight * dweight, 0))
-        dweight = tl.load(fac_ptr).to(tl.float32) * dweight
-    tl.store(dweight_ptr + at, dweight, at < elements)
-
-
-@launch.kernel
-def _lerp_skip_kernel(
-    dout_ptr, skip_ptr, fac_ptr, dskip_ptr, sums_ptr,
-    first_sum: tl.int32, rows: tl.int32, height: tl.int32, width: tl.int32,
-    dout_s_b: tl.int64, dout_s_y: tl.int64, dout_s_x: tl.int64, dout_s_c: tl.int64,
-    skip_s_b: tl.int64, skip_s_y: tl.int64, skip_s_x: tl.int64, skip_s_c: tl.int64,
-    channels: tl.int32, programs: tl.int32,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """dskip = (1 − fac) · dout, and this program's part of −Σ dout · skip: every `programs`-th tile."""
-    fac = tl.load(fac_ptr).to(tl.float32)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    blocks = tl.cdiv(channels * VECTOR, BLOCK)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS) * blocks, programs):
-        row = tile // blocks * ROWS + tl.arange(0, ROWS)
-        column = tile % blocks * BLOCK + tl.arange(0, BLOCK)
-        inside = (row < rows)[:, None] & (column < channels * VECTOR)[None, :]
-        dout_row = launch.row_offset(row, height, width, dout_s_b, dout_s_y, dout_s_x, VECTOR)
-        skip_row = launch.row_offset(row, height, width, skip_s_b, skip_s_y, skip_s_x, VECTOR)
-        dout_column = _column_offset(column, 1, channels, dout_s_y, dout_s_x, dout_s_c, VECTOR)
-        skip_column = _column_offset(column, 1, channels, skip_s_y, skip_s_x, skip_s_c, VECTOR)
-        dout = tl.load(dout_ptr + dout_row[:, None] + dout_column[None, :], inside, other=0.0).to(tl.float32)
-        skip = tl.load(skip_ptr + skip_row[:, None] + skip_column[None, :], inside, other=0.0).to(tl.float32)
-        at = row.to(tl.int64)[:, None] * (channels * VECTOR) + column[None, :]
-        tl.store(dskip_ptr + at, (1 - fac) * dout, inside)
-        total += dout * skip
-    tl.store(sums_ptr + first_sum + tl.program_id(0), -tl.sum(tl.sum(total, 1), 0))
+    inside = at < elements * VECTOR
+    product = tl.load(product_ptr + at, inside, other=0.0)
+    weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + first_sum + tl.program_id(0), tl.sum(weight * product, 0))
+    tl.store(dweight_ptr + at, tl.load(fac_ptr).to(tl.float32) * product, inside)

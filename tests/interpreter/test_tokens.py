@@ -161,12 +161,32 @@ def test_offset_start(seed: int) -> None:
     )
 
 
-def test_many_rows_and_parts(seed: int) -> None:
-    """Weight gradients in several parts, the last of them short; skips in several tiles a program."""
-    x, dout = torch.randn(2, 28, 22, 9), torch.randn(2, 14, 11, 7)
-    check_merge(x, parameters(7, 4 * 9, x.dtype), (2, 2), dout)
-    with mock.patch.object(tokens_triton, "LERP_PROGRAMS", 5):
-        check_split(dout, parameters(4 * 9, 7, x.dtype), (2, 2), x, torch.rand(1), torch.randn(2, 28, 22, 9))
+def test_many_tiles_a_program(seed: int) -> None:
+    """Of copies with a skip, the last of them short."""
+    x, dout = torch.randn(2, 10, 6, 9), torch.randn(2, 5, 3, 7)
+    with mock.patch.object(tokens_triton, "LERP_PROGRAMS", 5), mock.patch.object(tokens_triton, "COPY_TILE", 256):
+        tokens_triton._copy_plan.cache_clear()
+        check_split(dout, parameters(4 * 9, 7, x.dtype), (2, 2), x, torch.rand(1), torch.randn(2, 10, 6, 9))
+    tokens_triton._copy_plan.cache_clear()
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_by_cublas(channels: int, seed: int) -> None:
+    """As the widest products are made."""
+    x, weight, dout = (
+        torch.randn(2, 6, 4, channels),
+        parameters(16, 4 * channels, torch.float32),
+        torch.randn(2, 3, 2, 16),
+    )
+    with mock.patch.object(tokens_triton, "by_cublas", lambda *_: True):
+        check_merge(x, weight, (2, 2), dout)
+        check_merge(x.transpose(1, 2).contiguous().transpose(1, 2), weight, (2, 2), dout)
+
+
+def test_autocast_changes_no_product(seed: int) -> None:
+    """As a backward pass may run in it."""
+    with torch.autocast("cpu", torch.bfloat16), mock.patch.object(tokens_triton, "by_cublas", lambda *_: True):
+        check_both((1, 3), (2, 2), 3, 10, torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("family", ["default", "hopper"])

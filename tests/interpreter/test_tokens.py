@@ -26,7 +26,10 @@ from tests.lanes import kernels_only
 def small_tiles() -> Iterator[None]:
     """So that tiny tensors have many tiles; test_shipped_tiles undoes it."""
     tile = Tile(16, 16, 16, 1, 1)
-    with mock.patch.object(tokens_triton, "tile_for", lambda *_: tile):
+    with (
+        mock.patch.object(tokens_triton, "tile_for", lambda *_: tile),
+        mock.patch.object(tokens_triton, "SUM_PROGRAMS", 3),
+    ):
         yield
 
 
@@ -34,8 +37,10 @@ def check_merge(x: Tensor, weight: Tensor, patch_size: tuple[int, int], dout: Te
     out, wanted = exact([x, weight], dout, lambda x, weight: reference.token_merge(x, weight, patch_size))
     _, (_, terms) = exact([x.abs(), weight], dout.abs(), lambda x, weight: reference.token_merge(x, weight, patch_size))
     with kernels_only():
-        found = token_merge_forward(x, weight, patch_size)
-        dx, dweight = token_merge_backward(dout, x, weight, patch_size, [True, True])
+        (alone,) = token_merge_forward(x, weight, patch_size, False)
+        found, patches = token_merge_forward(x, weight, patch_size, True)
+        dx, dweight = token_merge_backward(dout, patches, weight, patch_size, [True, True])
+    compare(alone, out, x.dtype)
     compare(found, out, x.dtype)
     compare(dx, wanted[0], x.dtype)
     compare(dweight, wanted[1], x.dtype, weight.dtype, terms)
@@ -53,9 +58,12 @@ def check_split(
     _, terms = exact(magnitudes, dout.abs(), split)  # their sums for weight and fac have no term of another sign
     needed = [t is not None for t in (x, weight, skip, fac)]
     with kernels_only():
-        found = token_split_forward(x, weight, patch_size, skip, fac)
-        gradients = token_split_backward(dout, x, weight, patch_size, skip, fac, needed)
-    compare(found, out, x.dtype)
+        (alone,) = token_split_forward(x, weight, patch_size, skip, fac, False)
+        found, *kept = token_split_forward(x, weight, patch_size, skip, fac, True)
+        more = (None, None, None) if skip is None else (kept[0], fac, skip.dtype)
+        gradients = token_split_backward(dout, x, weight, patch_size, *more, needed)
+    compare(alone, out, x.dtype)
+    assert torch.equal(found, alone)
     for index in range(len(given)):
         summed = terms[index] if index in (1, 3) else None  # weight and fac
         compare(gradients[index], wanted[index], x.dtype, given[index].dtype, summed)
@@ -161,31 +169,24 @@ def test_offset_start(seed: int) -> None:
     )
 
 
-def test_many_tiles_a_program(seed: int) -> None:
-    """Of copies with a skip, the last of them short."""
-    x, dout = torch.randn(2, 10, 6, 9), torch.randn(2, 5, 3, 7)
-    with mock.patch.object(tokens_triton, "LERP_PROGRAMS", 5), mock.patch.object(tokens_triton, "COPY_TILE", 256):
-        tokens_triton._copy_plan.cache_clear()
-        check_split(dout, parameters(4 * 9, 7, x.dtype), (2, 2), x, torch.rand(1), torch.randn(2, 10, 6, 9))
-    tokens_triton._copy_plan.cache_clear()
-
-
 @pytest.mark.parametrize("channels", [3, 8])
-def test_by_cublas(channels: int, seed: int) -> None:
-    """As the widest products are made."""
+def test_products_by_cublas(channels: int, seed: int) -> None:
+    """As the widest are made."""
     x, weight, dout = (
         torch.randn(2, 6, 4, channels),
         parameters(16, 4 * channels, torch.float32),
         torch.randn(2, 3, 2, 16),
     )
-    with mock.patch.object(tokens_triton, "by_cublas", lambda *_: True):
+    with mock.patch.multiple(tokens_triton, MERGE_FUSED=0, SPLIT_FUSED=0):
         check_merge(x, weight, (2, 2), dout)
         check_merge(x.transpose(1, 2).contiguous().transpose(1, 2), weight, (2, 2), dout)
+        check_split(dout, weight.t(), (2, 2), None, None, x)
+        check_split(dout, weight.t(), (2, 2), torch.randn(2, channels, 6, 4).movedim(-3, -1), torch.rand(1), x)
 
 
 def test_autocast_changes_no_product(seed: int) -> None:
     """As a backward pass may run in it."""
-    with torch.autocast("cpu", torch.bfloat16), mock.patch.object(tokens_triton, "by_cublas", lambda *_: True):
+    with torch.autocast("cpu", torch.bfloat16), mock.patch.multiple(tokens_triton, MERGE_FUSED=0, SPLIT_FUSED=0):
         check_both((1, 3), (2, 2), 3, 10, torch.float32, torch.float32)
 
 
@@ -204,11 +205,12 @@ def test_shipped_tiles(family: str, dtype: torch.dtype, seed: int) -> None:
 @pytest.mark.parametrize("fac", [0.0, 1.0])
 def test_only_the_needed_gradients(fac: float, seed: int) -> None:
     """Each alone equals the one that comes with all others, the rest are empty; at the ends of the interpolation."""
-    x, weight, skip = torch.randn(2, 3, 2, 8), torch.randn(12, 8), torch.randn(2, 6, 4, 3)
+    x, weight, kept = torch.randn(2, 3, 2, 8), torch.randn(12, 8), torch.randn(2, 3, 2, 12)
     dout, merge_dout, factor = torch.randn(2, 6, 4, 3), torch.randn(2, 3, 2, 8), torch.tensor([fac])
+    rest = (kept, factor, torch.float32)
     calls = {
-        2: lambda needed: token_merge_backward(merge_dout, skip, weight.t().contiguous(), (2, 2), needed),
-        4: lambda needed: token_split_backward(dout, x, weight, (2, 2), skip, factor, needed),
+        2: lambda needed: token_merge_backward(merge_dout, kept, weight.t().contiguous(), (2, 2), needed),
+        4: lambda needed: token_split_backward(dout, x, weight, (2, 2), *rest, needed),
     }
     for count, call in calls.items():
         with kernels_only():

@@ -7,8 +7,8 @@ plain matrix has patches of 1 x 1. With P the matrix of merge's x, G that of spl
     split: Y = X·Wᵀ   D = Y − skip      dX = (fac·G)·W     dW = (fac·G)ᵀ·X
            out = skip + fac·D           dskip = (1 − fac)·G             dfac = Σ G·D
 
-cuBLAS makes the products. `_copy_kernel` brings fine tensors into their matrices and back, and interpolates on the way:
-Y is rounded to its dtype before, fac·G and D too, as plain PyTorch does. For a backward pass P and D are kept.
+cuBLAS makes the products. `_copy_kernel` brings fine tensors into their matrices and back, `_blend_kernel` those of a
+split with a skip: Y is rounded to its dtype before, fac·G and D too, as plain PyTorch does. For a backward pass P and D are kept.
 `_product_kernel` does both in one, for the forward products that gain by it (MERGE_FUSED, SPLIT_FUSED).
 
 Bytes moved for N elements of the fine tensor and M of the coarse one, b bytes each, beside the weight: forward, in one
@@ -31,11 +31,10 @@ from hdit_kernels import launch
 from hdit_kernels.launch import Launch, Plan
 
 # Sums of fewer terms are made by _product_kernel: what it saves, a copy, is then more than what cuBLAS is faster by.
-# µs in one kernel / two on an H200 (docs/measured/h200-2026-12-01-tokens.json), of merges at 512 terms 30 / 39, 1024
-# 25 / 29 and 37 / 43, 1536 87 / 84 and 32 / 27; of splits with a skip at 256 45 / 50, 384 52 / 55, 512 33 / 33, 768
-# 105 / 99 and 33 / 31. A merge whose runs are shorter than SHORTEST (pixels: 45 / 33), or not side by side (259 / 38),
-# is none of them.
-MERGE_FUSED, SPLIT_FUSED, SHORTEST = 1536, 768, 32
+# µs in one kernel / two on an H200 (docs/measured/h200-2026-12-01-tokens.json): merges of 512 terms 30 / 39, 1024
+# 25 / 29 and 37 / 43, 1536 87 / 84 and 32 / 27; splits with a skip of 256 terms 45 / 50, 384 52 / 55, 512 33 / 33, 768
+# 105 / 99 and 33 / 31. Pixels, merged, are none of them (45 / 33), nor channels that don't lie side by side (259 / 38).
+MERGE_FUSED, SPLIT_FUSED = 1536, 768
 SUM_PROGRAMS = 1056  # eight for each multiprocessor: each leaves one number of the sum that is dfac
 NO_PATCH = (1, 1)
 Patch = tuple[int, ...]  # rows and columns
@@ -46,12 +45,13 @@ def token_merge_forward(x: Tensor, weight: Tensor, patch_size: Sequence[int], sa
     (h, w), weight = patch_size, _weight(weight, x)
     grid = (x.shape[0], x.shape[1] // h, x.shape[2] // w)
     out = x.new_empty((*grid, weight.shape[0]))
-    layout = _layouts((h, w), x)[0]
-    if not save and weight.shape[1] < MERGE_FUSED and layout.run >= SHORTEST and layout.strides[-1] == 1:
-        launch.run(_product(x, (h, w), weight, out, NO_PATCH))
-        return [out]
+    if not save and weight.shape[1] < MERGE_FUSED:
+        fused = _product(x, (h, w), weight, out, NO_PATCH)
+        if fused is not None:
+            launch.run(fused)
+            return [out]
     patches = x.new_empty((*grid, weight.shape[1]))
-    launch.run(_copy("gather", x, (h, w), patches))
+    launch.run(_copy(x, (h, w), patches))
     _multiply(_rows(patches), weight.t(), _rows(out))
     return [out, patches] if save else [out]
 
@@ -65,7 +65,7 @@ def token_merge_backward(
         batch, height, width, columns = patches.shape
         dx = patches.new_empty((batch, height * h, width * w, columns // (h * w)))
         dpatches = _multiply(_rows(dout), _weight(weight, dout), _rows(launch.empty_like(patches)))
-        launch.run(_copy("scatter", dx, (h, w), dpatches))
+        launch.run(_copy(dx, (h, w), dpatches, scatter=True))
     if needed[1]:
         dweight = _multiply(_rows(dout).t(), _rows(patches), launch.empty_like(weight))
     return _tensors(dout, dx, dweight)
@@ -79,13 +79,16 @@ def token_split_forward(
     columns, terms = weight.shape
     out = x.new_empty((x.shape[0], x.shape[1] * h, x.shape[2] * w, columns // (h * w)))
     kept = x.new_empty((*x.shape[:3], columns)) if save and skip is not None else None
-    if terms < SPLIT_FUSED:
-        launch.run(_product(x, NO_PATCH, weight, out, (h, w), skip, fac, kept))
+    fused = _product(x, NO_PATCH, weight, out, (h, w), skip, fac, kept) if terms < SPLIT_FUSED else None
+    if fused is not None:
+        launch.run(fused)
     else:
         y = x.new_empty((*x.shape[:3], columns)) if kept is None else kept
         _multiply(_rows(x), weight.t(), _rows(y))
-        way = "scatter" if skip is None else "blend" if kept is None else "blend and keep"
-        launch.run(_copy(way, out, (h, w), y, skip, fac))
+        if skip is None or fac is None:
+            launch.run(_copy(out, (h, w), y, scatter=True))
+        else:
+            launch.run(_blend("forward" if kept is None else "keep", out, (h, w), y, skip, fac))
     return [out] if kept is None else [out, kept]
 
 
@@ -103,12 +106,12 @@ def token_split_backward(
     dx, dweight, dskip, dfac = None, None, None, None
     gradient = x.new_empty((*x.shape[:3], weight.shape[0]))
     if difference is None or fac is None:
-        launch.run(_copy("gather", dout, patch, gradient))
+        launch.run(_copy(dout, patch, gradient))
     else:
         dskip = dout.new_empty(dout.shape, dtype=skip_dtype)
         sums = dout.new_empty((1, SUM_PROGRAMS, 1), dtype=torch.float32)
         dfac, summing = launch.sum_launch(sums, fac)
-        launch.run(_copy("part", dout, patch, gradient, dskip, fac, difference, sums), summing)
+        launch.run(_blend("backward", dout, patch, gradient, dskip, fac, difference, sums), summing)
     if needed[0]:
         dx = launch.empty_like(x)
         _multiply(_rows(gradient), _weight(weight, x), _rows(dx))
@@ -127,7 +130,7 @@ def _weight(weight: Tensor, x: Tensor) -> Tensor:
     if weight.dtype == x.dtype and weight.is_contiguous():
         return weight.detach()
     rounded = x.new_empty(weight.shape)
-    launch.run(_copy("gather", weight[None, None], NO_PATCH, rounded))
+    launch.run(_copy(weight[None, None], NO_PATCH, rounded))
     return rounded
 
 
@@ -157,18 +160,17 @@ class Layout(NamedTuple):
     positions: int
     run: int
     grid: tuple[int, int, int]  # batches, rows and columns of patches
-    vector: int  # elements that a load may take at once
+    aligned: int  # as many elements as all strides but the last and the run are multiples of: 8, 4 or 1
+
+    @property
+    def short(self) -> bool:
+        """Whether a block of 16 elements holds a run."""
+        return self.run <= 16
 
     def in_units(self, vector: int) -> tuple[int, ...]:
         """Strides but the last, and the run, are in units of a vector."""
         *outer, s_c = self.strides
         return (*[stride // vector for stride in outer], s_c, self.across, self.positions, self.run // vector)
-
-    def padded(self, size: int) -> int:
-        """Of a block of `size` columns those that a run takes, or a part of it. Few values: each is a binary."""
-        if self.positions == 1 or self.run > 16:
-            return size
-        return 4 if self.run <= 4 else 16
 
 
 def _layouts(patch: Patch, *tensors: Tensor) -> list[Layout]:
@@ -189,47 +191,58 @@ def _layout(shape: Sequence[int], stride: Sequence[int], aligned: bool, patch: P
         s_c = s_x if run == 1 else s_c
         run, across = run * w, 1
     strides = (s_b, s_y * h, s_x * w, s_y, 0 if merged else s_x, s_c)
-    return Layout(strides, across, h * across, run, grid, _vector(aligned and s_c == 1, *strides[:-1], run))
+    return Layout(strides, across, h * across, run, grid, _aligned(aligned and s_c == 1, *strides[:-1], run))
 
 
-def _vector(whole: bool, *strides: int) -> int:
+def _aligned(whole: bool, *strides: int) -> int:
     """The most elements, 8, 4 or 1, of which all strides are multiples; 1 where not `whole`."""
     return next((size for size in (8, 4) if whole and all(stride % size == 0 for stride in strides)), 1)
 
 
-def _copy(
+def _vector(*layouts: Layout) -> int:
+    """Elements that a thread loads at once: of short runs, 12 values of 4 pixels, 4, else 8; or 1. Each is a binary."""
+    most = 4 if layouts[0].short else 8
+    return most if min([layout.aligned for layout in layouts]) >= most else 1
+
+
+def _copy(fine: Tensor, patch: Patch, matrix: Tensor, scatter: bool = False) -> Launch:
+    """Fills matrix; or fine, where scatter."""
+    grid, numbers, constants = _copy_plan(0, *_layouts(patch, fine))
+    return Launch(_copy_kernel, grid, (fine, matrix), numbers, constants | {"SCATTER": scatter})
+
+
+def _blend(
     way: str,
     fine: Tensor,
     patch: Patch,
     matrix: Tensor,
-    other: Tensor | None = None,
-    fac: Tensor | None = None,
+    other: Tensor,
+    fac: Tensor,
     kept: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> Launch:
-    """Of _copy_kernel, which tells the ways."""
-    layouts = _layouts(patch, *[fine] if other is None else [fine, other])
-    plan = _copy_plan(way, 0 if sums is None else sums.numel(), *layouts)
-    tensors = [matrix if tensor is None else tensor for tensor in (fine, matrix, other, fac, kept, sums)]
-    return Launch(_copy_kernel, plan[0], tensors, *plan[1:])
+    """Of _blend_kernel, which tells the ways."""
+    grid, numbers, constants = _copy_plan(0 if sums is None else sums.numel(), *_layouts(patch, fine, other))
+    tensors = [fac if tensor is None else tensor for tensor in (fine, matrix, other, fac, kept, sums)]
+    return Launch(_blend_kernel, grid, tensors, numbers, constants | {"WAY": way})
 
 
 @functools.lru_cache(maxsize=4096)
-def _copy_plan(way: str, programs: int, *layouts: Layout) -> Plan:
-    """programs: 0 for as many as there are tiles."""
-    fine, other = layouts[0], layouts[-1]
-    vector = min([layout.vector for layout in layouts])
-    # 4096 elements, with 4 warps four 16-byte loads of bfloat16 a thread; patches beside each other
-    patches, positions, block = (64, 16, 4) if fine.run <= 4 else (64, 4, 16) if fine.run <= 16 else (16, 1, 256)
+def _copy_plan(programs: int, *layouts: Layout) -> Plan:
+    """programs: that walk over all tiles; 0 for one a tile."""
+    fine = layouts[0]
+    # 4096 elements of patches beside each other; with 4 warps four 16-byte loads of bfloat16 a thread, where runs are
+    # long. Runs of 3 are pixels, channels first, whose elements are loaded one by one.
+    patches, positions, block = (16, 1, 256) if not fine.short else (64, 4, 16) if fine.run > 4 else (16, 16, 4)
+    vector = 1 if block == 4 else _vector(*layouts)
     batch, height, width = fine.grid
     tiles = batch * height * launch.cdiv(width, patches)
     tiles *= launch.cdiv(fine.positions, positions) * launch.cdiv(fine.run, block)
-    programs = programs or tiles
-    numbers = (tiles, programs, height, width, *fine.in_units(vector), *other.in_units(vector)[:6])
-    constants = {
-        "WAY": way, "VECTOR": vector, "PATCHES": patches, "POSITIONS": positions, "BLOCK": block, "num_warps": 4,
-    }  # fmt: skip
-    return (programs, 1, 1), numbers, constants
+    numbers = [height, width, *fine.in_units(vector)]
+    if len(layouts) == 2:
+        numbers = [tiles, programs or tiles, *numbers, *layouts[1].in_units(vector)[:6]]
+    constants = {"VECTOR": vector, "PATCHES": patches, "POSITIONS": positions, "BLOCK": block, "num_warps": 4}
+    return (programs or tiles, 1, 1), numbers, constants
 
 
 class Tile(NamedTuple):
@@ -242,11 +255,11 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_for(family: str, dtype: torch.dtype, narrow: bool) -> Tile:
-    """narrow: a product of at most 64 columns. The defaults stay within the 64 KB of shared memory of AMD GPUs."""
+def tile_for(family: str, dtype: torch.dtype, short: bool) -> Tile:
+    """short: runs of the output. The defaults stay within the 64 KB of shared memory of AMD GPUs."""
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 3)
-    if narrow or family != "hopper":
+    if short or family != "hopper":
         return Tile(128, 64, 32, 4, 3)
     return Tile(128, 128, 64, 8, 3)
 
@@ -260,34 +273,33 @@ def _product(
     skip: Tensor | None = None,
     fac: Tensor | None = None,
     kept: Tensor | None = None,
-) -> Launch:
-    """Of _product_kernel."""
+) -> Launch | None:
+    """Of _product_kernel; None where x's runs are not of whole steps and 16-byte words."""
     layouts = *_layouts(x_patch, x), *_layouts(patch, *[out] if skip is None else [out, skip])
-    narrow = layouts[1].positions * layouts[1].padded(64) <= 64 and layouts[1].run <= layouts[1].padded(64)
-    tile = tile_for(launch.gpu_family(x.device), x.dtype, narrow)
-    settings = launch.input_precision(x.dtype), launch.aligned(weight), skip is not None, kept is not None
-    plan = _product_plan(tile, *settings, *layouts)
+    tile = tile_for(launch.gpu_family(x.device), x.dtype, layouts[1].short)
+    if layouts[0].aligned < 8 or layouts[0].run % tile.depth != 0 or not launch.aligned(weight):
+        return None
+    plan = _product_plan(tile, launch.input_precision(x.dtype), skip is not None, kept is not None, *layouts)
     tensors = [weight if tensor is None else tensor for tensor in (x, weight, skip, fac, out, kept)]
     return Launch(_product_kernel, plan[0], tensors, *plan[1:])
 
 
 @functools.lru_cache(maxsize=4096)
-def _product_plan(
-    tile: Tile, precision: str, weight_aligned: bool, has_skip: bool, keep: bool, *layouts: Layout
-) -> Plan:
+def _product_plan(tile: Tile, precision: str, has_skip: bool, keep: bool, *layouts: Layout) -> Plan:
     """layouts: of x, out, and the skip."""
     x, out, skip = *layouts[:2], layouts[-1]
-    vector = min(*[layout.vector for layout in layouts], _vector(weight_aligned, x.positions * x.run))
-    padded = out.padded(tile.columns)
+    vector, padded = _vector(*layouts[1:]), min(16, tile.columns) if out.short else tile.columns
     blocks = launch.cdiv(out.run, padded) * launch.cdiv(out.positions, tile.columns // padded)
     batch, height, width = x.grid
     rows = batch * height * width
-    numbers = (rows, height, width, *x.in_units(vector), *out.in_units(vector), *skip.in_units(vector)[:6])
+    numbers = (rows, height, width, *x.in_units(8), *out.in_units(vector), *skip.in_units(vector)[:6])
     constants = {
-        "HAS_SKIP": has_skip, "KEEP": keep, "VECTOR": vector, "WHOLE": x.run % tile.depth == 0, "PADDED": padded,
+        "HAS_SKIP": has_skip, "KEEP": keep, "VECTOR": vector, "PADDED": padded,
         "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PRECISION": precision,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
+    if keep and tile.num_warps == 8:
+        constants["maxnreg"] = 128  # else 162, and one program a multiprocessor in place of two
     return (launch.cdiv(rows, tile.rows) * blocks, 1, 1), numbers, constants
 
 
@@ -311,47 +323,73 @@ def _column_offset(position, within, across, strides, VECTOR: tl.constexpr):
         return start + within
 
 
+@triton.jit
+def _tile(
+    tile, height, width, positions, run, PATCHES: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Of neighbours in a row of patches: batch and row, scalars; column, position and element of it; whether they
+    exist; where they lie in the matrix, int64.
+    """
+    blocks, position_blocks, column_blocks = tl.cdiv(run, BLOCK), tl.cdiv(positions, POSITIONS), tl.cdiv(width, PATCHES)
+    within = (tile % blocks * BLOCK + tl.arange(0, BLOCK))[None, None, :]
+    position = (tile // blocks % position_blocks * POSITIONS + tl.arange(0, POSITIONS))[None, :, None]
+    tile = tile // (blocks * position_blocks)
+    column = (tile % column_blocks * PATCHES + tl.arange(0, PATCHES))[:, None, None]
+    row = tile // column_blocks
+    inside = (column < width) & (position < positions) & (within < run)
+    at = (row.to(tl.int64) * width + column) * (positions * run) + position * run + within
+    return row // height, row % height, column, position, within, inside, at
+
+
+@triton.jit
+def _offset(batch, row, column, position, within, across, strides, VECTOR: tl.constexpr):
+    """Where an element of a position of a patch lies, int64."""
+    start = batch.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]
+    return start * VECTOR + _column_offset(position, within, across, strides, VECTOR)
+
+
 @launch.kernel
 def _copy_kernel(
+    fine_ptr, matrix_ptr, height: tl.int32, width: tl.int32,
+    s0: tl.int64, s1: tl.int64, s2: tl.int64, s3: tl.int64, s4: tl.int64, s5: tl.int64,
+    across: tl.int32, positions: tl.int32, run: tl.int32,
+    VECTOR: tl.constexpr, PATCHES: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, SCATTER: tl.constexpr,
+):  # fmt: skip
+    """A tile of matrix = fine, or of fine = matrix where SCATTER, of PATCHES x POSITIONS x BLOCK elements."""
+    batch, row, column, position, within, inside, at = _tile(
+        tl.program_id(0), height, width, positions, run * VECTOR, PATCHES, POSITIONS, BLOCK
+    )
+    fine_at = fine_ptr + _offset(batch, row, column, position, within, across, (s0, s1, s2, s3, s4, s5), VECTOR)
+    if SCATTER:
+        tl.store(fine_at, tl.load(matrix_ptr + at, inside), inside)
+    else:
+        tl.store(matrix_ptr + at, tl.load(fine_at, inside), inside)
+
+
+@launch.kernel
+def _blend_kernel(
     fine_ptr, matrix_ptr, other_ptr, fac_ptr, kept_ptr, sums_ptr,
     tiles: tl.int32, programs: tl.int32, height: tl.int32, width: tl.int32,
     s0: tl.int64, s1: tl.int64, s2: tl.int64, s3: tl.int64, s4: tl.int64, s5: tl.int64,
     across: tl.int32, positions: tl.int32, run: tl.int32,
     other_s0: tl.int64, other_s1: tl.int64, other_s2: tl.int64, other_s3: tl.int64, other_s4: tl.int64,
     other_s5: tl.int64,
-    WAY: tl.constexpr, VECTOR: tl.constexpr, PATCHES: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, PATCHES: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
-    """Every `programs`-th tile of PATCHES neighbours x POSITIONS x BLOCK elements of a position. WAY:
-
-    "gather": matrix = fine. "scatter": fine = matrix. "blend": fine = other + fac · (matrix − other), with the skip as
-    other, "and keep": matrix −= other. "part", with fine a gradient: matrix = fac · fine, other = (1 − fac) · fine, and
-    this program's part of Σ fine · kept.
+    """Every `programs`-th tile. WAY "forward": fine = other + fac · (matrix − other), with the skip as other; "keep":
+    matrix −= other, too. "backward", with fine a gradient: matrix = fac · fine, other = (1 − fac) · fine, and this
+    program's part of Σ fine · kept.
     """
     strides, other_strides = (s0, s1, s2, s3, s4, s5), (other_s0, other_s1, other_s2, other_s3, other_s4, other_s5)
-    run *= VECTOR
-    blocks, position_blocks, patch_blocks = tl.cdiv(run, BLOCK), tl.cdiv(positions, POSITIONS), tl.cdiv(width, PATCHES)
-    if WAY == "blend" or WAY == "blend and keep" or WAY == "part":
-        fac = tl.load(fac_ptr).to(tl.float32)
+    fac = tl.load(fac_ptr).to(tl.float32)
     total = tl.zeros([PATCHES, POSITIONS, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tiles, programs):
-        within = (tile % blocks * BLOCK + tl.arange(0, BLOCK))[None, None, :]
-        rest = tile // blocks
-        position = (rest % position_blocks * POSITIONS + tl.arange(0, POSITIONS))[None, :, None]
-        rest = rest // position_blocks
-        column = (rest % patch_blocks * PATCHES + tl.arange(0, PATCHES))[:, None, None]
-        line = rest // patch_blocks
-        inside = (column < width) & (position < positions) & (within < run)
-        at = (line.to(tl.int64) * width + column) * (positions * run) + position * run + within
-        start = (line // height).to(tl.int64) * s0 + (line % height).to(tl.int64) * s1 + column.to(tl.int64) * s2
-        fine_at = fine_ptr + (start * VECTOR + _column_offset(position, within, across, strides, VECTOR))
-        start = (line // height).to(tl.int64) * other_s0 + (line % height).to(tl.int64) * other_s1
-        start = (start + column.to(tl.int64) * other_s2) * VECTOR
-        other_at = other_ptr + (start + _column_offset(position, within, across, other_strides, VECTOR))
-        if WAY == "gather":
-            tl.store(matrix_ptr + at, tl.load(fine_at, inside), inside)
-        elif WAY == "scatter":
-            tl.store(fine_at, tl.load(matrix_ptr + at, inside), inside)
-        elif WAY == "part":
+        batch, row, column, position, within, inside, at = _tile(
+            tile, height, width, positions, run * VECTOR, PATCHES, POSITIONS, BLOCK
+        )
+        fine_at = fine_ptr + _offset(batch, row, column, position, within, across, strides, VECTOR)
+        other_at = other_ptr + _offset(batch, row, column, position, within, across, other_strides, VECTOR)
+        if WAY == "backward":
             gradient = tl.load(fine_at, inside, other=0.0).to(tl.float32)
             total += gradient * tl.load(kept_ptr + at, inside, other=0.0).to(tl.float32)
             tl.store(matrix_ptr + at, fac * gradient, inside)
@@ -360,9 +398,9 @@ def _copy_kernel(
             skip = tl.load(other_at, inside).to(tl.float32)
             difference = tl.load(matrix_ptr + at, inside).to(tl.float32) - skip
             tl.store(fine_at, skip + fac * difference, inside)
-            if WAY == "blend and keep":
+            if WAY == "keep":
                 tl.store(matrix_ptr + at, difference, inside)
-    if WAY == "part":
+    if WAY == "backward":
         tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
 
 
@@ -424,36 +462,30 @@ def _product_kernel(
     s0: tl.int64, s1: tl.int64, s2: tl.int64, s3: tl.int64, s4: tl.int64, s5: tl.int64,
     across: tl.int32, positions: tl.int32, run: tl.int32,
     skip_s0: tl.int64, skip_s1: tl.int64, skip_s2: tl.int64, skip_s3: tl.int64, skip_s4: tl.int64, skip_s5: tl.int64,
-    HAS_SKIP: tl.constexpr, KEEP: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr, PADDED: tl.constexpr,
+    HAS_SKIP: tl.constexpr, KEEP: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of out = y, with y = x · weightᵀ, or of skip + fac · (y − skip), where KEEP also of kept = y − skip.
 
-    WHOLE: a run is a multiple of DEPTH, so that all that a step of the sum reads exists.
+    x's strides and runs are in units of 8 elements, its runs multiples of DEPTH.
     """
     x_strides, strides = (x_s0, x_s1, x_s2, x_s3, x_s4, x_s5), (s0, s1, s2, s3, s4, s5)
     skip_strides = (skip_s0, skip_s1, skip_s2, skip_s3, skip_s4, skip_s5)
-    x_run *= VECTOR
+    x_run *= 8
     run *= VECTOR
     blocks = tl.cdiv(run, PADDED) * tl.cdiv(positions, COLUMNS // PADDED)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(0) % blocks
     _, _, column, exists = _columns(block, positions, run, COLUMNS, PADDED, 0, COLUMNS)
     # rows and columns beyond the last are computed of the last's values, or the first's, and not stored
-    x_at = x_ptr + _row_offset(tl.minimum(row, rows - 1), height, width, x_strides, VECTOR)[:, None]
+    x_at = x_ptr + _row_offset(tl.minimum(row, rows - 1), height, width, x_strides, 8)[:, None]
     weight_at = weight_ptr + (tl.where(exists, column, 0).to(tl.int64) * (x_positions * x_run))[None, :]
     y = tl.zeros([ROWS, COLUMNS], tl.float32)
-    x_blocks = tl.cdiv(x_run, DEPTH)
+    x_blocks = x_run // DEPTH
     for step in range(x_blocks * x_positions):
-        position = step // x_blocks
-        within = step % x_blocks * DEPTH + tl.arange(0, DEPTH)
-        x_step = x_at + _column_offset(position, within, x_across, x_strides, VECTOR)[None, :]
-        weight_step = weight_at + (position * x_run + within)[:, None]
-        if WHOLE:
-            x, weight = tl.load(x_step), tl.load(weight_step)
-        else:
-            x = tl.load(x_step, (within < x_run)[None, :], other=0.0)
-            weight = tl.load(weight_step, (within < x_run)[:, None], other=0.0)
+        position, within = step // x_blocks, step % x_blocks * DEPTH + tl.arange(0, DEPTH)
+        x = tl.load(x_at + _column_offset(position, within, x_across, x_strides, 8)[None, :])
+        weight = tl.load(weight_at + (position * x_run + within)[:, None])
         y = _add_dot(y, x, weight, DEPTH, PRECISION)
     # in two halves: with a skip that saves registers, so that two programs fit a multiprocessor
     first, second = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))

@@ -255,10 +255,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_for(family: str, dtype: torch.dtype, short: bool) -> Tile:
-    """short: runs of the output. The defaults stay within the 64 KB of shared memory of AMD GPUs."""
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 3)
+def tile_for(family: str, short: bool) -> Tile:
+    """short: runs of the output. The default stays within the 64 KB of shared memory of AMD GPUs."""
     if short or family != "hopper":
         return Tile(128, 64, 32, 4, 3)
     return Tile(128, 128, 64, 8, 3)
@@ -274,18 +272,19 @@ def _product(
     fac: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Launch | None:
-    """Of _product_kernel; None where x's runs are not of whole steps and 16-byte words."""
+    """Of _product_kernel; None where x is float32, or its runs are not of whole steps and 16-byte words."""
     layouts = *_layouts(x_patch, x), *_layouts(patch, *[out] if skip is None else [out, skip])
-    tile = tile_for(launch.gpu_family(x.device), x.dtype, layouts[1].short)
-    if layouts[0].aligned < 8 or layouts[0].run % tile.depth != 0 or not launch.aligned(weight):
+    tile = tile_for(launch.gpu_family(x.device), layouts[1].short)
+    whole = layouts[0].aligned == 8 and layouts[0].run % tile.depth == 0 and launch.aligned(weight)
+    if x.dtype == torch.float32 or not whole:
         return None
-    plan = _product_plan(tile, launch.input_precision(x.dtype), skip is not None, kept is not None, *layouts)
+    plan = _product_plan(tile, skip is not None, kept is not None, *layouts)
     tensors = [weight if tensor is None else tensor for tensor in (x, weight, skip, fac, out, kept)]
     return Launch(_product_kernel, plan[0], tensors, *plan[1:])
 
 
 @functools.lru_cache(maxsize=4096)
-def _product_plan(tile: Tile, precision: str, has_skip: bool, keep: bool, *layouts: Layout) -> Plan:
+def _product_plan(tile: Tile, has_skip: bool, keep: bool, *layouts: Layout) -> Plan:
     """layouts: of x, out, and the skip."""
     x, out, skip = *layouts[:2], layouts[-1]
     vector, padded = _vector(*layouts[1:]), min(16, tile.columns) if out.short else tile.columns
@@ -295,8 +294,7 @@ def _product_plan(tile: Tile, precision: str, has_skip: bool, keep: bool, *layou
     numbers = (rows, height, width, *x.in_units(8), *out.in_units(vector), *skip.in_units(vector)[:6])
     constants = {
         "HAS_SKIP": has_skip, "KEEP": keep, "VECTOR": vector, "PADDED": padded,
-        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PRECISION": precision,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     if keep and tile.num_warps == 8:
         constants["maxnreg"] = 128  # else 162, and one program a multiprocessor in place of two
@@ -421,16 +419,6 @@ def _columns(block, positions, run, SIZE: tl.constexpr, PADDED: tl.constexpr, FI
 
 
 @triton.jit
-def _add_dot(total, a, b, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a·b. In float32 a·b is summed by itself first: shorter chains of additions, less rounding."""
-    if a.dtype == tl.float32:
-        # without this limit Triton would fold the addition into the product's own chain
-        return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=DEPTH)
-    else:
-        return tl.dot(a, b, total)
-
-
-@triton.jit
 def _store(
     y, row, rows, height, width, block, out_ptr, strides, across, positions, run, skip_ptr, skip_strides, fac_ptr,
     kept_ptr, HAS_SKIP: tl.constexpr, KEEP: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr,
@@ -463,7 +451,7 @@ def _product_kernel(
     across: tl.int32, positions: tl.int32, run: tl.int32,
     skip_s0: tl.int64, skip_s1: tl.int64, skip_s2: tl.int64, skip_s3: tl.int64, skip_s4: tl.int64, skip_s5: tl.int64,
     HAS_SKIP: tl.constexpr, KEEP: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of out = y, with y = x · weightᵀ, or of skip + fac · (y − skip), where KEEP also of kept = y − skip.
 
@@ -486,7 +474,7 @@ def _product_kernel(
         position, within = step // x_blocks, step % x_blocks * DEPTH + tl.arange(0, DEPTH)
         x = tl.load(x_at + _column_offset(position, within, x_across, x_strides, 8)[None, :])
         weight = tl.load(weight_at + (position * x_run + within)[:, None])
-        y = _add_dot(y, x, weight, DEPTH, PRECISION)
+        y = tl.dot(x, weight, y)
     # in two halves: with a skip that saves registers, so that two programs fit a multiprocessor
     first, second = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
     _store(

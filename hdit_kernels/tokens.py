@@ -22,8 +22,9 @@ def token_merge(x: Tensor, weight: Tensor, patch_size: Sequence[int] = (2, 2)) -
         patch_size: (h, w).
 
     Returns:
-        [B, H, W, out] in x's dtype, contiguous. Under autocast x is cast to the autocast dtype first. For a backward
-        pass x's patches are kept, rearranged, as [B, H, W, h·w·C]: x's bytes once more.
+        [B, H, W, out] in x's dtype, contiguous. Under autocast x is cast to the autocast dtype first. A backward pass
+        needs a rearranged copy of x, which is kept for it: x's bytes once more. (x itself is kept for derivatives
+        beyond the first; not in a graph of torch.compile.)
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype or shape, or the patches do not tile x.
@@ -61,9 +62,9 @@ def token_split(
         fac: [1], given exactly when skip is: the weight of y. It is read on the device and stays in its own dtype.
 
     Returns:
-        [B, H·h, W·w, C] in x's dtype, contiguous. Under autocast x and skip are cast to the autocast dtype first. For
-        a backward pass with a skip y − skip is kept, rounded to x's dtype: the output's bytes once more. The gradient
-        of fac has that rounding.
+        [B, H·h, W·w, C] in x's dtype, contiguous. Under autocast x and skip are cast to the autocast dtype first. A
+        backward pass with a skip needs y − skip, which is kept for it, rounded to x's dtype: the output's bytes once
+        more. (skip itself is kept for derivatives beyond the first; not in a graph of torch.compile.)
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype or shape, or only one of skip and fac is given.
@@ -283,7 +284,7 @@ _merge = differentiable(
     ),
     inputs=2,
     extras=1,
-    keeps_output=False,
+    keep_output=False,
 )
 _split = differentiable(
     reference.token_split,
@@ -308,5 +309,5 @@ _split_with_skip = differentiable(
     backward=_blend_gradients,
     inputs=4,
     extras=1,
-    keeps_output=False,
+    keep_output=False,
 )

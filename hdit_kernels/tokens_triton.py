@@ -7,13 +7,13 @@ plain matrix has patches of 1 x 1. With P the matrix of merge's x, G that of spl
     split: Y = X·Wᵀ   D = Y − skip      dX = (fac·G)·W     dW = (fac·G)ᵀ·X
            out = skip + fac·D           dskip = (1 − fac)·G             dfac = Σ G·D
 
-cuBLAS makes the products. `_copy_kernel` brings fine tensors into their matrices and back, `_blend_kernel` those of a
-split with a skip: Y is rounded to its dtype before, fac·G and D too, as plain PyTorch does. For a backward pass P and D are kept.
-`_product_kernel` does both in one, for the forward products that gain by it (MERGE_FUSED, SPLIT_FUSED).
+cuBLAS makes the products. `_copy_kernel` brings fine tensors into their matrices and back; `_blend_kernel` does so with
+Y and G of a split with a skip. Y, fac·G and D are rounded to x's dtype, as in plain PyTorch. Forward products that gain
+by it, copy included, are made by `_product_kernel`, without rounding Y. With gradients forward keeps P and D.
 
-Bytes moved for N elements of the fine tensor and M of the coarse one, b bytes each, beside the weight: forward, in one
-kernel (N + M)·b, with a skip N·b more, with D kept N·b more; else (3·N + M)·b, with a skip N·b more, with D kept N·b
-more. Backward: merge (4·N + 2·M)·b; split (4·N + 2·M)·b, with a skip 2·N·b more.
+Bytes moved for N elements of the fine tensor and M of the coarse one, b bytes each, beside the weight: forward by
+`_product_kernel` (N + M)·b, else (3·N + M)·b, with a skip N·b more, with D kept N·b more; backward (4·N + 2·M)·b, of a
+split with a skip 2·N·b more.
 """
 
 from __future__ import annotations
@@ -294,7 +294,8 @@ def _product_plan(tile: Tile, has_skip: bool, keep: bool, *layouts: Layout) -> P
     numbers = (rows, height, width, *x.in_units(8), *out.in_units(vector), *skip.in_units(vector)[:6])
     constants = {
         "HAS_SKIP": has_skip, "KEEP": keep, "VECTOR": vector, "PADDED": padded,
-        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     if keep and tile.num_warps == 8:
         constants["maxnreg"] = 128  # else 162, and one program a multiprocessor in place of two

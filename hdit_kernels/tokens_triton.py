@@ -78,8 +78,9 @@ def token_split_forward(
     (h, w), weight = patch_size, _weight(weight, x)
     columns, terms = weight.shape
     out = x.new_empty((x.shape[0], x.shape[1] * h, x.shape[2] * w, columns // (h * w)))
-    kept = x.new_empty((*x.shape[:3], columns)) if save and skip is not None else None
-    fused = _product(x, NO_PATCH, weight, out, (h, w), skip, fac, kept) if terms < SPLIT_FUSED else None
+    way = "plain" if skip is None else "keep" if save else "blend"
+    kept = x.new_empty((*x.shape[:3], columns)) if way == "keep" else None
+    fused = _product(x, NO_PATCH, weight, out, (h, w), way, skip, fac, kept) if terms < SPLIT_FUSED else None
     if fused is not None:
         launch.run(fused)
     else:
@@ -88,7 +89,7 @@ def token_split_forward(
         if skip is None or fac is None:
             launch.run(_copy(out, (h, w), y, scatter=True))
         else:
-            launch.run(_blend("forward" if kept is None else "keep", out, (h, w), y, skip, fac))
+            launch.run(_blend(way, out, (h, w), y, skip, fac))
     return [out] if kept is None else [out, kept]
 
 
@@ -268,23 +269,24 @@ def _product(
     weight: Tensor,
     out: Tensor,
     patch: Patch,
+    way: str = "plain",
     skip: Tensor | None = None,
     fac: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Launch | None:
-    """Of _product_kernel; None where x is float32, or its runs are not of whole steps and 16-byte words."""
+    """Of _product_kernel, which tells the ways; None where x is float32, or not of whole steps and 16-byte words."""
     layouts = *_layouts(x_patch, x), *_layouts(patch, *[out] if skip is None else [out, skip])
     tile = tile_for(launch.gpu_family(x.device), layouts[1].short)
     whole = layouts[0].aligned == 8 and layouts[0].run % tile.depth == 0 and launch.aligned(weight)
     if x.dtype == torch.float32 or not whole:
         return None
-    plan = _product_plan(tile, skip is not None, kept is not None, *layouts)
+    plan = _product_plan(tile, way, *layouts)
     tensors = [weight if tensor is None else tensor for tensor in (x, weight, skip, fac, out, kept)]
     return Launch(_product_kernel, plan[0], tensors, *plan[1:])
 
 
 @functools.lru_cache(maxsize=4096)
-def _product_plan(tile: Tile, has_skip: bool, keep: bool, *layouts: Layout) -> Plan:
+def _product_plan(tile: Tile, way: str, *layouts: Layout) -> Plan:
     """layouts: of x, out, and the skip."""
     x, out, skip = *layouts[:2], layouts[-1]
     vector, padded = _vector(*layouts[1:]), min(16, tile.columns) if out.short else tile.columns
@@ -293,11 +295,11 @@ def _product_plan(tile: Tile, has_skip: bool, keep: bool, *layouts: Layout) -> P
     rows = batch * height * width
     numbers = (rows, height, width, *x.in_units(8), *out.in_units(vector), *skip.in_units(vector)[:6])
     constants = {
-        "HAS_SKIP": has_skip, "KEEP": keep, "VECTOR": vector, "PADDED": padded,
+        "WAY": way, "VECTOR": vector, "PADDED": padded,
         "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
-    if keep and tile.num_warps == 8:
+    if way == "keep" and tile.num_warps == 8:
         constants["maxnreg"] = 128  # else 162, and one program a multiprocessor in place of two
     return (launch.cdiv(rows, tile.rows) * blocks, 1, 1), numbers, constants
 
@@ -375,7 +377,7 @@ def _blend_kernel(
     other_s5: tl.int64,
     VECTOR: tl.constexpr, PATCHES: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
-    """Every `programs`-th tile. WAY "forward": fine = other + fac · (matrix − other), with the skip as other; "keep":
+    """Every `programs`-th tile. WAY "blend": fine = other + fac · (matrix − other), with the skip as other; "keep":
     matrix −= other, too. "backward", with fine a gradient: matrix = fac · fine, other = (1 − fac) · fine, and this
     program's part of Σ fine · kept.
     """
@@ -422,18 +424,18 @@ def _columns(block, positions, run, SIZE: tl.constexpr, PADDED: tl.constexpr, FI
 @triton.jit
 def _store(
     y, row, rows, height, width, block, out_ptr, strides, across, positions, run, skip_ptr, skip_strides, fac_ptr,
-    kept_ptr, HAS_SKIP: tl.constexpr, KEEP: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr,
-    COLUMNS: tl.constexpr, FIRST: tl.constexpr,
+    kept_ptr, WAY: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Stores half of a tile, the columns from FIRST: y, or its interpolation with the skip."""
+    """Stores half of a tile, the columns from FIRST."""
     position, within, column, exists = _columns(block, positions, run, COLUMNS, PADDED, FIRST, COLUMNS // 2)
     inside = (row < rows)[:, None] & exists[None, :]
-    if HAS_SKIP:
+    if WAY != "plain":
         skip_row = _row_offset(row, height, width, skip_strides, VECTOR)
         skip_column = _column_offset(position, within, across, skip_strides, VECTOR)
         skip = tl.load(skip_ptr + skip_row[:, None] + skip_column[None, :], inside, other=0.0).to(tl.float32)
         difference = y - skip
-        if KEEP:
+        if WAY == "keep":
             at = row.to(tl.int64)[:, None] * (positions * run) + column[None, :]
             tl.store(kept_ptr + at, difference, inside)
         y = skip + tl.load(fac_ptr).to(tl.float32) * difference
@@ -451,10 +453,11 @@ def _product_kernel(
     s0: tl.int64, s1: tl.int64, s2: tl.int64, s3: tl.int64, s4: tl.int64, s5: tl.int64,
     across: tl.int32, positions: tl.int32, run: tl.int32,
     skip_s0: tl.int64, skip_s1: tl.int64, skip_s2: tl.int64, skip_s3: tl.int64, skip_s4: tl.int64, skip_s5: tl.int64,
-    HAS_SKIP: tl.constexpr, KEEP: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr,
+    WAY: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out = y, with y = x · weightᵀ, or of skip + fac · (y − skip), where KEEP also of kept = y − skip.
+    """A tile of out, of y = x · weightᵀ. WAY "plain": out = y; "blend": out = skip + fac · (y − skip); "keep":
+    kept = y − skip, too.
 
     x's strides and runs are in units of 8 elements, its runs multiples of DEPTH.
     """
@@ -480,9 +483,9 @@ def _product_kernel(
     first, second = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
     _store(
         first, row, rows, height, width, block, out_ptr, strides, across, positions, run, skip_ptr, skip_strides,
-        fac_ptr, kept_ptr, HAS_SKIP, KEEP, VECTOR, PADDED, COLUMNS, 0,
+        fac_ptr, kept_ptr, WAY, VECTOR, PADDED, COLUMNS, 0,
     )  # fmt: skip
     _store(
         second, row, rows, height, width, block, out_ptr, strides, across, positions, run, skip_ptr, skip_strides,
-        fac_ptr, kept_ptr, HAS_SKIP, KEEP, VECTOR, PADDED, COLUMNS, COLUMNS // 2,
+        fac_ptr, kept_ptr, WAY, VECTOR, PADDED, COLUMNS, COLUMNS // 2,
     )  # fmt: skip

@@ -233,7 +233,7 @@ def _copy_plan(programs: int, *layouts: Layout) -> Plan:
     """programs: that walk over all tiles; 0 for one a tile."""
     fine = layouts[0]
     # 4096 elements of patches beside each other, 2048 of each tensor of a blend; with 4 warps four 16-byte loads of
-    # bfloat16 a thread, where runs are long. Runs of 3 are pixels, channels first, whose elements are loaded one by one.
+    # bfloat16 a thread, where runs are long. Runs of 3 are pixels, channels first, whose elements are loaded singly.
     patches, positions, block = (16, 1, 256) if not fine.short else (64, 4, 16) if fine.run > 4 else (16, 16, 4)
     patches //= len(layouts)
     vector = 1 if block == 4 else _vector(*layouts)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hdit_kernels import reference, tokens_triton
 from hdit_kernels.testing import FLOOR, relative_error
+from hdit_kernels.tokens import _patches
 from hdit_kernels.tokens_triton import (
     Tile,
     tile_for,
@@ -42,6 +43,7 @@ def check_merge(x: Tensor, weight: Tensor, patch_size: tuple[int, int], dout: Te
         dx, dweight = token_merge_backward(dout, patches, weight, patch_size, [True, True])
     compare(alone, out, x.dtype)
     compare(found, out, x.dtype)
+    assert torch.equal(patches, _patches(x, patch_size))
     compare(dx, wanted[0], x.dtype)
     compare(dweight, wanted[1], x.dtype, weight.dtype, terms)
 

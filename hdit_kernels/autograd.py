@@ -45,6 +45,7 @@ def differentiable(
     inputs: int,
     constants: int = 0,
     extras: int = 0,
+    keep_output: bool = True,
     passed_on: int | None = None,
 ) -> Callable[..., Any]:
     """A function of `inputs` tensors that have gradients, `constants` tensors that have none, and settings.
@@ -53,10 +54,10 @@ def differentiable(
 
     reference: the same in plain PyTorch, same arguments; for derivatives beyond the first. forward(*arguments): the
     output; or, if there are extras, forward(*arguments, save): a list of the outputs and, if save, of `extras` more
-    tensors that the backward pass needs. backward(cotangents, tensors, saved,
-    settings, needed): one gradient for each input, None where it isn't needed or there is none; saved: the first output
-    and the extras, if there are extras. passed_on: the input whose gradient is the output's own, which backward leaves
-    out.
+    tensors that the backward pass needs. backward(cotangents, tensors, saved, settings, needed): one gradient for each
+    input, None where it isn't needed or there is none; saved: if there are extras, the first output (unless
+    keep_output is False, to free its memory) and the extras. passed_on: the input whose gradient is the output's own,
+    which backward leaves out.
     """
     count = inputs + constants
 
@@ -90,7 +91,7 @@ def differentiable(
         @staticmethod
         def setup_context(ctx: Any, arguments: tuple[Any, ...], results: Any) -> None:
             ctx.settings, ctx.outputs = arguments[count:], len(results) - extras if extras else 1
-            saved = (results[0], *results[ctx.outputs :]) if extras else ()
+            saved = (*results[: int(keep_output)], *results[ctx.outputs :]) if extras else ()
             ctx.save_for_backward(*arguments[:count], *saved)
             ctx.set_materialize_grads(False)
 

@@ -16,13 +16,15 @@ def token_merge(x: Tensor, weight: Tensor, patch_size: Sequence[int] = (2, 2)) -
     """Each h x w patch of tokens becomes one: pixel-unshuffle, then projection without bias.
 
     Args:
-        x: [B, H·h, W·w, C], bfloat16, float16 or float32 (float64 takes the reference); any strides, none is copied.
+        x: [B, H·h, W·w, C], bfloat16, float16 or float32 (float64 takes the reference); any strides.
         weight: [out, h·w·C], columns in the order (row of the patch, column of the patch, channel); may have another
             dtype than x, and is then rounded to x's for the product.
         patch_size: (h, w).
 
     Returns:
-        [B, H, W, out] in x's dtype, contiguous. Under autocast x is cast to the autocast dtype first.
+        [B, H, W, out] in x's dtype, contiguous. Under autocast x is cast to the autocast dtype first. A backward pass
+        needs a rearranged copy of x, which is kept for it: x's bytes once more. (x itself is kept for derivatives
+        beyond the first; not in a graph of torch.compile.)
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype or shape, or the patches do not tile x.
@@ -60,7 +62,9 @@ def token_split(
         fac: [1], given exactly when skip is: the weight of y. It is read on the device and stays in its own dtype.
 
     Returns:
-        [B, H·h, W·w, C] in x's dtype, contiguous. Under autocast x and skip are cast to the autocast dtype first.
+        [B, H·h, W·w, C] in x's dtype, contiguous. Under autocast x and skip are cast to the autocast dtype first. A
+        backward pass with a skip needs y − skip, which is kept for it, rounded to x's dtype: the output's bytes once
+        more. (skip itself is kept for derivatives beyond the first; not in a graph of torch.compile.)
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype or shape, or only one of skip and fac is given.
@@ -80,12 +84,12 @@ def token_split(
     if weight.shape[0] % (h * w) != 0:
         raise ValueError(f"weight: expected rows divisible by the patch, {h} · {w}, got {weight.shape[0]} rows")
     _check_sizes_and_float64(x, weight)
-    if skip is not None and fac is not None:
-        checks.shape("skip", skip, _split_shape(x.shape, weight.shape, (h, w)))
-        checks.shape("fac", fac, [1])
     dtype = registration.autocast_dtype(x)
-    x, skip = registration.cast(x, dtype), None if skip is None else registration.cast(skip, dtype)
-    return _split(x, weight, skip, fac, (h, w))
+    if skip is None or fac is None:
+        return _split(registration.cast(x, dtype), weight, (h, w))
+    checks.shape("skip", skip, _split_shape(x.shape, weight.shape, (h, w)))
+    checks.shape("fac", fac, [1])
+    return _split_with_skip(registration.cast(x, dtype), weight, registration.cast(skip, dtype), fac, (h, w))
 
 
 def _patch(patch_size: Sequence[int]) -> tuple[int, int]:
@@ -123,17 +127,40 @@ def _gradients(
     return tuple(next(found) if wanted else dout.new_empty(0) for wanted in needed)
 
 
-def _fake_gradients(inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]) -> tuple[Tensor, ...]:
-    return tuple(
-        t.new_empty(t.shape) if wanted and t is not None else dout.new_empty(0)
-        for t, wanted in zip(inputs, needed, strict=True)
-    )
+def _patches(fine: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """[B, H·h, W·w, C] -> [B, H, W, h·w·C]."""
+    (h, w), (batch, height, width, channels) = patch_size, fine.shape
+    rows = fine.reshape(batch, height // h, h, width // w, w * channels)
+    return rows.transpose(2, 3).flatten(3)
+
+
+def _unpatched(patches: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """[B, H, W, h·w·C] -> [B, H·h, W·w, C]."""
+    (h, w), (batch, height, width, columns) = patch_size, patches.shape
+    rows = patches.view(batch, height, width, h, columns // h).transpose(2, 3)
+    return rows.reshape(batch, height * h, width * w, columns // (h * w))
+
+
+def _reference_merge_forward(x: Tensor, weight: Tensor, patch_size: list[int], save: bool) -> list[Tensor]:
+    return [reference.token_merge(x, weight, patch_size)] + save * [_patches(x, patch_size)]
 
 
 def _reference_merge_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, patch_size: list[int], needed: list[bool]
+    dout: Tensor, patches: Tensor, weight: Tensor, patch_size: list[int], needed: list[bool]
 ) -> Any:
+    x = _unpatched(patches, patch_size)
     return _gradients(lambda x, weight: reference.token_merge(x, weight, patch_size), (x, weight), dout, needed)
+
+
+def _reference_split_forward(
+    x: Tensor, weight: Tensor, patch_size: list[int], skip: Tensor | None, fac: Tensor | None, save: bool
+) -> list[Tensor]:
+    out = reference.token_split(x, weight, patch_size, skip, fac)
+    if not save or skip is None:
+        return [out]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = reference.token_split(x.to(wide), weight, patch_size)
+    return [out, _patches((y - skip).to(x.dtype), patch_size)]
 
 
 def _reference_split_backward(
@@ -141,14 +168,22 @@ def _reference_split_backward(
     x: Tensor,
     weight: Tensor,
     patch_size: list[int],
-    skip: Tensor | None,
+    difference: Tensor | None,
     fac: Tensor | None,
+    skip_dtype: torch.dtype | None,
     needed: list[bool],
 ) -> Any:
-    def function(x: Tensor, weight: Tensor, skip: Tensor | None, fac: Tensor | None) -> Tensor:
-        return reference.token_split(x, weight, patch_size, skip, fac)
+    def split(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.token_split(x, weight, patch_size)
 
-    return _gradients(function, (x, weight, skip, fac), dout, needed)
+    if difference is None or fac is None:
+        return (*_gradients(split, (x, weight), dout, needed[:2]), dout.new_empty(0), dout.new_empty(0))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gradient, part = dout.to(wide), fac.to(wide)
+    dx, dweight = _gradients(split, (x.to(wide), weight), part * gradient, needed[:2])
+    dskip = ((1 - part) * gradient).to(skip_dtype)
+    dfac = (gradient * _unpatched(difference, patch_size)).sum()[None].to(fac.dtype)
+    return dx.to(x.dtype), dweight, dskip if needed[2] else dout.new_empty(0), dfac if needed[3] else dout.new_empty(0)
 
 
 def _flops(x: Sequence[int], weight: Sequence[int]) -> int:
@@ -159,22 +194,22 @@ def _flops(x: Sequence[int], weight: Sequence[int]) -> int:
     return 2 * elements * weight[0]
 
 
-def _merge_flops(x, weight, patch_size):  # type: ignore[no-untyped-def]
+def _merge_flops(x, weight, patch_size, save):  # type: ignore[no-untyped-def]
     """2 · rows · h·w·C · out; x has rows · h·w·C elements."""
     return _flops(x, weight)
 
 
-def _merge_backward_flops(dout, x, weight, patch_size, needed):  # type: ignore[no-untyped-def]
-    return _flops(x, weight) * sum(needed)
+def _merge_backward_flops(dout, patches, weight, patch_size, needed):  # type: ignore[no-untyped-def]
+    return _flops(patches, weight) * sum(needed)
 
 
-def _split_flops(x, weight, patch_size, skip, fac):  # type: ignore[no-untyped-def]
+def _split_flops(x, weight, patch_size, skip, fac, save):  # type: ignore[no-untyped-def]
     """2 · rows · in · h·w·C; x has rows · in elements."""
     return _flops(x, weight)
 
 
-def _split_backward_flops(dout, x, weight, patch_size, skip, fac, needed):  # type: ignore[no-untyped-def]
-    return _flops(x, weight) * (needed[0] + (needed[1] or needed[3]))
+def _split_backward_flops(dout, x, weight, patch_size, difference, fac, skip_dtype, needed):  # type: ignore[no-untyped-def]
+    return _flops(x, weight) * (needed[0] + needed[1])
 
 
 def _kernels():
@@ -184,59 +219,95 @@ def _kernels():
     return tokens_triton
 
 
+def _fake_merge_forward(x, weight, patch_size, save):  # type: ignore[no-untyped-def]
+    grid = (x.shape[0], x.shape[1] // patch_size[0], x.shape[2] // patch_size[1])
+    return [x.new_empty((*grid, size)) for size in (weight.shape if save else weight.shape[:1])]
+
+
+def _fake_merge_backward(dout, patches, weight, patch_size, needed):  # type: ignore[no-untyped-def]
+    (h, w), (batch, height, width, columns) = patch_size, patches.shape
+    dx = dout.new_empty((batch, height * h, width * w, columns // (h * w)) if needed[0] else 0)
+    return dx, weight.new_empty(weight.shape) if needed[1] else dout.new_empty(0)
+
+
+def _fake_split_forward(x, weight, patch_size, skip, fac, save):  # type: ignore[no-untyped-def]
+    kept = [x.new_empty((*x.shape[:3], weight.shape[0]))] if save and skip is not None else []
+    return [x.new_empty(_split_shape(x.shape, weight.shape, patch_size)), *kept]
+
+
+def _fake_split_backward(dout, x, weight, patch_size, difference, fac, skip_dtype, needed):  # type: ignore[no-untyped-def]
+    like = [(x, x.dtype), (weight, weight.dtype), (dout, skip_dtype), (fac, fac.dtype if fac is not None else None)]
+    return tuple(
+        t.new_empty(t.shape, dtype=dtype) if wanted and t is not None else dout.new_empty(0)
+        for (t, dtype), wanted in zip(like, needed, strict=True)
+    )
+
+
 _merge_forward = registration.define(
     "token_merge_forward",
-    "(Tensor x, Tensor weight, int[] patch_size) -> Tensor",
-    reference=reference.token_merge,
+    "(Tensor x, Tensor weight, int[] patch_size, bool save) -> Tensor[]",
+    reference=_reference_merge_forward,
     launcher=lambda: _kernels().token_merge_forward,
-    fake=lambda x, weight, p: x.new_empty(x.shape[0], x.shape[1] // p[0], x.shape[2] // p[1], weight.shape[0]),
+    fake=_fake_merge_forward,
     flops=_merge_flops,
 )
 _merge_backward = registration.define(
     "token_merge_backward",
-    "(Tensor dout, Tensor x, Tensor weight, int[] patch_size, bool[] needed) -> (Tensor, Tensor)",
+    "(Tensor dout, Tensor patches, Tensor weight, int[] patch_size, bool[] needed) -> (Tensor, Tensor)",
     reference=_reference_merge_backward,
     launcher=lambda: _kernels().token_merge_backward,
-    fake=lambda dout, x, weight, patch_size, needed: _fake_gradients((x, weight), dout, needed),
+    fake=_fake_merge_backward,
     flops=_merge_backward_flops,
 )
 _split_forward = registration.define(
     "token_split_forward",
-    "(Tensor x, Tensor weight, int[] patch_size, Tensor? skip, Tensor? fac) -> Tensor",
-    reference=reference.token_split,
+    "(Tensor x, Tensor weight, int[] patch_size, Tensor? skip, Tensor? fac, bool save) -> Tensor[]",
+    reference=_reference_split_forward,
     launcher=lambda: _kernels().token_split_forward,
-    fake=lambda x, weight, patch_size, skip, fac: x.new_empty(_split_shape(x.shape, weight.shape, patch_size)),
+    fake=_fake_split_forward,
     flops=_split_flops,
 )
 _split_backward = registration.define(
     "token_split_backward",
-    "(Tensor dout, Tensor x, Tensor weight, int[] patch_size, Tensor? skip, Tensor? fac, bool[] needed) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor x, Tensor weight, int[] patch_size, Tensor? difference, Tensor? fac, "
+    "ScalarType? skip_dtype, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_split_backward,
     launcher=lambda: _kernels().token_split_backward,
-    fake=lambda dout, x, weight, p, skip, fac, needed: _fake_gradients((x, weight, skip, fac), dout, needed),
+    fake=_fake_split_backward,
     flops=_split_backward_flops,
 )
 _merge = differentiable(
     reference.token_merge,
     forward=_merge_forward,
     backward=lambda cotangents, tensors, saved, settings, needed: wanted(
-        _merge_backward(*cotangents, *tensors, *settings, needed), needed
+        _merge_backward(*cotangents, *saved, tensors[1], *settings, needed), needed
+    ),
+    inputs=2,
+    extras=1,
+    keep_output=False,
+)
+_split = differentiable(
+    reference.token_split,
+    forward=lambda x, weight, patch_size: _split_forward(x, weight, patch_size, None, None, False)[0],
+    backward=lambda cotangents, tensors, saved, settings, needed: wanted(
+        _split_backward(*cotangents, *tensors, *settings, None, None, None, [*needed, False, False])[:2], needed
     ),
     inputs=2,
 )
 
 
-def _split_gradients(
+def _blend_gradients(
     cotangents: Any, tensors: Any, saved: Any, settings: Any, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     x, weight, skip, fac = tensors
-    return wanted(_split_backward(*cotangents, x, weight, *settings, skip, fac, needed), needed)
+    return wanted(_split_backward(*cotangents, x, weight, *settings, *saved, fac, skip.dtype, needed), needed)
 
 
-_split = differentiable(
+_split_with_skip = differentiable(
     lambda x, weight, skip, fac, patch_size: reference.token_split(x, weight, patch_size, skip, fac),
-    forward=lambda x, weight, skip, fac, patch_size: _split_forward(x, weight, patch_size, skip, fac),
-    backward=_split_gradients,
+    forward=lambda x, weight, skip, fac, patch_size, save: _split_forward(x, weight, patch_size, skip, fac, save),
+    backward=_blend_gradients,
     inputs=4,
+    extras=1,
+    keep_output=False,
 )

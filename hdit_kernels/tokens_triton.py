@@ -1,25 +1,26 @@
 """Kernels and launchers of `token_merge` and `token_split`.
 
-A tensor [B, H·h, W·w, C] of any strides is seen as a matrix of B·H·W rows, its h x w patches, and h·w·C
-columns: the pixel-unshuffle is in the offsets of the loads, the pixel-shuffle in those of the stores, and no rearranged
-copy is written. A plain matrix is the case of 1 x 1 patches. With G the matrix of a gradient, X of an input and W the
-weight [out, in] there are
+A fine tensor [B, H·h, W·w, C] of any strides is seen as a matrix of B·H·W rows, its h x w patches, and h·w·C columns; a
+plain matrix has patches of 1 x 1. With P the matrix of merge's x, G that of split's gradient, W the weight [out, in]:
 
-    merge: out = X·Wᵀ            dX = G·W            dW = Gᵀ·X
-    split: Y = X·Wᵀ, shuffled    dX = fac·(G·W)      dW = fac·(Gᵀ·X)      dskip = (1 − fac)·G
-           out = skip + fac·(Y − skip)               dfac = Σ G·(Y − skip) = Σ W·(Gᵀ·X) − Σ G·skip
+    merge: out = P·Wᵀ                   dP = dout·W        dW = doutᵀ·P
+    split: Y = X·Wᵀ   D = Y − skip      dX = (fac·G)·W     dW = (fac·G)ᵀ·X
+           out = skip + fac·D           dskip = (1 − fac)·G             dfac = Σ G·D
 
-Written so, fac scales products that are float32 still, and dfac needs Y neither stored nor computed again.
+cuBLAS makes the products. `_copy_kernel` brings fine tensors into their matrices and back; `_blend_kernel` does so with
+Y and G of a split with a skip. Y, fac·G and D are rounded to x's dtype, as in plain PyTorch. Forward products that gain
+by it, copy included, are made by `_product_kernel`, without rounding Y. With gradients forward keeps P and D.
 
-Bytes moved for N elements of the fine tensor and M of the coarse one, b bytes each, beside the weight: forward
-(N + M)·b, with a skip N·b more; backward 2·(N + M)·b for dX and dW, with a skip 3·N·b more.
+Bytes moved for N elements of the fine tensor and M of the coarse one, b bytes each, beside the weight: forward by
+`_product_kernel` (N + M)·b, else (3·N + M)·b, with a skip N·b more, with D kept N·b more; backward (4·N + 2·M)·b, of a
+split with a skip 2·N·b more.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,38 +30,67 @@ from torch import Tensor
 from hdit_kernels import launch
 from hdit_kernels.launch import Launch, Plan
 
-WEIGHT_GRADIENT_PROGRAMS = 256  # about: two for each multiprocessor of the largest GPUs
-WEIGHT_BLOCK = 256  # elements of a weight's gradient that a program adds up
+# Sums of fewer terms are made by _product_kernel: what it saves, a copy, is then more than what cuBLAS is faster by.
+# µs in one kernel / two on an H200 (docs/measured/h200-2026-12-01-tokens.json): merges of 512 terms 30 / 39, 1024
+# 25 / 29 and 37 / 43, 1536 87 / 84 and 32 / 27; splits with a skip of 256 terms 45 / 50, 384 52 / 55, 512 33 / 33, 768
+# 105 / 99 and 33 / 31. Pixels, merged, are none of them (45 / 33), nor channels that don't lie side by side (259 / 38).
+MERGE_FUSED, SPLIT_FUSED = 1536, 768
+SUM_PROGRAMS = 1056  # eight for each multiprocessor: each leaves one number of the sum that is dfac
 NO_PATCH = (1, 1)
 Patch = tuple[int, ...]  # rows and columns
-LERP_TILE = (32, 128)  # tokens and channels
-LERP_PROGRAMS = 1024  # at most: each leaves one number of the sum that is dfac
 
 
-def token_merge_forward(x: Tensor, weight: Tensor, patch_size: Sequence[int]) -> Tensor:
-    return _project(x, tuple(patch_size), weight, NO_PATCH)
+def token_merge_forward(x: Tensor, weight: Tensor, patch_size: Sequence[int], save: bool) -> list[Tensor]:
+    """out, and with `save` P, [B, H, W, h·w·C]."""
+    (h, w), weight = patch_size, _weight(weight, x)
+    grid = (x.shape[0], x.shape[1] // h, x.shape[2] // w)
+    out = x.new_empty((*grid, weight.shape[0]))
+    if not save and weight.shape[1] < MERGE_FUSED:
+        fused = _product(x, (h, w), weight, out, NO_PATCH)
+        if fused is not None:
+            launch.run(fused)
+            return [out]
+    patches = x.new_empty((*grid, weight.shape[1]))
+    launch.run(_copy(x, (h, w), patches))
+    _multiply(_rows(patches), weight.t(), _rows(out))
+    return [out, patches] if save else [out]
 
 
 def token_merge_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, patch_size: Sequence[int], needed: Sequence[bool]
+    dout: Tensor, patches: Tensor, weight: Tensor, patch_size: Sequence[int], needed: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    patch = tuple(patch_size)
+    h, w = patch_size
     dx, dweight = None, None
-    launches: list[Launch] = []
     if needed[0]:
-        dx = launch.empty_like(x)
-        launches.append(_project_back(dout, NO_PATCH, weight, dx, patch))
+        batch, height, width, columns = patches.shape
+        dx = patches.new_empty((batch, height * h, width * w, columns // (h * w)))
+        dpatches = _multiply(_rows(dout), _weight(weight, dout), _rows(launch.empty_like(patches)))
+        launch.run(_copy(dx, (h, w), dpatches, scatter=True))
     if needed[1]:
-        dweight, more = _weight_gradient(dout, NO_PATCH, x, patch, weight)
-        launches += more
-    launch.run(*launches)
+        dweight = _multiply(_rows(dout).t(), _rows(patches), launch.empty_like(weight))
     return _tensors(dout, dx, dweight)
 
 
 def token_split_forward(
-    x: Tensor, weight: Tensor, patch_size: Sequence[int], skip: Tensor | None, fac: Tensor | None
-) -> Tensor:
-    return _project(x, NO_PATCH, weight, tuple(patch_size), skip, fac)
+    x: Tensor, weight: Tensor, patch_size: Sequence[int], skip: Tensor | None, fac: Tensor | None, save: bool
+) -> list[Tensor]:
+    """out, and with `save` and a skip D, [B, H, W, h·w·C]."""
+    (h, w), weight = patch_size, _weight(weight, x)
+    columns, terms = weight.shape
+    out = x.new_empty((x.shape[0], x.shape[1] * h, x.shape[2] * w, columns // (h * w)))
+    way = "plain" if skip is None else "keep" if save else "blend"
+    kept = x.new_empty((*x.shape[:3], columns)) if way == "keep" else None
+    fused = _product(x, NO_PATCH, weight, out, (h, w), way, skip, fac, kept) if terms < SPLIT_FUSED else None
+    if fused is not None:
+        launch.run(fused)
+    else:
+        y = x.new_empty((*x.shape[:3], columns)) if kept is None else kept
+        _multiply(_rows(x), weight.t(), _rows(y))
+        if skip is None or fac is None:
+            launch.run(_copy(out, (h, w), y, scatter=True))
+        else:
+            launch.run(_blend(way, out, (h, w), y, skip, fac))
+    return [out] if kept is None else [out, kept]
 
 
 def token_split_backward(
@@ -68,38 +98,27 @@ def token_split_backward(
     x: Tensor,
     weight: Tensor,
     patch_size: Sequence[int],
-    skip: Tensor | None,
+    difference: Tensor | None,
     fac: Tensor | None,
+    skip_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     patch = tuple(patch_size)
     dx, dweight, dskip, dfac = None, None, None, None
-    launches: list[Launch] = []
+    gradient = x.new_empty((*x.shape[:3], weight.shape[0]))
+    if difference is None or fac is None:
+        launch.run(_copy(dout, patch, gradient))
+    else:
+        dskip = dout.new_empty(dout.shape, dtype=skip_dtype)
+        sums = dout.new_empty((1, SUM_PROGRAMS, 1), dtype=torch.float32)
+        dfac, summing = launch.sum_launch(sums, fac)
+        launch.run(_blend("backward", dout, patch, gradient, dskip, fac, difference, sums), summing)
     if needed[0]:
         dx = launch.empty_like(x)
-        launches.append(_project_back(dout, patch, weight, dx, NO_PATCH, fac))
-    if skip is None or fac is None:
-        if needed[1]:
-            dweight, more = _weight_gradient(dout, patch, x, NO_PATCH, weight)
-            launches += more
-        launch.run(*launches)
-        return _tensors(dout, dx, dweight, None, None)
-    # Σ G·(Y − skip): each of the two sums comes with one of the other gradients
-    weight_sums, skip_sums = launch.cdiv(weight.numel(), WEIGHT_BLOCK), min(LERP_PROGRAMS, _lerp_tiles(skip))
-    sums = dout.new_empty((1, weight_sums + skip_sums, 1), dtype=torch.float32)
-    if needed[1] or needed[3]:
-        found, more = _weight_gradient(dout, patch, x, NO_PATCH, weight, fac, sums)
-        launches += more
-        dweight = found if needed[1] else None
-    if needed[2] or needed[3]:
-        found = launch.empty_like(skip)
-        launches.append(_lerp_skip(dout, skip, fac, found, sums, weight_sums, skip_sums))
-        dskip = found if needed[2] else None
-    if needed[3]:
-        dfac, summing = launch.sum_launch(sums, fac)
-        launches.append(summing)
-    launch.run(*launches)
-    return _tensors(dout, dx, dweight, dskip, dfac)
+        _multiply(_rows(gradient), _weight(weight, x), _rows(dx))
+    if needed[1]:
+        dweight = _multiply(_rows(gradient).t(), _rows(x), launch.empty_like(weight))
+    return _tensors(dout, dx, dweight, dskip if needed[2] else None, dfac if needed[3] else None)
 
 
 def _tensors(dout: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
@@ -107,46 +126,125 @@ def _tensors(dout: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
     return tuple([dout.new_empty(0) if gradient is None else gradient for gradient in gradients])
 
 
+def _weight(weight: Tensor, x: Tensor) -> Tensor:
+    """As products with x take it: in its dtype, contiguous."""
+    if weight.dtype == x.dtype and weight.is_contiguous():
+        return weight.detach()
+    rounded = x.new_empty(weight.shape)
+    launch.run(_copy(weight[None, None], NO_PATCH, rounded))
+    return rounded
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[B, H, W, C] as a plain matrix, copied only if its strides don't allow it."""
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a·b, by cuBLAS, rounded once. Given `out` torch.mm takes no notice of autocast."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if out.dtype == torch.float32 and a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    # elsewhere results have the factors' dtype
+    return out.copy_(torch.mm(a.float(), b.float(), out=out.new_empty(out.shape, dtype=torch.float32)))
+
+
 class Layout(NamedTuple):
-    """What a plan has to know of a tensor: [B, H·h, W·w, C] seen as a matrix by its patch, or a weight."""
+    """A tensor [B, H·h, W·w, C] as a matrix of its patches, each of `positions` runs of elements that lie side by side.
 
-    shape: Sequence[int]
-    stride: Sequence[int]
-    aligned: bool
-    patch: Patch
+    strides: of batches, rows and columns of patches, rows and columns of positions in a patch, and elements.
+    """
 
-    def strides(self) -> list[int]:
-        """0 for a dimension of size 1, whose own stride, if odd, would keep loads narrow for nothing."""
-        return [0 if size == 1 else stride for size, stride in zip(self.shape, self.stride, strict=True)]
+    strides: Sequence[int]
+    across: int  # positions in a row of a patch
+    positions: int
+    run: int
+    grid: tuple[int, int, int]  # batches, rows and columns of patches
+    aligned: int  # as many elements as all strides but the last and the run are multiples of: 8, 4 or 1
 
-    def vector(self) -> int:
-        """8 where channels lie side by side and each run of them starts and ends at multiples of 8 elements; else 1."""
-        *outer, s_c = self.strides()
-        return launch.vector_width(self.aligned, self.shape[-1], *outer) if s_c == 1 else 1
-
-    def row_vector(self) -> int:
-        """Of a weight: 8 where every row starts at a multiple of 8 elements; else 1."""
-        return launch.vector_width(self.aligned, self.stride[0])
-
-    def grid(self) -> tuple[int, int, int]:
-        """Rows of the matrix, and rows and columns of patches in the grid."""
-        height, width = self.shape[1] // self.patch[0], self.shape[2] // self.patch[1]
-        return self.shape[0] * height * width, height, width
+    @property
+    def short(self) -> bool:
+        """Whether a block of 16 elements holds a run."""
+        return self.run <= 16
 
     def in_units(self, vector: int) -> tuple[int, ...]:
-        """s_b, s_y, s_x, s_c, h, w and C. Strides but the last, and C, are in units of a vector."""
-        s_b, s_y, s_x, s_c = self.strides()
-        return s_b // vector, s_y // vector, s_x // vector, s_c, *self.patch, self.shape[-1] // vector
+        """Strides but the last, and the run, are in units of a vector."""
+        *outer, s_c = self.strides
+        return (*[stride // vector for stride in outer], s_c, self.across, self.positions, self.run // vector)
 
 
-def _layout(tensor: Tensor, patch: Patch = NO_PATCH) -> Layout:
-    return Layout(tensor.shape, tensor.stride(), launch.aligned(tensor), patch)
+def _layouts(patch: Patch, *tensors: Tensor) -> list[Layout]:
+    """Of tensors of one shape, with the same runs."""
+    given = [(tensor.shape, tensor.stride(), launch.aligned(tensor)) for tensor in tensors]
+    merged = all([stride[2] == shape[3] * stride[3] or patch[1] == 1 for shape, stride, _ in given])
+    return [_layout(*each, patch, merged) for each in given]
 
 
-def _contiguous(shape: Sequence[int], patch: Patch) -> Layout:
-    """Of a tensor that a launcher allocates."""
-    _, height, width, channels = shape
-    return Layout(shape, (height * width * channels, width * channels, channels, 1), True, patch)
+@functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
+def _layout(shape: Sequence[int], stride: Sequence[int], aligned: bool, patch: Patch, merged: bool) -> Layout:
+    """merged: a row of a patch is one run."""
+    (batch, height, width, run), (h, w) = shape, patch
+    # 0 for a dimension of size 1, whose own stride, if odd, would keep loads narrow for nothing
+    s_b, s_y, s_x, s_c = [0 if size == 1 else step for size, step in zip(shape, stride, strict=True)]
+    grid, across = (batch, height // h, width // w), w
+    if merged:
+        s_c = s_x if run == 1 else s_c
+        run, across = run * w, 1
+    strides = (s_b, s_y * h, s_x * w, s_y, 0 if merged else s_x, s_c)
+    return Layout(strides, across, h * across, run, grid, _aligned(aligned and s_c == 1, *strides[:-1], run))
+
+
+def _aligned(whole: bool, *strides: int) -> int:
+    """The most elements, 8, 4 or 1, of which all strides are multiples; 1 where not `whole`."""
+    return next((size for size in (8, 4) if whole and all(stride % size == 0 for stride in strides)), 1)
+
+
+def _vector(*layouts: Layout) -> int:
+    """Elements that a thread loads at once: of short runs, 12 values of 4 pixels, 4, else 8; or 1. Each is a binary."""
+    most = 4 if layouts[0].short else 8
+    return most if min([layout.aligned for layout in layouts]) >= most else 1
+
+
+def _copy(fine: Tensor, patch: Patch, matrix: Tensor, scatter: bool = False) -> Launch:
+    """Fills matrix; or fine, where scatter."""
+    grid, numbers, constants = _copy_plan(0, *_layouts(patch, fine))
+    return Launch(_copy_kernel, grid, (fine, matrix), numbers, constants | {"SCATTER": scatter})
+
+
+def _blend(
+    way: str,
+    fine: Tensor,
+    patch: Patch,
+    matrix: Tensor,
+    other: Tensor,
+    fac: Tensor,
+    kept: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> Launch:
+    """Of _blend_kernel, which tells the ways."""
+    grid, numbers, constants = _copy_plan(0 if sums is None else sums.numel(), *_layouts(patch, fine, other))
+    tensors = [fac if tensor is None else tensor for tensor in (fine, matrix, other, fac, kept, sums)]
+    return Launch(_blend_kernel, grid, tensors, numbers, constants | {"WAY": way})
+
+
+@functools.lru_cache(maxsize=4096)
+def _copy_plan(programs: int, *layouts: Layout) -> Plan:
+    """programs: that walk over all tiles; 0 for one a tile."""
+    fine = layouts[0]
+    # 4096 elements of patches beside each other, 2048 of each tensor of a blend; with 4 warps four 16-byte loads of
+    # bfloat16 a thread, where runs are long. Runs of 3 are pixels, channels first, whose elements are loaded singly.
+    patches, positions, block = (16, 1, 256) if not fine.short else (64, 4, 16) if fine.run > 4 else (16, 16, 4)
+    patches //= len(layouts)
+    vector = 1 if block == 4 else _vector(*layouts)
+    batch, height, width = fine.grid
+    tiles = batch * height * launch.cdiv(width, patches)
+    tiles *= launch.cdiv(fine.positions, positions) * launch.cdiv(fine.run, block)
+    numbers = [height, width, *fine.in_units(vector)]
+    if len(layouts) == 2:
+        numbers = [tiles, programs or tiles, *numbers, *layouts[1].in_units(vector)[:6]]
+    constants = {"VECTOR": vector, "PATCHES": patches, "POSITIONS": positions, "BLOCK": block, "num_warps": 4}
+    return (programs or tiles, 1, 1), numbers, constants
 
 
 class Tile(NamedTuple):
@@ -158,343 +256,237 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def programs(self, rows: int, columns: int) -> int:
-        return launch.cdiv(rows, self.rows) * launch.cdiv(columns, self.columns)
+
+def tile_for(family: str, short: bool) -> Tile:
+    """short: runs of the output. The default stays within the 64 KB of shared memory of AMD GPUs."""
+    if short or family != "hopper":
+        return Tile(128, 64, 32, 4, 3)
+    return Tile(128, 128, 64, 8, 3)
 
 
-def tile_for(family: str, dtype: torch.dtype) -> Tile:
-    """For every product. The defaults stay within the 64 KB of shared memory of AMD GPUs, a float32 weight included."""
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 3)
-    if family == "hopper":
-        return Tile(128, 128, 64, 8, 3)
-    return Tile(128, 64, 32, 4, 3)
-
-
-def _tile_and_precision(x: Tensor) -> tuple[Tile, str]:
-    """The tile of a product of x, and tl.dot's precision."""
-    return tile_for(launch.gpu_family(x.device), x.dtype), launch.input_precision(x.dtype)
-
-
-def _options(tile: Tile, precision: str) -> dict[str, Any]:
-    return dict(
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-
-
-def _project(
-    x: Tensor, x_patch: Patch, weight: Tensor, out_patch: Patch, skip: Tensor | None = None, fac: Tensor | None = None
-) -> Tensor:
-    """X·Wᵀ; with a skip skip + fac · (X·Wᵀ − skip)."""
-    weight = launch.dense(weight)
-    layouts = _layout(x, x_patch), _layout(weight), None if skip is None else _layout(skip, out_patch)
-    (grid, numbers, constants), shape = _project_plan(*_tile_and_precision(x), *layouts, out_patch)
-    out = x.new_empty(shape)
-    tensors = (x, weight, out if skip is None else skip, weight if fac is None else fac, out)
-    launch.run(Launch(_project_kernel, grid, tensors, numbers, constants))
-    return out
-
-
-@functools.lru_cache(maxsize=4096)  # it costs as much host time as the launch itself
-def _project_plan(
-    tile: Tile, precision: str, x: Layout, weight: Layout, skip: Layout | None, out_patch: Patch
-) -> tuple[Plan, Sequence[int]]:
-    """Also the output's shape."""
-    rows, height, width = x.grid()
-    h, w = out_patch
-    out = _contiguous((x.shape[0], height * h, width * w, weight.shape[0] // (h * w)), out_patch)
-    # the weight's rows run along x's columns
-    whole = x.shape[-1] % tile.depth == 0 and min(x.vector(), weight.row_vector()) == 8
-    x_vector, vector = 8 if whole else 1, min(out.vector(), 8 if skip is None else skip.vector())
-    skip_strides = (0, 0, 0, 0) if skip is None else skip.in_units(vector)[:4]
-    x_matrix, out_matrix = x.in_units(x_vector), out.in_units(vector)
-    numbers = (rows, height, width, *x_matrix, weight.stride[0] // x_vector, *skip_strides, *out_matrix)
-    constants = {"WHOLE": whole, "VECTOR": vector, "HAS_SKIP": skip is not None, **_options(tile, precision)}
-    return ((tile.programs(rows, weight.shape[0]), 1, 1), numbers, constants), out.shape
-
-
-def _project_back(
-    dout: Tensor, dout_patch: Patch, weight: Tensor, dx: Tensor, dx_patch: Patch, fac: Tensor | None = None
-) -> Launch:
-    """Fills dx = G·W, with fac times fac."""
-    weight = launch.dense(weight)
-    layouts = _layout(dout, dout_patch), _layout(weight)
-    of_dx = dx.shape, dx_patch
-    grid, numbers, constants = _project_back_plan(*_tile_and_precision(dout), *layouts, *of_dx, fac is not None)
-    tensors = (dout, weight, weight if fac is None else fac, dx)
-    return Launch(_project_back_kernel, grid, tensors, numbers, constants)
-
-
-@functools.lru_cache(maxsize=4096)
-def _project_back_plan(
-    tile: Tile, precision: str, dout: Layout, weight: Layout, shape: Sequence[int], patch: Patch, has_fac: bool
-) -> Plan:
-    """shape, patch: dx's."""
-    dx = _contiguous(shape, patch)
-    whole = dout.shape[-1] % tile.depth == 0 and dout.vector() == 8
-    # the weight's rows run along dx's columns
-    dout_vector, vector = 8 if whole else 1, min(dx.vector(), weight.row_vector())
-    rows, height, width = dout.grid()
-    matrices = (*dout.in_units(dout_vector), weight.stride[0] // vector, *dx.in_units(vector))
-    constants = {"WHOLE": whole, "VECTOR": vector, "HAS_FAC": has_fac, **_options(tile, precision)}
-    return (tile.programs(rows, weight.shape[1]), 1, 1), (rows, height, width, *matrices), constants
-
-
-def _weight_gradient(
-    dout: Tensor,
-    dout_patch: Patch,
+def _product(
     x: Tensor,
     x_patch: Patch,
     weight: Tensor,
+    out: Tensor,
+    patch: Patch,
+    way: str = "plain",
+    skip: Tensor | None = None,
     fac: Tensor | None = None,
-    sums: Tensor | None = None,
-) -> tuple[Tensor, tuple[Launch, Launch]]:
-    """Gᵀ·X in the weight's shape and dtype, and the launches that fill it; with fac times fac, and parts of
-    Σ W·(Gᵀ·X) go to the first of the sums.
-    """
-    layouts = _layout(dout, dout_patch), _layout(x, x_patch)
-    (grid, numbers, constants), parts = _weight_gradient_plan(*_tile_and_precision(x), *layouts, weight.shape)
-    elements = weight.numel()
-    partials = x.new_empty((parts, elements), dtype=torch.float32)
-    product = Launch(_weight_gradient_kernel, grid, (dout, x, partials), numbers, constants)
-    dweight = launch.empty_like(weight)
-    tensors = (partials, weight, weight if fac is None else fac, dweight, partials if sums is None else sums)
-    grid, numbers = (launch.cdiv(elements, WEIGHT_BLOCK), 1, 1), (parts, elements, weight.shape[1], *weight.stride())
-    constants = {"PARTS": 8, "BLOCK": WEIGHT_BLOCK, "HAS_FAC": fac is not None, "num_warps": 4}
-    return dweight, (product, Launch(_sum_parts_kernel, grid, tensors, numbers, constants))
+    kept: Tensor | None = None,
+) -> Launch | None:
+    """Of _product_kernel, which tells the ways; None where x is float32, or not of whole steps and 16-byte words."""
+    layouts = *_layouts(x_patch, x), *_layouts(patch, *[out] if skip is None else [out, skip])
+    tile = tile_for(launch.gpu_family(x.device), layouts[1].short)
+    whole = layouts[0].aligned == 8 and layouts[0].run % tile.depth == 0 and launch.aligned(weight)
+    if x.dtype == torch.float32 or not whole:
+        return None
+    plan = _product_plan(tile, way, *layouts)
+    tensors = [weight if tensor is None else tensor for tensor in (x, weight, skip, fac, out, kept)]
+    return Launch(_product_kernel, plan[0], tensors, *plan[1:])
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_gradient_plan(
-    tile: Tile, precision: str, dout: Layout, x: Layout, weight: Sequence[int]
-) -> tuple[Plan, int]:
-    """Also into how many parts the rows are cut. weight: its shape."""
-    dout_vector, x_vector = dout.vector(), x.vector()
-    rows, height, width = x.grid()
-    tiles = tile.programs(*weight)
-    parts = max(1, min(WEIGHT_GRADIENT_PROGRAMS // tiles, rows // (4 * tile.depth)))
-    length = launch.cdiv(launch.cdiv(rows, parts), tile.depth) * tile.depth
-    parts = launch.cdiv(rows, length)
-    numbers = (rows, length, height, width, *dout.in_units(dout_vector), *x.in_units(x_vector))
-    constants = {"DOUT_VECTOR": dout_vector, "X_VECTOR": x_vector, **_options(tile, precision)}
-    return ((tiles * parts, 1, 1), numbers, constants), parts
+def _product_plan(tile: Tile, way: str, *layouts: Layout) -> Plan:
+    """layouts: of x, out, and the skip."""
+    x, out, skip = *layouts[:2], layouts[-1]
+    vector, padded = _vector(*layouts[1:]), min(16, tile.columns) if out.short else tile.columns
+    blocks = launch.cdiv(out.run, padded) * launch.cdiv(out.positions, tile.columns // padded)
+    batch, height, width = x.grid
+    rows = batch * height * width
+    numbers = (rows, height, width, *x.in_units(8), *out.in_units(vector), *skip.in_units(vector)[:6])
+    constants = {
+        "WAY": way, "VECTOR": vector, "PADDED": padded,
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    if way == "keep" and tile.num_warps == 8:
+        constants["maxnreg"] = 128  # else 162, and one program a multiprocessor in place of two
+    return (launch.cdiv(rows, tile.rows) * blocks, 1, 1), numbers, constants
 
 
-def _lerp_skip(
-    dout: Tensor, skip: Tensor, fac: Tensor, dskip: Tensor, sums: Tensor, first_sum: int, programs: int
-) -> Launch:
-    """Fills dskip; the parts of −Σ G·skip go to the sums from first_sum on."""
-    grid, numbers, constants = _lerp_plan(_layout(dout), _layout(skip), first_sum, programs)
-    return Launch(_lerp_skip_kernel, grid, (dout, skip, fac, dskip, sums), numbers, constants)
-
-
-@functools.lru_cache(maxsize=4096)
-def _lerp_plan(dout: Layout, skip: Layout, first_sum: int, programs: int) -> Plan:
-    vector = min(dout.vector(), skip.vector())
-    strides = (*dout.in_units(vector)[:4], *skip.in_units(vector)[:4])
-    numbers = (first_sum, *skip.grid(), *strides, skip.shape[-1] // vector, programs)
-    constants = {"ROWS": LERP_TILE[0], "BLOCK": LERP_TILE[1], "VECTOR": vector, "num_warps": 4}
-    return (programs, 1, 1), numbers, constants
-
-
-def _lerp_tiles(skip: Tensor) -> int:
-    channels = skip.shape[-1]
-    return launch.cdiv(skip.numel() // channels, LERP_TILE[0]) * launch.cdiv(channels, LERP_TILE[1])
+# What kernels are handed of a Layout: its strides s0 to s5, across, positions and run; and the rows and columns of
+# patches, height and width. Strides but the last, and runs, are in units of VECTOR, which divides them.
 
 
 @triton.jit
-def _column_offset(column, w, channels, s_y, s_x, s_c, VECTOR: tl.constexpr):
-    """Where a column (row of the patch, column of the patch, channel) lies after the patch's first element, int64."""
-    unit = column // VECTOR
-    position = unit // channels
-    return ((position // w) * s_y + (position % w) * s_x + unit % channels * s_c) * VECTOR + column % VECTOR
+def _row_offset(row, height, width, strides, VECTOR: tl.constexpr):
+    """Where a patch starts."""
+    return launch.row_offset(row, height, width, strides[0], strides[1], strides[2], VECTOR)
 
 
 @triton.jit
-def _add_dot(total, a, b, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a·b. In float32 a·b is summed by itself first: shorter chains of additions, less rounding."""
-    if a.dtype == tl.float32:
-        # without this limit Triton would fold the addition into the product's own chain
-        return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=DEPTH)
+def _column_offset(position, within, across, strides, VECTOR: tl.constexpr):
+    """Where an element of a position of the patch lies after the patch's start, int64."""
+    start = ((position // across).to(tl.int64) * strides[3] + (position % across).to(tl.int64) * strides[4]) * VECTOR
+    if VECTOR == 1:
+        return start + within.to(tl.int64) * strides[5]
     else:
-        return tl.dot(a, b, total)
+        return start + within
 
 
 @triton.jit
-def _product(
-    x_ptr, weight_ptr, row, rows, height, width, s_b, s_y, s_x, s_c, h, w, channels, column, columns, weight_s,
-    TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr, WEIGHT_VECTOR: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+def _tile(
+    tile, height, width, positions, run, PATCHES: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The given rows and columns of x · weightᵀ, or of x · weight where TRANSPOSED, in float32.
-
-    WHOLE: x's channels are a multiple of DEPTH, so that a block of them stays within one position of the patch.
+    """Of neighbours in a row of patches: batch and row, scalars; column, position and element of it; whether they
+    exist; where they lie in the matrix, int64.
     """
-    X_VECTOR: tl.constexpr = 8 if WHOLE else 1
-    inner = h * w * channels * X_VECTOR
-    lane = tl.arange(0, DEPTH)
-    x_row = launch.row_offset(row, height, width, s_b, s_y * h, s_x * w, X_VECTOR)
-    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
-    for first in range(0, inner, DEPTH):
-        k = first + lane
-        x_mask, weight_mask = (row < rows)[:, None], (column < columns)[None, :]
-        if WHOLE:
-            position = first // (channels * X_VECTOR)
-            start = ((position // w) * s_y + (position % w) * s_x) * X_VECTOR
-            x_column = tl.multiple_of(start + first % (channels * X_VECTOR), X_VECTOR) + lane
-        else:
-            x_column = _column_offset(k, w, channels, s_y, s_x, s_c, X_VECTOR)
-            x_mask, weight_mask = x_mask & (k < inner)[None, :], weight_mask & (k < inner)[:, None]
-        if TRANSPOSED:
-            weight_at = (k * weight_s * WEIGHT_VECTOR)[:, None] + column[None, :]
-        else:
-            weight_at = (column * weight_s * WEIGHT_VECTOR)[None, :] + k[:, None]
-        x = tl.load(x_ptr + x_row[:, None] + x_column[None, :], x_mask, other=0.0)
-        weight = tl.load(weight_ptr + weight_at, weight_mask, other=0.0).to(x.dtype)
-        total = _add_dot(total, x, weight, DEPTH, PRECISION)
-    return total
+    blocks, position_blocks, column_blocks = tl.cdiv(run, BLOCK), tl.cdiv(positions, POSITIONS), tl.cdiv(width, PATCHES)
+    within = (tile % blocks * BLOCK + tl.arange(0, BLOCK))[None, None, :]
+    position = (tile // blocks % position_blocks * POSITIONS + tl.arange(0, POSITIONS))[None, :, None]
+    tile = tile // (blocks * position_blocks)
+    column = (tile % column_blocks * PATCHES + tl.arange(0, PATCHES))[:, None, None]
+    row = tile // column_blocks
+    inside = (column < width) & (position < positions) & (within < run)
+    at = (row.to(tl.int64) * width + column) * (positions * run) + position * run + within
+    return row // height, row % height, column, position, within, inside, at
+
+
+@triton.jit
+def _offset(batch, row, column, position, within, across, strides, VECTOR: tl.constexpr):
+    """Where an element of a position of a patch lies, int64."""
+    start = batch.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]
+    return start * VECTOR + _column_offset(position, within, across, strides, VECTOR)
 
 
 @launch.kernel
-def _project_kernel(
-    x_ptr, weight_ptr, skip_ptr, fac_ptr, out_ptr, rows: tl.int32, height: tl.int32, width: tl.int32,
-    x_s_b: tl.int64, x_s_y: tl.int64, x_s_x: tl.int64, x_s_c: tl.int64,
-    x_h: tl.int32, x_w: tl.int32, x_channels: tl.int32, weight_s: tl.int64,
-    skip_s_b: tl.int64, skip_s_y: tl.int64, skip_s_x: tl.int64, skip_s_c: tl.int64,
-    out_s_b: tl.int64, out_s_y: tl.int64, out_s_x: tl.int64, out_s_c: tl.int64,
-    h: tl.int32, w: tl.int32, channels: tl.int32,
-    WHOLE: tl.constexpr, VECTOR: tl.constexpr, HAS_SKIP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+def _copy_kernel(
+    fine_ptr, matrix_ptr, height: tl.int32, width: tl.int32,
+    s0: tl.int64, s1: tl.int64, s2: tl.int64, s3: tl.int64, s4: tl.int64, s5: tl.int64,
+    across: tl.int32, positions: tl.int32, run: tl.int32,
+    VECTOR: tl.constexpr, PATCHES: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out = y, or of skip + fac · (y − skip), with y = x · weightᵀ."""
-    columns = h * w * channels * VECTOR
-    blocks = tl.cdiv(columns, COLUMNS)
-    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    y = _product(
-        x_ptr, weight_ptr, row, rows, height, width,
-        x_s_b, x_s_y, x_s_x, x_s_c, x_h, x_w, x_channels, column, columns, weight_s,
-        TRANSPOSED=False, WHOLE=WHOLE, WEIGHT_VECTOR=8 if WHOLE else 1, DEPTH=DEPTH, PRECISION=PRECISION,
-    )  # fmt: skip
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if HAS_SKIP:
-        skip_row = launch.row_offset(row, height, width, skip_s_b, skip_s_y * h, skip_s_x * w, VECTOR)
-        skip_column = _column_offset(column, w, channels, skip_s_y, skip_s_x, skip_s_c, VECTOR)
+    """A tile of matrix = fine, or of fine = matrix where SCATTER, of PATCHES x POSITIONS x BLOCK elements."""
+    batch, row, column, position, within, inside, at = _tile(
+        tl.program_id(0), height, width, positions, run * VECTOR, PATCHES, POSITIONS, BLOCK
+    )
+    fine_at = fine_ptr + _offset(batch, row, column, position, within, across, (s0, s1, s2, s3, s4, s5), VECTOR)
+    if SCATTER:
+        tl.store(fine_at, tl.load(matrix_ptr + at, inside), inside)
+    else:
+        tl.store(matrix_ptr + at, tl.load(fine_at, inside), inside)
+
+
+@launch.kernel
+def _blend_kernel(
+    fine_ptr, matrix_ptr, other_ptr, fac_ptr, kept_ptr, sums_ptr,
+    tiles: tl.int32, programs: tl.int32, height: tl.int32, width: tl.int32,
+    s0: tl.int64, s1: tl.int64, s2: tl.int64, s3: tl.int64, s4: tl.int64, s5: tl.int64,
+    across: tl.int32, positions: tl.int32, run: tl.int32,
+    other_s0: tl.int64, other_s1: tl.int64, other_s2: tl.int64, other_s3: tl.int64, other_s4: tl.int64,
+    other_s5: tl.int64,
+    VECTOR: tl.constexpr, PATCHES: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, WAY: tl.constexpr,
+):  # fmt: skip
+    """Every `programs`-th tile. WAY "blend": fine = other + fac · (matrix − other), with the skip as other; "keep":
+    matrix −= other, too. "backward", with fine a gradient: matrix = fac · fine, other = (1 − fac) · fine, and this
+    program's part of Σ fine · kept.
+    """
+    strides, other_strides = (s0, s1, s2, s3, s4, s5), (other_s0, other_s1, other_s2, other_s3, other_s4, other_s5)
+    fac = tl.load(fac_ptr).to(tl.float32)
+    total = tl.zeros([PATCHES, POSITIONS, BLOCK], tl.float32)
+    for tile in range(tl.program_id(0), tiles, programs):
+        batch, row, column, position, within, inside, at = _tile(
+            tile, height, width, positions, run * VECTOR, PATCHES, POSITIONS, BLOCK
+        )
+        fine_at = fine_ptr + _offset(batch, row, column, position, within, across, strides, VECTOR)
+        other_at = other_ptr + _offset(batch, row, column, position, within, across, other_strides, VECTOR)
+        if WAY == "backward":
+            gradient = tl.load(fine_at, inside, other=0.0).to(tl.float32)
+            total += gradient * tl.load(kept_ptr + at, inside, other=0.0).to(tl.float32)
+            tl.store(matrix_ptr + at, fac * gradient, inside)
+            tl.store(other_at, (1 - fac) * gradient, inside)
+        else:
+            skip = tl.load(other_at, inside).to(tl.float32)
+            difference = tl.load(matrix_ptr + at, inside).to(tl.float32) - skip
+            tl.store(fine_at, skip + fac * difference, inside)
+            if WAY == "keep":
+                tl.store(matrix_ptr + at, difference, inside)
+    if WAY == "backward":
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
+
+
+@triton.jit
+def _columns(block, positions, run, SIZE: tl.constexpr, PADDED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT columns of the block-th SIZE ones: position and element of it, number in the matrix, whether they exist.
+
+    A block has SIZE / PADDED positions, or PADDED = SIZE elements of one, a scalar.
+    """
+    blocks = tl.cdiv(run, PADDED)
+    position = block // blocks * (SIZE // PADDED)
+    lane = FIRST + tl.arange(0, COUNT)
+    if PADDED < SIZE:
+        position += lane // PADDED
+        lane = lane % PADDED
+    within = block % blocks * PADDED + lane
+    return position, within, position * run + within, (within < run) & (position < positions)
+
+
+@triton.jit
+def _store(
+    y, row, rows, height, width, block, out_ptr, strides, across, positions, run, skip_ptr, skip_strides, fac_ptr,
+    kept_ptr, WAY: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
+):  # fmt: skip
+    """Stores half of a tile, the columns from FIRST."""
+    position, within, column, exists = _columns(block, positions, run, COLUMNS, PADDED, FIRST, COLUMNS // 2)
+    inside = (row < rows)[:, None] & exists[None, :]
+    if WAY != "plain":
+        skip_row = _row_offset(row, height, width, skip_strides, VECTOR)
+        skip_column = _column_offset(position, within, across, skip_strides, VECTOR)
         skip = tl.load(skip_ptr + skip_row[:, None] + skip_column[None, :], inside, other=0.0).to(tl.float32)
-        y = skip + tl.load(fac_ptr).to(tl.float32) * (y - skip)
-    out_row = launch.row_offset(row, height, width, out_s_b, out_s_y * h, out_s_x * w, VECTOR)
-    out_column = _column_offset(column, w, channels, out_s_y, out_s_x, out_s_c, VECTOR)
+        difference = y - skip
+        if WAY == "keep":
+            at = row.to(tl.int64)[:, None] * (positions * run) + column[None, :]
+            tl.store(kept_ptr + at, difference, inside)
+        y = skip + tl.load(fac_ptr).to(tl.float32) * difference
+    out_row = _row_offset(row, height, width, strides, VECTOR)
+    out_column = _column_offset(position, within, across, strides, VECTOR)
     tl.store(out_ptr + out_row[:, None] + out_column[None, :], y, inside)
 
 
 @launch.kernel
-def _project_back_kernel(
-    dout_ptr, weight_ptr, fac_ptr, dx_ptr, rows: tl.int32, height: tl.int32, width: tl.int32,
-    dout_s_b: tl.int64, dout_s_y: tl.int64, dout_s_x: tl.int64, dout_s_c: tl.int64,
-    dout_h: tl.int32, dout_w: tl.int32, dout_channels: tl.int32, weight_s: tl.int64,
-    dx_s_b: tl.int64, dx_s_y: tl.int64, dx_s_x: tl.int64, dx_s_c: tl.int64,
-    h: tl.int32, w: tl.int32, channels: tl.int32,
-    WHOLE: tl.constexpr, VECTOR: tl.constexpr, HAS_FAC: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+def _product_kernel(
+    x_ptr, weight_ptr, skip_ptr, fac_ptr, out_ptr, kept_ptr,
+    rows: tl.int32, height: tl.int32, width: tl.int32,
+    x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64, x_s3: tl.int64, x_s4: tl.int64, x_s5: tl.int64,
+    x_across: tl.int32, x_positions: tl.int32, x_run: tl.int32,
+    s0: tl.int64, s1: tl.int64, s2: tl.int64, s3: tl.int64, s4: tl.int64, s5: tl.int64,
+    across: tl.int32, positions: tl.int32, run: tl.int32,
+    skip_s0: tl.int64, skip_s1: tl.int64, skip_s2: tl.int64, skip_s3: tl.int64, skip_s4: tl.int64, skip_s5: tl.int64,
+    WAY: tl.constexpr, VECTOR: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dx = dout · weight, times fac where it is given."""
-    columns = h * w * channels * VECTOR
-    blocks = tl.cdiv(columns, COLUMNS)
+    """A tile of out, of y = x · weightᵀ. WAY "plain": out = y; "blend": out = skip + fac · (y − skip); "keep":
+    kept = y − skip, too.
+
+    x's strides and runs are in units of 8 elements, its runs multiples of DEPTH.
+    """
+    x_strides, strides = (x_s0, x_s1, x_s2, x_s3, x_s4, x_s5), (s0, s1, s2, s3, s4, s5)
+    skip_strides = (skip_s0, skip_s1, skip_s2, skip_s3, skip_s4, skip_s5)
+    x_run *= 8
+    run *= VECTOR
+    blocks = tl.cdiv(run, PADDED) * tl.cdiv(positions, COLUMNS // PADDED)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    dx = _product(
-        dout_ptr, weight_ptr, row, rows, height, width,
-        dout_s_b, dout_s_y, dout_s_x, dout_s_c, dout_h, dout_w, dout_channels, column, columns, weight_s,
-        TRANSPOSED=True, WHOLE=WHOLE, WEIGHT_VECTOR=VECTOR, DEPTH=DEPTH, PRECISION=PRECISION,
+    block = tl.program_id(0) % blocks
+    _, _, column, exists = _columns(block, positions, run, COLUMNS, PADDED, 0, COLUMNS)
+    # rows and columns beyond the last are computed of the last's values, or the first's, and not stored
+    x_at = x_ptr + _row_offset(tl.minimum(row, rows - 1), height, width, x_strides, 8)[:, None]
+    weight_at = weight_ptr + (tl.where(exists, column, 0).to(tl.int64) * (x_positions * x_run))[None, :]
+    y = tl.zeros([ROWS, COLUMNS], tl.float32)
+    x_blocks = x_run // DEPTH
+    for step in range(x_blocks * x_positions):
+        position, within = step // x_blocks, step % x_blocks * DEPTH + tl.arange(0, DEPTH)
+        x = tl.load(x_at + _column_offset(position, within, x_across, x_strides, 8)[None, :])
+        weight = tl.load(weight_at + (position * x_run + within)[:, None])
+        y = tl.dot(x, weight, y)
+    # in two halves: with a skip that saves registers, so that two programs fit a multiprocessor
+    first, second = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    _store(
+        first, row, rows, height, width, block, out_ptr, strides, across, positions, run, skip_ptr, skip_strides,
+        fac_ptr, kept_ptr, WAY, VECTOR, PADDED, COLUMNS, 0,
     )  # fmt: skip
-    if HAS_FAC:
-        dx = tl.load(fac_ptr).to(tl.float32) * dx
-    dx_row = launch.row_offset(row, height, width, dx_s_b, dx_s_y * h, dx_s_x * w, VECTOR)
-    dx_column = _column_offset(column, w, channels, dx_s_y, dx_s_x, dx_s_c, VECTOR)
-    tl.store(dx_ptr + dx_row[:, None] + dx_column[None, :], dx, (row < rows)[:, None] & (column < columns)[None, :])
-
-
-@launch.kernel
-def _weight_gradient_kernel(
-    dout_ptr, x_ptr, partials_ptr, rows: tl.int32, length: tl.int32, height: tl.int32, width: tl.int32,
-    dout_s_b: tl.int64, dout_s_y: tl.int64, dout_s_x: tl.int64, dout_s_c: tl.int64,
-    dout_h: tl.int32, dout_w: tl.int32, dout_channels: tl.int32,
-    x_s_b: tl.int64, x_s_y: tl.int64, x_s_x: tl.int64, x_s_c: tl.int64,
-    x_h: tl.int32, x_w: tl.int32, x_channels: tl.int32,
-    DOUT_VECTOR: tl.constexpr, X_VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of doutᵀ · x, summed over `length` of the rows."""
-    out_columns = dout_h * dout_w * dout_channels * DOUT_VECTOR
-    in_columns = x_h * x_w * x_channels * X_VECTOR
-    blocks = tl.cdiv(in_columns, COLUMNS)
-    tiles = tl.cdiv(out_columns, ROWS) * blocks
-    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    o = tile // blocks * ROWS + tl.arange(0, ROWS)
-    i = tile % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    dout_column = _column_offset(o, dout_w, dout_channels, dout_s_y, dout_s_x, dout_s_c, DOUT_VECTOR)
-    x_column = _column_offset(i, x_w, x_channels, x_s_y, x_s_x, x_s_c, X_VECTOR)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(part * length, tl.minimum((part + 1) * length, rows), DEPTH):
-        row = first + tl.arange(0, DEPTH)
-        dout_row = launch.row_offset(row, height, width, dout_s_b, dout_s_y * dout_h, dout_s_x * dout_w, DOUT_VECTOR)
-        x_row = launch.row_offset(row, height, width, x_s_b, x_s_y * x_h, x_s_x * x_w, X_VECTOR)
-        dout_mask = (row < rows)[:, None] & (o < out_columns)[None, :]
-        x_mask = (row < rows)[:, None] & (i < in_columns)[None, :]
-        dout = tl.load(dout_ptr + dout_row[:, None] + dout_column[None, :], dout_mask, other=0.0)
-        x = tl.load(x_ptr + x_row[:, None] + x_column[None, :], x_mask, other=0.0)
-        total = _add_dot(total, tl.trans(dout), x, DEPTH, PRECISION)
-    at = (part.to(tl.int64) * out_columns + o)[:, None] * in_columns + i[None, :]
-    tl.store(partials_ptr + at, total, (o < out_columns)[:, None] & (i < in_columns)[None, :])
-
-
-@launch.kernel
-def _sum_parts_kernel(
-    partials_ptr, weight_ptr, fac_ptr, dweight_ptr, sums_ptr,
-    parts: tl.int32, elements: tl.int32, columns: tl.int32, weight_s0: tl.int64, weight_s1: tl.int64,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, HAS_FAC: tl.constexpr,
-):  # fmt: skip
-    """dweight = the sum of the partials, in a fixed order; with fac times fac, and this block's Σ weight · sum."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([PARTS, BLOCK], tl.float32)
-    for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        partials_at = part.to(tl.int64)[:, None] * elements + at[None, :]
-        total += tl.load(partials_ptr + partials_at, (part < parts)[:, None] & (at < elements)[None, :], other=0.0)
-    dweight = tl.sum(total, 0)
-    if HAS_FAC:
-        weight_at = at // columns * weight_s0 + at % columns * weight_s1
-        weight = tl.load(weight_ptr + weight_at, at < elements, other=0.0).to(tl.float32)
-        tl.store(sums_ptr + tl.program_id(0), tl.sum(weight * dweight, 0))
-        dweight = tl.load(fac_ptr).to(tl.float32) * dweight
-    tl.store(dweight_ptr + at, dweight, at < elements)
-
-
-@launch.kernel
-def _lerp_skip_kernel(
-    dout_ptr, skip_ptr, fac_ptr, dskip_ptr, sums_ptr,
-    first_sum: tl.int32, rows: tl.int32, height: tl.int32, width: tl.int32,
-    dout_s_b: tl.int64, dout_s_y: tl.int64, dout_s_x: tl.int64, dout_s_c: tl.int64,
-    skip_s_b: tl.int64, skip_s_y: tl.int64, skip_s_x: tl.int64, skip_s_c: tl.int64,
-    channels: tl.int32, programs: tl.int32,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """dskip = (1 − fac) · dout, and this program's part of −Σ dout · skip: every `programs`-th tile."""
-    fac = tl.load(fac_ptr).to(tl.float32)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    blocks = tl.cdiv(channels * VECTOR, BLOCK)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS) * blocks, programs):
-        row = tile // blocks * ROWS + tl.arange(0, ROWS)
-        column = tile % blocks * BLOCK + tl.arange(0, BLOCK)
-        inside = (row < rows)[:, None] & (column < channels * VECTOR)[None, :]
-        dout_row = launch.row_offset(row, height, width, dout_s_b, dout_s_y, dout_s_x, VECTOR)
-        skip_row = launch.row_offset(row, height, width, skip_s_b, skip_s_y, skip_s_x, VECTOR)
-        dout_column = _column_offset(column, 1, channels, dout_s_y, dout_s_x, dout_s_c, VECTOR)
-        skip_column = _column_offset(column, 1, channels, skip_s_y, skip_s_x, skip_s_c, VECTOR)
-        dout = tl.load(dout_ptr + dout_row[:, None] + dout_column[None, :], inside, other=0.0).to(tl.float32)
-        skip = tl.load(skip_ptr + skip_row[:, None] + skip_column[None, :], inside, other=0.0).to(tl.float32)
-        at = row.to(tl.int64)[:, None] * (channels * VECTOR) + column[None, :]
-        tl.store(dskip_ptr + at, (1 - fac) * dout, inside)
-        total += dout * skip
-    tl.store(sums_ptr + first_sum + tl.program_id(0), -tl.sum(tl.sum(total, 1), 0))
+    _store(
+        second, row, rows, height, width, block, out_ptr, strides, across, positions, run, skip_ptr, skip_strides,
+        fac_ptr, kept_ptr, WAY, VECTOR, PADDED, COLUMNS, COLUMNS // 2,
+    )  # fmt: skip

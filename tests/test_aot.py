@@ -115,3 +115,22 @@ def test_only_calls_with_options_take_their_variants(change: dict) -> None:
     for launch in walks:
         kinds = [launch.signature[name] for name in ("group", "stride_y", "causal_x")]
         assert kinds == ["i32" if change else "constexpr"] * 3
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "features", "merge", "split"),
+    [(2, 128, 256, "_product", "_product"), (2, 384, 768, "_copy", "_blend"), (4, 3, 128, "_copy", "_product")],
+)
+def test_which_token_products_are_fused(side: int, channels: int, features: int, merge: str, split: str) -> None:
+    """The forward ones of few terms; of a merge only without gradients, and not of pixels."""
+    from hdit_kernels.tokens_triton import token_merge_forward, token_split_forward
+
+    fine = torch.zeros(1, 2 * side, 2 * side, channels, dtype=torch.bfloat16)
+    coarse, weight = fine.new_zeros(1, 2, 2, features), fine.new_zeros(features, side * side * channels)
+    skip, fac = fine, fine.new_zeros(1)
+    for save in (False, True):
+        with recorded("hopper") as launches:
+            token_merge_forward(fine, weight, [side, side], save)
+            token_split_forward(coarse, weight.t().contiguous(), [side, side], skip, fac, save)
+        expected = ["_copy" if save else merge, split]
+        assert [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in launches] == expected

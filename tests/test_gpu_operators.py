@@ -84,13 +84,17 @@ def plain_inputs(case: Case, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
 def beside_references(
     case: Case, tensors: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each output and gradient: ours, the reference in float64, plain PyTorch in dtype."""
+    """Each output, with and without gradients, and gradient: ours, the reference in float64, plain PyTorch in dtype."""
     outputs, gradients, cotangents = run(case, case.call, tensors, None)
+    with torch.no_grad():
+        alone = case.call(**tensors)
     exact = {name: t.double() for name, t in tensors.items()}
     wanted, wanted_gradients, _ = run(case, case.reference, exact, cotangents)
     with testing.plain():
         plain, plain_gradients, _ = run(case, case.reference, plain_inputs(case, tensors, dtype), cotangents)
     found = {f"out{i}": triple for i, triple in enumerate(zip(outputs, wanted, plain, strict=True))}
+    alone = alone if isinstance(alone, tuple) else (alone,)
+    found |= {f"alone{i}": triple for i, triple in enumerate(zip(alone, wanted, plain, strict=True))}
     for name, gradient in gradients.items():
         assert gradient.dtype == tensors[name].dtype and gradient.shape == tensors[name].shape, case.description
         found["d" + name] = (gradient, wanted_gradients[name], plain_gradients[name])

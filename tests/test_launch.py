@@ -257,4 +257,4 @@ def test_kernels_take_tensors_first_and_constants_last() -> None:
                 assert [p.name.endswith("_ptr") for p in parameters] == sorted(
                     (p.name.endswith("_ptr") for p in parameters), reverse=True
                 ), name
-    assert found == 23
+    assert found == 21

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 
+from hdit_kernels import tokens_triton
 from hdit_kernels.tokens_triton import (
     token_merge_backward,
     token_merge_forward,
@@ -25,7 +28,12 @@ def launch(dtype: torch.dtype, wide: bool) -> None:
     merge = torch.randn(outside, inside, dtype=dtype if wide else torch.float32)
     split = torch.randn(inside, outside, dtype=merge.dtype)
     skip, fac = (fine, torch.ones(1, dtype=merge.dtype)) if wide else (None, None)
-    token_merge_forward(fine, merge, patch_size)
-    token_merge_backward(coarse, fine, merge, patch_size, [True, True])
-    token_split_forward(coarse, split, patch_size, skip, fac)
-    token_split_backward(fine, coarse, split, patch_size, skip, fac, [True, True, wide, wide])
+    for save in (False, True):
+        token_merge_forward(fine, merge, patch_size, save)
+        token_split_forward(coarse, split, patch_size, skip, fac, save)
+        with mock.patch.object(tokens_triton, "SPLIT_FUSED", 0):
+            token_split_forward(coarse, split, patch_size, skip, fac, save)
+    patches = coarse.new_empty(*coarse.shape[:3], inside)
+    token_merge_backward(coarse, patches, merge, patch_size, [True, True])
+    rest = (patches, fac, dtype) if wide else (None, None, None)
+    token_split_backward(fine, coarse, split, patch_size, *rest, [True, True, wide, wide])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hdit_kernels import reference, tokens_triton
 from hdit_kernels.testing import FLOOR, relative_error
+from hdit_kernels.tokens import _patches
 from hdit_kernels.tokens_triton import (
     Tile,
     tile_for,
@@ -26,7 +27,10 @@ from tests.lanes import kernels_only
 def small_tiles() -> Iterator[None]:
     """So that tiny tensors have many tiles; test_shipped_tiles undoes it."""
     tile = Tile(16, 16, 16, 1, 1)
-    with mock.patch.object(tokens_triton, "tile_for", lambda *_: tile):
+    with (
+        mock.patch.object(tokens_triton, "tile_for", lambda *_: tile),
+        mock.patch.object(tokens_triton, "SUM_PROGRAMS", 3),
+    ):
         yield
 
 
@@ -34,9 +38,12 @@ def check_merge(x: Tensor, weight: Tensor, patch_size: tuple[int, int], dout: Te
     out, wanted = exact([x, weight], dout, lambda x, weight: reference.token_merge(x, weight, patch_size))
     _, (_, terms) = exact([x.abs(), weight], dout.abs(), lambda x, weight: reference.token_merge(x, weight, patch_size))
     with kernels_only():
-        found = token_merge_forward(x, weight, patch_size)
-        dx, dweight = token_merge_backward(dout, x, weight, patch_size, [True, True])
+        (alone,) = token_merge_forward(x, weight, patch_size, False)
+        found, patches = token_merge_forward(x, weight, patch_size, True)
+        dx, dweight = token_merge_backward(dout, patches, weight, patch_size, [True, True])
+    compare(alone, out, x.dtype)
     compare(found, out, x.dtype)
+    assert torch.equal(patches, _patches(x, patch_size))
     compare(dx, wanted[0], x.dtype)
     compare(dweight, wanted[1], x.dtype, weight.dtype, terms)
 
@@ -53,9 +60,12 @@ def check_split(
     _, terms = exact(magnitudes, dout.abs(), split)  # their sums for weight and fac have no term of another sign
     needed = [t is not None for t in (x, weight, skip, fac)]
     with kernels_only():
-        found = token_split_forward(x, weight, patch_size, skip, fac)
-        gradients = token_split_backward(dout, x, weight, patch_size, skip, fac, needed)
-    compare(found, out, x.dtype)
+        (alone,) = token_split_forward(x, weight, patch_size, skip, fac, False)
+        found, *kept = token_split_forward(x, weight, patch_size, skip, fac, True)
+        more = (None, None, None) if skip is None else (kept[0], fac, skip.dtype)
+        gradients = token_split_backward(dout, x, weight, patch_size, *more, needed)
+    compare(alone, out, x.dtype)
+    assert torch.equal(found, alone)
     for index in range(len(given)):
         summed = terms[index] if index in (1, 3) else None  # weight and fac
         compare(gradients[index], wanted[index], x.dtype, given[index].dtype, summed)
@@ -104,7 +114,7 @@ def check_both(grid, patch_size, channels, features, dtype, parameter_dtype) -> 
     ("grid", "patch_size", "channels", "features"),
     [
         ((3, 5), (2, 2), 8, 16),
-        ((1, 3), (4, 4), 3, 20),  # patches of pixels
+        ((1, 3), (4, 4), 3, 16),  # patches of pixels
         ((3, 1), (2, 4), 5, 7),
         ((1, 5), (3, 1), 16, 24),  # whole blocks of columns within a position of the patch
         ((5, 2), (1, 1), 1, 1),
@@ -112,7 +122,8 @@ def check_both(grid, patch_size, channels, features, dtype, parameter_dtype) -> 
     ],
 )
 def test_shapes(grid, patch_size, channels, features, seed) -> None:
-    check_both(grid, patch_size, channels, features, torch.float32, torch.float32)
+    """Products by the kernel where x's runs are multiples of 16."""
+    check_both(grid, patch_size, channels, features, torch.float16, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +143,13 @@ def test_strided(channels: int, gap: int, seed: int) -> None:
 
     def strided(batch: int, height: int, width: int, size: int) -> Tensor:
         if gap == 0:
-            return torch.randn(batch, size, height, width).movedim(-3, -1)
-        return torch.randn(width, batch, height, size + gap).permute(1, 2, 0, 3)[..., :size]
+            return torch.randn(batch, size, height, width).half().movedim(-3, -1)
+        return torch.randn(width, batch, height, size + gap).half().permute(1, 2, 0, 3)[..., :size]
 
-    fine, coarse = strided(2, 6, 4, channels), strided(2, 3, 2, 24)
-    weight = (torch.randn(24, 4 * channels + gap) / 4)[:, : 4 * channels]
+    fine, coarse = strided(2, 6, 4, channels), strided(2, 3, 2, 32)
+    weight = (torch.randn(32, 4 * channels + gap) / 4).half()[:, : 4 * channels]
     check_merge(fine, weight, (2, 2), coarse)
-    weight = (torch.randn(4 * channels, 24 + gap) / 4)[:, :24]
+    weight = (torch.randn(4 * channels, 32 + gap) / 4).half()[:, :32]
     check_split(coarse, weight, (2, 2), strided(2, 6, 4, channels), torch.rand(1), fine)
     check_split(coarse, weight, (2, 2), None, None, fine)
 
@@ -161,34 +172,49 @@ def test_offset_start(seed: int) -> None:
     )
 
 
-def test_many_rows_and_parts(seed: int) -> None:
-    """Weight gradients in several parts, the last of them short; skips in several tiles a program."""
-    x, dout = torch.randn(2, 28, 22, 9), torch.randn(2, 14, 11, 7)
-    check_merge(x, parameters(7, 4 * 9, x.dtype), (2, 2), dout)
-    with mock.patch.object(tokens_triton, "LERP_PROGRAMS", 5):
-        check_split(dout, parameters(4 * 9, 7, x.dtype), (2, 2), x, torch.rand(1), torch.randn(2, 28, 22, 9))
+@pytest.mark.parametrize("channels", [3, 8])
+def test_products_by_cublas(channels: int, seed: int) -> None:
+    """As the widest are made."""
+    x, weight, dout = (
+        torch.randn(2, 6, 4, channels),
+        parameters(16, 4 * channels, torch.float32),
+        torch.randn(2, 3, 2, 16),
+    )
+    with mock.patch.multiple(tokens_triton, MERGE_FUSED=0, SPLIT_FUSED=0):
+        check_merge(x, weight, (2, 2), dout)
+        check_merge(x.transpose(1, 2).contiguous().transpose(1, 2), weight, (2, 2), dout)
+        check_split(dout, weight.t(), (2, 2), None, None, x)
+        check_split(dout, weight.t(), (2, 2), torch.randn(2, channels, 6, 4).movedim(-3, -1), torch.rand(1), x)
+
+
+def test_autocast_changes_no_product(seed: int) -> None:
+    """As a backward pass may run in it."""
+    with torch.autocast("cpu", torch.bfloat16), mock.patch.multiple(tokens_triton, MERGE_FUSED=0, SPLIT_FUSED=0):
+        check_both((1, 3), (2, 2), 3, 10, torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("family", ["default", "hopper"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_shipped_tiles(family: str, dtype: torch.dtype, seed: int) -> None:
+def test_shipped_tiles(family: str, seed: int) -> None:
+    dtype = torch.float16
     with (
         mock.patch("hdit_kernels.launch.gpu_family", lambda device: family),
         mock.patch.object(tokens_triton, "tile_for", tile_for),
     ):
-        fine, coarse = torch.randn(1, 4, 4, 32).to(dtype), torch.randn(1, 2, 2, 70).to(dtype)
-        check_merge(fine, parameters(70, 128, dtype), (2, 2), coarse)
-        check_split(coarse, parameters(128, 70, dtype), (2, 2), fine.flip(0), torch.rand(1), fine)
+        fine, coarse = torch.randn(1, 4, 4, 32).to(dtype), torch.randn(1, 2, 2, 64).to(dtype)
+        check_merge(fine, parameters(64, 128, dtype), (2, 2), coarse)
+        check_split(coarse, parameters(128, 64, dtype), (2, 2), fine.flip(0), torch.rand(1), fine)
+        check_split(coarse, parameters(48, 64, dtype), (4, 4), None, None, torch.randn(1, 8, 8, 3).to(dtype))
 
 
 @pytest.mark.parametrize("fac", [0.0, 1.0])
 def test_only_the_needed_gradients(fac: float, seed: int) -> None:
     """Each alone equals the one that comes with all others, the rest are empty; at the ends of the interpolation."""
-    x, weight, skip = torch.randn(2, 3, 2, 8), torch.randn(12, 8), torch.randn(2, 6, 4, 3)
+    x, weight, kept = torch.randn(2, 3, 2, 8), torch.randn(12, 8), torch.randn(2, 3, 2, 12)
     dout, merge_dout, factor = torch.randn(2, 6, 4, 3), torch.randn(2, 3, 2, 8), torch.tensor([fac])
+    rest = (kept, factor, torch.float32)
     calls = {
-        2: lambda needed: token_merge_backward(merge_dout, skip, weight.t().contiguous(), (2, 2), needed),
-        4: lambda needed: token_split_backward(dout, x, weight, (2, 2), skip, factor, needed),
+        2: lambda needed: token_merge_backward(merge_dout, kept, weight.t().contiguous(), (2, 2), needed),
+        4: lambda needed: token_split_backward(dout, x, weight, (2, 2), *rest, needed),
     }
     for count, call in calls.items():
         with kernels_only():

@@ -11,8 +11,8 @@ from hdit_kernels import norms_triton, reference, testing
 from hdit_kernels.testing import relative_error
 from tests.lanes import kernels_only
 
-# Several blocks of rows, one channel, widths of no power of two and of no multiple of 8, of three and of five parts that
-# forward reads, of parts that are not all full, more than a block holds.
+# Several blocks of rows, one channel, widths of no power of two and of no multiple of 8, of three and of five parts as
+# forward reads them, of parts that are not all full, more than a block holds.
 SHAPES = [
     (3, 7, 24),
     (2, 150, 16),

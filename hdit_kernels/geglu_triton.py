@@ -72,7 +72,7 @@ def _tile(rows, d_ff, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _normal_cdf(x):
+def normal_cdf(x):
     return 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
 
 
@@ -88,7 +88,7 @@ def _geglu_forward_kernel(
     at = launch.row_offset(row, n1, n2, s0, s1, s2, VECTOR)[:, None] + column[None, :]
     a = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
     g = tl.load(x_ptr + at + d_ff, inside, other=0.0).to(tl.float32)
-    out = a * (g * _normal_cdf(g))
+    out = a * (g * normal_cdf(g))
     tl.store(out_ptr + row.to(tl.int64)[:, None] * d_ff + column[None, :], out, inside)
 
 
@@ -107,7 +107,7 @@ def _geglu_backward_kernel(
     dout = tl.load(dout_ptr + dout_at, inside, other=0.0).to(tl.float32)
     a = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
     g = tl.load(x_ptr + at + d_ff, inside, other=0.0).to(tl.float32)
-    cdf = _normal_cdf(g)
+    cdf = normal_cdf(g)
     density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
     dx_at = row.to(tl.int64)[:, None] * (2 * d_ff) + column[None, :]
     tl.store(dx_ptr + dx_at, dout * (g * cdf), inside)

@@ -109,31 +109,12 @@ def _split_shape(x: Sequence[int], weight: Sequence[int], patch_size: Sequence[i
 # The operators. needed: which of the gradients to compute; the others come back empty.
 
 
-def _gradients(
-    function: Any, inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """The needed gradients of function(*inputs) by autograd, and empty tensors for the others."""
-
-    def of_needed(*leaves: Tensor) -> Tensor:
-        given = iter(leaves)
-        return function(*(next(given) if wanted else t for t, wanted in zip(inputs, needed, strict=True)))
-
-    leaves = tuple(t for t, wanted in zip(inputs, needed, strict=True) if wanted)
-    found = iter(registration.vjp(of_needed, leaves, (dout,)) if leaves else [])
-    return tuple(next(found) if wanted else dout.new_empty(0) for wanted in needed)
-
-
-def _fake_gradients(inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]) -> tuple[Tensor, ...]:
-    return tuple(
-        t.new_empty(t.shape) if wanted and t is not None else dout.new_empty(0)
-        for t, wanted in zip(inputs, needed, strict=True)
-    )
-
-
 def _reference_merge_backward(
     dout: Tensor, x: Tensor, weight: Tensor, patch_size: list[int], needed: list[bool]
 ) -> Any:
-    return _gradients(lambda x, weight: reference.token_merge(x, weight, patch_size), (x, weight), dout, needed)
+    return registration.gradients(
+        lambda x, weight: reference.token_merge(x, weight, patch_size), (x, weight), dout, needed
+    )
 
 
 def _reference_split_backward(
@@ -148,7 +129,7 @@ def _reference_split_backward(
     def function(x: Tensor, weight: Tensor, skip: Tensor | None, fac: Tensor | None) -> Tensor:
         return reference.token_split(x, weight, patch_size, skip, fac)
 
-    return _gradients(function, (x, weight, skip, fac), dout, needed)
+    return registration.gradients(function, (x, weight, skip, fac), dout, needed)
 
 
 def _flops(x: Sequence[int], weight: Sequence[int]) -> int:
@@ -197,7 +178,7 @@ _merge_backward = registration.define(
     "(Tensor dout, Tensor x, Tensor weight, int[] patch_size, bool[] needed) -> (Tensor, Tensor)",
     reference=_reference_merge_backward,
     launcher=lambda: _kernels().token_merge_backward,
-    fake=lambda dout, x, weight, patch_size, needed: _fake_gradients((x, weight), dout, needed),
+    fake=lambda dout, x, weight, patch_size, needed: registration.fake_gradients((x, weight), dout, needed),
     flops=_merge_backward_flops,
 )
 _split_forward = registration.define(
@@ -214,7 +195,9 @@ _split_backward = registration.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_split_backward,
     launcher=lambda: _kernels().token_split_backward,
-    fake=lambda dout, x, weight, p, skip, fac, needed: _fake_gradients((x, weight, skip, fac), dout, needed),
+    fake=lambda dout, x, weight, p, skip, fac, needed: registration.fake_gradients(
+        (x, weight, skip, fac), dout, needed
+    ),
     flops=_split_backward_flops,
 )
 _merge = differentiable(

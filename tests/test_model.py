@@ -29,7 +29,7 @@ from hdit import (
     NoAttention,
     ShiftedWindowAttention,
 )
-from hdit.model import AxialRoPE, FourierFeatures, TransformerLayer, axial_positions, halve
+from hdit.model import AxialRoPE, FeedForwardBlock, FourierFeatures, TransformerLayer, axial_positions, halve
 from tests import golden_files
 
 MODELS = ["A", "B", "F"]
@@ -601,6 +601,37 @@ def test_plain_layers_are_fused_and_equal_called_ones(seed: int) -> None:
     one, other = model.bfloat16()(**half), called.bfloat16()(**half)
     assert one.dtype == other.dtype == torch.bfloat16
     assert (one - other).float().norm() < 0.05 * one.float().norm()
+
+
+def test_plain_feed_forward_blocks_are_fused_and_equal_called_ones(seed: int) -> None:
+    """One hook on any of the four layers, or dropout at work, has them called one after the other."""
+    level = dataclasses.replace(fast().levels[0], dropout=0.1)
+    block, cond = make_block(level), torch.randn(2, 8, dtype=torch.float64)
+    x = torch.randn(2, 3, 5, level.width, dtype=torch.float64)
+    name = "hdit_kernels::feed_forward_forward"
+
+    def called(block: nn.Module) -> tuple[Tensor, int]:
+        with Operators() as operators:
+            return block(x, cond), operators.counts[name]
+
+    out, fused = called(block.eval())
+    assert fused == 1
+    for layer in ("norm", "up_proj", "dropout", "down_proj"):
+        hooked = copy.deepcopy(block)
+        hooked.get_submodule(layer).register_forward_hook(lambda module, args, out: None)
+        other, fused = called(hooked)
+        assert fused == 0, layer
+        torch.testing.assert_close(other, out, rtol=0, atol=1e-12)
+    assert called(block.train())[1] == 0
+    block.dropout.p = 0.0
+    assert called(block)[1] == 1
+
+
+def make_block(level: Level) -> FeedForwardBlock:
+    block = FeedForwardBlock(level, 8).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return block
 
 
 def test_a_hooked_layer_is_called_in_a_compiled_model(seed: int) -> None:

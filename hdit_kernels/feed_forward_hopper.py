@@ -37,8 +37,8 @@ from hdit_kernels import launch
 from hdit_kernels.neighborhood_attention.hopper_plan import gluon_known
 
 CONFIGS: dict[int, dict[str, Any]] = {  # by width; registers for each thread: a multiprocessor has one program
-    128: {"ROWS": 64, "CHUNK": 64, "UPS": 3, "DOWNS": 3, "ORDER": False, "REGISTERS": 240},
-    256: {"ROWS": 64, "CHUNK": 64, "UPS": 2, "DOWNS": 1, "ORDER": False, "REGISTERS": 256},
+    128: {"ROWS": 64, "CHUNK": 64, "UPS": 3, "DOWNS": 3, "ORDER": False, "XREG": True, "REGISTERS": 240},
+    256: {"ROWS": 64, "CHUNK": 64, "UPS": 2, "DOWNS": 1, "ORDER": False, "XREG": False, "REGISTERS": 256},
 }
 
 
@@ -114,12 +114,14 @@ def load_up(
 ):  # fmt: skip
     """Chunk number n of this program, `chunk` of the weights: both halves, 64 columns at a time."""
     KB: gl.constexpr = C // 64
+    # the same memory, in which 64 columns of all rows lie together
+    parts = up_s._reinterpret(up_s.dtype, [UPS * KB, 2 * CHUNK, 64], up_desc.layout)
     slot = n % UPS
     bar = up_full.index(slot)
     mbarrier.wait(up_empty.index(slot), (n // UPS & 1) ^ 1, pred=needed)
     mbarrier.expect(bar, 2 * CHUNK * C * 2, pred=needed)
     for kb in gl.static_range(KB):
-        place = up_s.index(slot * KB + kb)
+        place = parts.index(slot * KB + kb)
         tma.async_copy_global_to_shared(up_desc, [chunk * CHUNK, kb * 64], bar, place.slice(0, CHUNK), pred=needed)
         tma.async_copy_global_to_shared(
             up_desc, [d_ff + chunk * CHUNK, kb * 64], bar, place.slice(CHUNK, CHUNK), pred=needed
@@ -143,13 +145,12 @@ def consume(
     x_desc, up_desc, down_desc, scale_ptr, out_ptr, x_s, up_s, down_s, x_full, up_full, up_empty, down_full,
     down_empty, order, WHICH: gl.constexpr, tiles, per_sample, length, chunks, scale_stride, eps,
     C: gl.constexpr, ROWS: gl.constexpr, CHUNK: gl.constexpr, UPS: gl.constexpr, DOWNS: gl.constexpr,
-    ORDER: gl.constexpr,
+    ORDER: gl.constexpr, XREG: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = product_layout(C)
     UP: gl.constexpr = product_layout(2 * CHUNK)
     HIDDEN: gl.constexpr = product_layout(CHUNK)
     WIDE: gl.constexpr = store_layout(ROWS, C)
-    KB: gl.constexpr = C // 64
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     x_own, full = x_s.index(WHICH), x_full.index(WHICH)
     column = gl.arange(0, C, gl.SliceLayout(0, ACC))
@@ -181,11 +182,21 @@ def consume(
         number += 1
         x = x_own.load(ACC).to(gl.float32)
         rstd = gl.rsqrt(gl.sum(x * x, 1) * (1.0 / C) + eps)
-        x_own.store((x * rstd[:, None] * scale[None, :]).to(dtype))
-        fence_async_shared()
+        next_tile = tile + gl.num_programs(0)
+        next_first = next_tile % per_sample * (2 * ROWS) + WHICH * ROWS
+        next_row = next_tile // per_sample * length + next_first
+        normed = (x * rstd[:, None] * scale[None, :]).to(dtype)
+        if XREG:
+            normed = gl.convert_layout(normed, gl.DotOperandLayout(0, UP, 2))
+            fence_async_shared()
+            thread_barrier()
+            mbarrier.expect(full, ROWS * C * 2, pred=next_tile < tiles)
+            tma.async_copy_global_to_shared(x_desc, [next_row, 0], full, x_own, pred=next_tile < tiles)
+        else:
+            x_own.store(normed)
+            fence_async_shared()
         acc = warpgroup_mma_init(x + x)
         thread_barrier()
-        next_tile = tile + gl.num_programs(0)
         if ORDER:
             mbarrier.wait(order.index(WHICH), (turn & 1) ^ (1 - WHICH))
             turn += 1
@@ -193,12 +204,12 @@ def consume(
             slot = it % UPS
             mbarrier.wait(up_full.index(slot), it // UPS & 1)
             up = warpgroup_mma_init(gl.zeros([ROWS, 2 * CHUNK], gl.float32, UP))
-            for kb in gl.static_range(KB):
-                up = warpgroup_mma(
-                    x_own.slice(kb * 64, 64, dim=1), up_s.index(slot * KB + kb).permute((1, 0)), up,
-                    use_acc=kb > 0, is_async=True,
-                )  # fmt: skip
-            acc = warpgroup_mma_wait(KB, deps=[acc])  # the chunk before's
+            up_own = up_s.index(slot).permute((1, 0))
+            if XREG:
+                up = warpgroup_mma(normed, up_own, up, use_acc=False, is_async=True)
+            else:
+                up = warpgroup_mma(x_own, up_own, up, use_acc=False, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])  # the chunk before's
             thread_barrier()
             mbarrier.arrive(down_empty.index((it + DOWNS - 1) % DOWNS), pred=chunk > 0)
             if WHICH == 1:
@@ -207,7 +218,6 @@ def consume(
                     DOWNS,
                 )  # fmt: skip
             if ORDER:
-                acc = warpgroup_mma_wait(1, deps=[acc])
                 mbarrier.arrive(order.index(1 - WHICH))
             up, acc = warpgroup_mma_wait(0, deps=[up, acc])
             thread_barrier()
@@ -218,10 +228,10 @@ def consume(
                     CHUNK, UPS,
                 )  # fmt: skip
             ahead = gl.where(ahead + 1 == chunks, 0, ahead + 1)
-            if (chunk == chunks - 1) & (next_tile < tiles):
-                next_first = next_tile % per_sample * (2 * ROWS) + WHICH * ROWS
-                mbarrier.expect(full, ROWS * C * 2)
-                tma.async_copy_global_to_shared(x_desc, [next_tile // per_sample * length + next_first, 0], full, x_own)
+            if not XREG:
+                last = (chunk == chunks - 1) & (next_tile < tiles)
+                mbarrier.expect(full, ROWS * C * 2, pred=last)
+                tma.async_copy_global_to_shared(x_desc, [next_row, 0], full, x_own, pred=last)
             a, g = gl.split(gl.permute(gl.reshape(up, [ROWS, 2, CHUNK]), [0, 2, 1]))
             a, g = gl.convert_layout(a, HIDDEN), gl.convert_layout(g, HIDDEN)
             hidden = gl.convert_layout(twice_geglu(a, g).to(dtype), gl.DotOperandLayout(0, ACC, 2))
@@ -248,15 +258,14 @@ def _feed_forward_hopper_kernel(
     x_desc, up_desc, down_desc, scale_ptr, out_ptr,
     tiles: tl.int32, per_sample: tl.int32, length: tl.int32, chunks: tl.int32, scale_stride: tl.int64, eps,
     C: gl.constexpr, ROWS: gl.constexpr, CHUNK: gl.constexpr, UPS: gl.constexpr, DOWNS: gl.constexpr,
-    ORDER: gl.constexpr, REGISTERS: gl.constexpr,
+    ORDER: gl.constexpr, XREG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [B·length, C]; a tile is 2·ROWS rows of one sample, ROWS of each consumer; `chunks` of CHUNK of d_ff."""
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    KB: gl.constexpr = C // 64
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     x_s = gl.allocate_shared_memory(dtype, [2, ROWS, C], x_desc.layout)
-    up_s = gl.allocate_shared_memory(dtype, [UPS * KB, 2 * CHUNK, 64], up_desc.layout)
+    up_s = gl.allocate_shared_memory(dtype, [UPS, 2 * CHUNK, C], up_desc.layout)
     down_s = gl.allocate_shared_memory(dtype, [DOWNS, C, CHUNK], down_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -280,12 +289,12 @@ def _feed_forward_hopper_kernel(
             (consume, (
                 x_desc, up_desc, down_desc, scale_ptr, out_ptr, x_s, up_s, down_s, x_full, up_full, up_empty, down_full,
                 down_empty, order, FIRST, tiles, per_sample, length, chunks, scale_stride, eps, C, ROWS, CHUNK, UPS,
-                DOWNS, ORDER,
+                DOWNS, ORDER, XREG,
             )),
             (consume, (
                 x_desc, up_desc, down_desc, scale_ptr, out_ptr, x_s, up_s, down_s, x_full, up_full, up_empty, down_full,
                 down_empty, order, SECOND, tiles, per_sample, length, chunks, scale_stride, eps, C, ROWS, CHUNK, UPS,
-                DOWNS, ORDER,
+                DOWNS, ORDER, XREG,
             )),
         ],
         [4],

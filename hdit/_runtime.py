@@ -177,6 +177,7 @@ def compile_kernels(device: torch.device, call: Callable[[], Any]) -> None:
 
         with compiled_together():
             call()
+        torch.cuda.empty_cache()  # a stream that graphs are made on could not use what this one has kept
 
 
 def environment() -> list[str]:

@@ -8,9 +8,6 @@ memory. Calls may come from any stream, one at a time from each thread.
 from __future__ import annotations
 
 import functools
-import gc
-import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from hdit._graphs import Replayable, map_tensors, no_autocast_cache, waits_in
 from hdit.model import is_plain
 from hdit_kernels import checks, get_backend
 
-WAITS = "called a synchronizing CUDA operation"  # how torch's warning about an operation that waits begins
 MOST_GRAPHS = 8
 
 
@@ -65,64 +62,7 @@ def capture_step(step: Callable[..., Any], *inputs: Tensor) -> CapturedStep:
     return CapturedStep(step, inputs)
 
 
-class _Replayable:
-    """What both kinds have: why they run eagerly, a stream to capture on, and memory that graphs share."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.reason: str | None = None
-        """None while calls are captured; else why the last of those that weren't ran eagerly."""
-        self.memory = 0
-        """Bytes that graphs, their inputs and copies of weights hold."""
-        self._function = function
-        self._said: set[str] = set()
-        self._lock = threading.RLock()
-        self._pool: Any = None
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._used: torch.cuda.Event | None = None
-
-    def _eagerly(self, reason: str) -> None:
-        self.reason = reason
-        if reason not in self._said:
-            self._said.add(reason)
-            warnings.warn(f"hdit.capture: runs eagerly: {reason}", stacklevel=4)
-
-    @contextmanager
-    def _beside(self, device: torch.device) -> Iterator[torch.cuda.Stream]:
-        """On a stream of our own, as capturing needs: autograd's nodes keep the stream they were made on."""
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            yield stream
-        torch.cuda.current_stream(device).wait_stream(stream)
-
-    def _record(self, call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """The graph of a call, and what it returned. Nothing has run."""
-        gc.collect()  # what a cycle holds would be freed while the graph is made
-        torch.cuda.empty_cache()  # what warming up took, for the graph's own memory
-        before = torch.cuda.memory_reserved(device)
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        with self._beside(device) as stream, _no_autocast_cache():
-            # thread_local: data workers' threads may pin memory meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                results = call()
-        self.memory += torch.cuda.memory_reserved(device) - before
-        return graph, results
-
-    @contextmanager
-    def _alone(self, device: torch.device) -> Iterator[None]:
-        """One call at a time, each behind the one before, on whatever streams: they share memory."""
-        with self._lock:
-            if self._used is not None:
-                self._used.wait(torch.cuda.current_stream(device))
-            else:
-                self._used = torch.cuda.Event()
-            yield
-            self._used.record(torch.cuda.current_stream(device))
-
-
-class Captured(_Replayable):
+class Captured(Replayable):
     """What `capture` returns: call it as the function that it was made of."""
 
     def __init__(self, function: Callable[..., Any], graphs: int = MOST_GRAPHS, fixed_weights: bool = False) -> None:
@@ -218,11 +158,11 @@ class _Graph:
         self.memory = 0
         state = torch.cuda.get_rng_state(device)
         try:
-            with self.copies.in_place(), owner._beside(device), _no_autocast_cache():
+            with self.copies.in_place(), owner._beside(device), no_autocast_cache():
                 call()  # compiles what is compiled on first use; an error is the caller's
                 self.is_random = not torch.equal(state, torch.cuda.get_rng_state(device))
                 torch.cuda.set_rng_state(state, device)
-                self.reason = _waits(call)
+                self.reason = waits_in(call)
         finally:
             torch.cuda.set_rng_state(state, device)
         if self.reason is not None:
@@ -241,7 +181,7 @@ class _Graph:
     def __call__(self, values: Sequence[Any]) -> Any:
         self._fill(values)
         self._graph.replay()
-        return _map(torch.clone, self._results)
+        return map_tensors(torch.clone, self._results)
 
     def _fill(self, values: Sequence[Any]) -> None:
         for static, value in zip(self._inputs, values, strict=True):
@@ -312,7 +252,7 @@ class _Copies:
             torch._foreach_copy_(self._copies, self._weights)
 
 
-class CapturedStep(_Replayable):
+class CapturedStep(Replayable):
     """What `capture_step` returns: call it with tensors like the inputs it was made for."""
 
     def __init__(self, step: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
@@ -330,6 +270,11 @@ class CapturedStep(_Replayable):
             self._eagerly(f"no CUDA graphs on {self._device.type}")
         else:
             self.memory = sum(tensor.nbytes for tensor in self._inputs)
+
+    @property
+    def captured(self) -> bool:
+        """Whether the graph is made: from the third call on."""
+        return self._graph is not None
 
     def __call__(self, *inputs: Tensor) -> Any:
         likes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]
@@ -352,51 +297,18 @@ class CapturedStep(_Replayable):
                     torch.cuda.synchronize(device)
                     return self._function(*inputs)
             self._graph.replay()
-            return _map(torch.clone, self._results)
+            return map_tensors(torch.clone, self._results)
 
     def _warm_up(self, watch: bool) -> Any:
         """A step on the stream that the graph will be made on, and in its settings: else what torch.compile made would
         be compiled anew while the graph is made, which fails."""
         found: list[Any] = []
-        with self._beside(self._device), _no_autocast_cache():
-            reason = _waits(lambda: found.append(self._function(*self._inputs)), watch)
+        with self._beside(self._device), no_autocast_cache():
+            reason = waits_in(lambda: found.append(self._function(*self._inputs)), watch)
+        torch.cuda.empty_cache()  # else what lasts (an optimizer's state) would be put among it and hold all of it
         if reason is not None:
             self._eagerly(reason)
-        return _map(torch.clone, found[0])
-
-
-def _waits(call: Callable[[], Any], watch: bool = True) -> str | None:
-    """Makes a call and says whether an operation in it waits for the GPU, which a graph can't."""
-    if not watch:
-        call()
-        return None
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    waits = False
-    for each in said:
-        if WAITS in str(each.message):
-            waits = True
-        elif "Synchronization debug mode" not in str(each.message):  # which says that it is a prototype
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    what = "an operation in it waits for the GPU (a number read, a mask indexed with, a copy from the CPU)"
-    return what if waits else None
-
-
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """A weight that autocast has rounded outside a graph must not be taken for this one."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
+        return map_tensors(torch.clone, found[0])
 
 
 def _kind(value: Any) -> Any:
@@ -471,16 +383,3 @@ def _is_filled(cell: Any) -> bool:
         return cell.cell_contents is not None
     except ValueError:
         return False
-
-
-def _map(function: Callable[[Tensor], Tensor], results: Any) -> Any:
-    """function of each tensor in results, which may be nested in tuples, lists and dicts."""
-    if isinstance(results, Tensor):
-        return function(results)
-    if isinstance(results, dict):
-        return type(results)((name, _map(function, value)) for name, value in results.items())
-    if isinstance(results, tuple) and hasattr(results, "_fields"):
-        return type(results)(*[_map(function, value) for value in results])
-    if isinstance(results, (tuple, list)):
-        return type(results)(_map(function, value) for value in results)
-    return results

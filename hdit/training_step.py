@@ -55,7 +55,12 @@ class TrainingStep:
             self._compiled = True
             with torch.random.fork_rng([pixels.device] if pixels.is_cuda else []):
                 alone = Denoiser(self._model, self._config.sigma_data, self._recipe.loss_weighting)
-                compile_kernels(pixels.device, lambda: self._compute(pixels, labels, alone))
+                compile_kernels(
+                    pixels.device, lambda: (self._compute(pixels, labels, alone), self._optimizer.zero_grad())
+                )
+        half = self._halves.get("gradients")
+        if half is not None and not half.captured:
+            self._optimizer.zero_grad()  # else the last ones would hold the memory that capturing gives back
         with processes.connected():
             loss, norm = self._run("gradients", self._compute, pixels, labels).tolist()  # the step's one wait for a GPU
         return loss, norm

@@ -13,6 +13,7 @@ from torch import nn
 
 import hdit
 from hdit import Denoiser, HDiT, cuda_graphs, sampling
+from hdit._graphs import no_autocast_cache
 from hdit.options import Options
 from tests.tiny import CONFIG, random_model
 
@@ -43,7 +44,7 @@ def test_a_step_is_warmed_up_in_the_settings_of_its_graph(monkeypatch: pytest.Mo
     monkeypatch.setattr(step, "_beside", lambda device: contextlib.nullcontext())
     step._warm_up(watch=False)
     assert torch.is_autocast_cache_enabled() and len(compiled) == 1
-    with cuda_graphs._no_autocast_cache():  # as while the graph is made
+    with no_autocast_cache():  # as while the graph is made
         run(torch.ones(2, 2))
     assert len(compiled) == 1
 

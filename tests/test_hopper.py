@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="the launchers need Triton: install the extra [test] on Linux")
 
-from hdit_kernels.neighborhood_attention import hopper_backward, hopper_forward, hopper_plan  # noqa: E402 (imports triton)
+from hdit_kernels.neighborhood_attention import hopper_backward, hopper_plan  # noqa: E402 (imports triton)
 
 DEVICE = torch.device("cuda", 0)
 
@@ -166,29 +166,6 @@ def test_strips_that_run_at_once_are_walked_down_and_up() -> None:
     for window, serpentine in (((7, 7), 1), ((8, 7), 0), ((7, 8), 1)):
         assert hopper_plan.plan_strips(shape, (), window, DEVICE, (2, 3))[1][3:7] == [4, 8, 0, serpentine]
     assert hopper_plan.plan_strips((1, 1024, 1024, 2, 64), (), (7, 7), DEVICE, (2, 3))[1][6] == 0
-
-
-@pytest.mark.parametrize(
-    ("shape", "begin_late"),
-    [
-        ((1, 256, 256, 2, 64), True),  # 256 programs of 8 tiles
-        ((1, 256, 260, 2, 64), True),  # and with columns that no tile fills
-        ((4, 256, 256, 2, 64), True),  # 256 of 32
-        ((4, 256, 256, 2, 128), False),  # too long at head_dim 128
-        ((1, 128, 128, 2, 64), False),  # strips of two tiles
-        ((1, 64, 64, 2, 64), False),  # fewer programs than multiprocessors
-        ((8, 64, 64, 6, 64), False),  # three programs a multiprocessor
-        ((1, 1024, 1024, 2, 64), False),  # not all at once
-        ((1, 7, 256, 2, 64), False),  # no whole tile
-        ((1, 250, 256, 2, 64), False),  # rows left over, with programs of their own
-    ],
-)
-def test_the_second_program_of_a_multiprocessor_begins_late(shape: tuple[int, ...], begin_late: bool) -> None:
-    stride = torch.empty(shape, device="meta").stride()
-    _, grid, integers, _ = hopper_forward._plan_forward(shape, (stride,) * 3, (7, 7), DEVICE, False)
-    stagger_from = integers[7]
-    assert stagger_from == (132 if begin_late else 2**31 - 1)
-    assert not begin_late or stagger_from < grid[0] * grid[1] * grid[2] <= 2 * stagger_from
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,6 @@ from hdit_kernels.neighborhood_attention import hopper_plan
 TILE = gl.constexpr(hopper_plan.TILE)
 TOKENS = gl.constexpr(hopper_plan.TILE**2)  # of a tile
 COLUMNS = gl.constexpr(16)  # of a row of keys
-STAGGER_CYCLES = gl.constexpr(3000)  # cycles: about what the first copies of one program a multiprocessor take
-SPIN = gl.constexpr("""{  // for that many cycles
-    .reg .u64 begin, now, cycles;
-    .reg .pred early;
-    cvt.u64.u32 cycles, $1;
-    mov.u64 begin, %clock64;
-    AGAIN: mov.u64 now, %clock64;
-    sub.u64 now, now, begin;
-    setp.lt.u64 early, now, cycles;
-    @early bra AGAIN;
-    mov.u32 $0, $1;
-}""")
 NOWHERE = gl.constexpr(2**30)  # a row or column that no window reaches
 
 
@@ -107,19 +95,6 @@ def strip_of_program(heads, strips, length, longer):
     x = gl.program_id(0) // heads
     head = gl.program_id(0) - x * heads  # neighbours in memory run side by side
     return gl.program_id(2).to(gl.int64), head.to(gl.int64), tile * TILE, x * TILE, count
-
-
-@gluon.jit
-def stagger(stagger_from):
-    """Programs from that number on, the second of each multiprocessor, begin later: so the first has its copies sooner,
-    one computes while the other waits for memory, and the last tile has the multiprocessor for itself. If programs come
-    to multiprocessors in another order, that costs the wait and nothing else.
-    """
-    program = (gl.program_id(2) * gl.num_programs(1) + gl.program_id(1)) * gl.num_programs(0) + gl.program_id(0)
-    if program >= stagger_from:
-        THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        cycles = gl.full([32 * gl.num_warps()], STAGGER_CYCLES, gl.int32, THREADS)
-        gl.inline_asm_elementwise(SPIN, "=r,r", [cycles], gl.int32, False, 1)
 
 
 @gluon.jit

@@ -39,7 +39,6 @@ from hdit_kernels.neighborhood_attention.hopper_device import (
     row_max,
     row_sum,
     shared_layout,
-    stagger,
     store_tile,
     strip_of_program,
     window_start,
@@ -80,7 +79,6 @@ def _plan_forward(
     programs = (2,) if not three else (3,) if shape[-1] == 32 else (2, 3)  # in that order: the fastest measured
     grid, integers, constants = hopper_plan.plan_strips(
         shape, strides, window, device, programs, length=4 if shape[-1] == 32 else 3,
-        stagger_up_to=8 if shape[-1] == 128 else hopper_plan.LONGEST,
     )  # fmt: skip
     return kernel, grid, integers, constants | {"HAS_LSE": return_lse, "maxnreg": 168 if three else None}
 
@@ -89,7 +87,7 @@ def _plan_forward(
 def _na2d_hopper_forward_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    serpentine: tl.int32, stagger_from: tl.int32, window_y: tl.int32, window_x: tl.int32,
+    serpentine: tl.int32, window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
@@ -98,14 +96,13 @@ def _na2d_hopper_forward_kernel(
     # A program: a strip of `length` tiles (the first `longer` strips have one more), `strips` in a column of tiles and
     # one more for the rows left over. Tensors are [B, H, W, heads, D] with strides of batch, row, column and head in
     # units of 8 elements; out, stats and lse are contiguous. serpentine: every other strip is walked upwards.
-    # stagger_from: see `stagger`. MORE, LAST: rows of the next slot that a tile sees, in two blocks.
+    # MORE, LAST: rows of the next slot that a tile sees, in two blocks.
     SHARED: gl.constexpr = shared_layout(D)
     ACC: gl.constexpr = product_layout(D)
     OWN: gl.constexpr = product_layout(TILE * COLUMNS)
     NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
-    stagger(stagger_from)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
     y = 0
     origin, step, top, bottom = direction(origin, count, strips, height, serpentine)
@@ -220,7 +217,7 @@ def _na2d_hopper_forward_kernel(
 def _na2d_hopper_forward_128_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, stats_ptr, lse_ptr, logit_scale, save_stats: tl.int32,
     height: tl.int32, width: tl.int32, heads: tl.int32, strips: tl.int32, length: tl.int32, longer: tl.int32,
-    serpentine: tl.int32, stagger_from: tl.int32, window_y: tl.int32, window_x: tl.int32,
+    serpentine: tl.int32, window_y: tl.int32, window_x: tl.int32,
     q_b: tl.int64, q_h: tl.int64, q_w: tl.int64, q_n: tl.int64,
     k_b: tl.int64, k_h: tl.int64, k_w: tl.int64, k_n: tl.int64,
     v_b: tl.int64, v_h: tl.int64, v_w: tl.int64, v_n: tl.int64,
@@ -236,7 +233,6 @@ def _na2d_hopper_forward_128_kernel(
     NEXT: gl.constexpr = product_layout(MORE * COLUMNS)
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     batch, head, origin, x, count = strip_of_program(heads, strips, length, longer)
-    stagger(stagger_from)
     # Rows count from the strip's first query, so that offsets are small; the image has rows top to bottom.
     y = 0
     origin, step, top, bottom = direction(origin, count, strips, height, serpentine)

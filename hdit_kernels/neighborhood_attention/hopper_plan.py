@@ -17,7 +17,6 @@ TILE = 8  # rows and columns of a tile of queries (of keys in the dK/dV kernel):
 WIDEST = 9  # window: a tile's keys span TILE + window − 1 columns, and a row of keys has 16
 WIDEST_STREAMED = 13  # the same of hopper_backward_wide, which has four columns beyond those
 LONGEST = 32  # tiles of a strip: no longer ones were faster where measured
-STAGGER_AT_LEAST = 4  # tiles of a strip from which on two programs a multiprocessor gain by a stagger
 MIN_REACH = 16  # tiles from a strip's first row on that 32-bit offsets must reach, whatever the length of strips
 TRITON = ("3.6", "3.7")  # Gluon may change from one version of Triton to the next; others take the portable kernels
 
@@ -135,13 +134,11 @@ def plan_strips(
     programs: Sequence[int] = (),
     length: int = 3,
     longest: int = LONGEST,
-    stagger_up_to: int = 0,
 ) -> tuple[tuple[int, int, int], list[int], dict[str, Any]]:
     """Grid, integer arguments and constants of a launch over strips of tiles of [B, H, W, heads, head_dim] tensors.
 
-    programs, length, longest: see `strips_down`; a kernel that has no programs takes one tile each. stagger_up_to: the
-    most tiles of a strip whose programs `hopper_device.stagger`, of a kernel that does. Cached, since it costs as much
-    host time as the launch itself.
+    programs, length, longest: see `strips_down`; a kernel that has no programs takes one tile each. Cached, since it
+    costs as much host time as the launch itself.
     """
     batch, height, width, heads, head_dim = shape
     tiles_x, (tiles, left) = -(-width // TILE), divmod(height, TILE)
@@ -156,10 +153,6 @@ def plan_strips(
         # Strips that run at once are walked down and up by turns, so that neighbours read the rows that both need at
         # the same time. An even window is not the same upwards.
         integers.append(int(at_once and window[0] % 2))
-    if stagger_up_to:
-        # Programs of the rows that are left over have no second one to give way to.
-        two = at_once and not left and multiprocessors < columns * whole <= 2 * multiprocessors
-        integers.append(multiprocessors if two and STAGGER_AT_LEAST <= tiles // whole <= stagger_up_to else 2**31 - 1)
     integers += window
     integers += [step // 8 for stride in strides for step in stride[:-1]]
     constants = {"D": head_dim, "num_warps": 4}

@@ -34,6 +34,7 @@ from hdit_kernels import (
     token_merge,
     token_split,
 )
+from hdit_kernels.feed_forward import is_one_kernel
 from hdit_kernels.registration import autocast_dtype
 
 # torch.compile(dynamic=True) makes an input of each Python float but literals, and compiles everything a second time
@@ -265,7 +266,7 @@ class FeedForwardBlock(nn.Module):
         self.down_proj = zero_init(nn.Linear(config.d_ff, config.width, bias=False))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        if self._is_plain():
+        if self._is_plain() and (not torch.is_grad_enabled() or is_one_kernel(x, self.down_proj.in_features)):
             scale = self.norm.linear(cond)
             return feed_forward(x, scale, self.up_proj.weight, self.down_proj.weight, 1e-6)
         return x + self.down_proj(self.dropout(geglu(self.up_proj(self.norm(x, cond)))))
@@ -372,9 +373,9 @@ class HDiT(nn.Module):
     """The whole network. config: what it is made of (see hdit.HDiTConfig; hdit.presets has the published ones).
 
     Every nn.Linear may be wrapped by an adapter (LoRA), quantized, parametrized or hooked, before the model is
-    compiled: each is called as a layer, save plain ones between levels and, where dropout does nothing, in feed-forward
-    blocks, which are part of a fused operator. Second derivatives need global attention that has them:
-    torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+    compiled: each is called as a layer, save plain ones between levels, which are part of a fused operator. So are
+    those of feed-forward blocks where dropout does nothing and either no gradient is wanted or one kernel does it all.
+    Second derivatives need global attention that has them: torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
     TypeError if config is no HDiTConfig.
     """
 

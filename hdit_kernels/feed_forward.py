@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdit_kernels import checks, reference, registration
+from hdit_kernels import backend, checks, reference, registration
 from hdit_kernels.autograd import differentiable, wanted
+
+WIDTHS, MULTIPLE = (128, 256), 64  # of x, and of d_ff, that one kernel on Hopper takes
 
 
 def feed_forward(x: Tensor, scale: Tensor, up_weight: Tensor, down_weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -20,7 +22,8 @@ def feed_forward(x: Tensor, scale: Tensor, up_weight: Tensor, down_weight: Tenso
             gaps.
         scale: [B, C], of x's dtype or another: one for each sample; the norm multiplies by 1 + scale.
         up_weight: [2·d_ff, C], the value's rows first, then the gate's.
-        down_weight: [C, d_ff]. Weights may have another dtype than x, and are then rounded to x's for the products.
+        down_weight: [C, d_ff]. Weights may have another dtype than x: forward and backward each round them to x's for
+            the products.
         eps: added to the mean square.
 
     Returns:
@@ -35,6 +38,22 @@ def feed_forward(x: Tensor, scale: Tensor, up_weight: Tensor, down_weight: Tenso
     eps = _check(x, scale, up_weight, down_weight, eps)
     x = registration.cast(x, registration.autocast_dtype(x))
     return _feed_forward(x, scale, up_weight, down_weight, eps)
+
+
+def is_one_kernel(x: Tensor, d_ff: int) -> bool:
+    """Whether forward of such an x, at a multiple of 16 bytes, is one kernel, as on Hopper GPUs at WIDTHS in 16-bit
+    types. Only then is `feed_forward` faster than the separate operators where gradients are wanted: elsewhere backward
+    computes anew what forward wrote to memory. (torch.compile traces this.)
+    """
+    return (
+        x.is_cuda
+        and backend.chosen == "auto"
+        and x.shape[-1] in WIDTHS
+        and d_ff % MULTIPLE == 0
+        and registration.cast_dtype(x.dtype, registration.autocast_dtype(x)) in (torch.bfloat16, torch.float16)
+        and torch.version.hip is None
+        and torch.cuda.get_device_properties(x.device).major == 9
+    )
 
 
 @checks.remembered

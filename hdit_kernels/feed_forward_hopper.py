@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hdit_kernels import launch
+from hdit_kernels import backend, launch
 from hdit_kernels.neighborhood_attention.hopper_plan import gluon_known
 
 ROWS = gl.constexpr(64)  # tokens of a warpgroup
@@ -48,7 +48,8 @@ CONFIGS = {128: {"UPS": 3, "DOWNS": 3}, 256: {"UPS": 2, "DOWNS": 1}}  # by width
 def takes(x: Tensor, scale: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether the kernel takes these contiguous tensors, and whether it is a Hopper GPU."""
     return (
-        launch.gpu_family(x.device) == "hopper"
+        backend.chosen == "auto"
+        and launch.gpu_family(x.device) == "hopper"
         and gluon_known()
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[-1] in CONFIGS

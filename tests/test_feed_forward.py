@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,17 @@ def test_flops(seed) -> None:
         out.sum().backward()
     product = 2 * 10 * 6 * 5
     assert forward.get_total_flops() == 3 * product and backward.get_total_flops() == 8 * product
+
+
+def test_what_one_kernel_takes() -> None:
+    """The model asks without Triton what the launcher decides."""
+    pytest.importorskip("triton")
+    from hdit_kernels import feed_forward_hopper
+
+    module = sys.modules["hdit_kernels.feed_forward"]
+    assert set(feed_forward_hopper.CONFIGS) == set(module.WIDTHS)
+    assert feed_forward_hopper.CHUNK.value == module.MULTIPLE
+    assert not module.is_one_kernel(torch.ones(1, 2, 128, dtype=torch.bfloat16), 384)
 
 
 X, SCALE, UP, DOWN = torch.ones(2, 3, 4), torch.ones(2, 4), torch.ones(6, 4), torch.ones(4, 3)

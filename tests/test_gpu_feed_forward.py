@@ -7,6 +7,7 @@ import torch
 
 from hdit import GlobalAttention, Level
 from hdit_kernels import feed_forward, reference
+from hdit_kernels.feed_forward import is_one_kernel
 from hdit_kernels.testing import poisoned, relative_error
 from tests.test_feed_forward import drawn, separate
 from tests.test_model import make_block
@@ -48,7 +49,7 @@ def test_weights_of_another_dtype_are_rounded(seed: int) -> None:
 
 
 def test_a_block_takes_less_memory_than_separate_operators(seed: int) -> None:
-    """Forward and backward, beside the inputs: 3·d_ff + 4·C elements a token for 6·d_ff + 4·C."""
+    """Forward and backward, where one kernel does forward."""
     block = make_block(Level(1, 128, attention=GlobalAttention(64))).bfloat16().cuda()
     x = torch.randn(4, 64, 64, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     cond = torch.randn(4, 8, device="cuda", dtype=torch.bfloat16)
@@ -59,8 +60,28 @@ def test_a_block_takes_less_memory_than_separate_operators(seed: int) -> None:
         torch.autograd.grad(block(x, cond), [x, *block.parameters()], x.detach())
         return torch.cuda.max_memory_allocated() - held
 
+    if not is_one_kernel(x, 384):
+        pytest.skip("needs a Hopper GPU and Triton's Gluon as known")
     peak()  # compiles, and makes cuBLAS take its workspace
     fused = peak()
     block.norm.register_forward_hook(lambda module, args, out: None)
     peak()
     assert fused < 0.8 * peak(), fused
+
+
+def test_the_launcher_takes_what_the_model_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper both do, also while torch.compile traces; on other GPUs and with portable kernels neither."""
+    from hdit_kernels import feed_forward_hopper, launch
+
+    x, scale, up, down = (t.cuda() for t in drawn(2, 70, width=128, d_ff=128, dtype=torch.bfloat16))
+    hopper = launch.gpu_family(x.device) == "hopper"
+    traced = torch.compile(lambda x: x + 1 if is_one_kernel(x, 128) else x, fullgraph=True)
+    for backend in ("auto", "triton"):
+        monkeypatch.setattr("hdit_kernels.backend.chosen", backend)
+        found = feed_forward_hopper.takes(x, scale, up, down)
+        assert found == is_one_kernel(x, 128) == (hopper and backend == "auto")
+        assert torch.equal(traced(x), x + 1 if found else x)
+    monkeypatch.undo()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert is_one_kernel(x.float(), 128) == is_one_kernel(x, 128)
+    assert not is_one_kernel(x.float(), 128) and not is_one_kernel(x, 96) and not is_one_kernel(x[..., :64], 128)

@@ -55,9 +55,9 @@ def feed_forward_backward(
     if needed[0] or needed[1]:
         dnormed = (u @ up_factor).view(x.shape)
         del u
-        dx, dscale = ada_rms_norm_backward(dnormed, x, scale, eps)
+        dx, dscale = ada_rms_norm_backward(dnormed, x, scale, eps, residual=dout)
         if needed[0]:
-            found[0] = dx.add_(dout)
+            found[0] = dx
         if needed[1]:
             found[1] = dscale
     return tuple(found)

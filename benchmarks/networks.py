@@ -102,6 +102,7 @@ def dit(size: str, config: HDiTConfig) -> Network:
     return Network(f"DiT-{size}/4", build, config, checked=min(config.image_size[0], DIT_CHECKED))
 
 
+@functools.cache
 def dit_like(config: HDiTConfig) -> Network:
     """The DiT whose number of parameters is nearest to HDiT's, as a ratio."""
     own = parameters(hdit(config))

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hdit_kernels import feed_forward_hopper, launch
-from hdit_kernels.geglu_triton import geglu_forward, normal_cdf
+from hdit_kernels.geglu_triton import geglu_forward, normal
 from hdit_kernels.launch import Launch
 from hdit_kernels.norms_triton import ada_rms_norm_backward, ada_rms_norm_forward
 
@@ -87,8 +87,7 @@ def _geglu_both_kernel(
     dhidden = tl.load(hidden_ptr + at, inside, other=0.0).to(tl.float32)
     a = tl.load(u_ptr + u_at, inside, other=0.0).to(tl.float32)
     g = tl.load(u_ptr + u_at + d_ff, inside, other=0.0).to(tl.float32)
-    cdf = normal_cdf(g)
-    density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
+    cdf, bell = normal(g)
     tl.store(hidden_ptr + at, a * (g * cdf), inside)
     tl.store(u_ptr + u_at, dhidden * (g * cdf), inside)
-    tl.store(u_ptr + u_at + d_ff, dhidden * a * (cdf + g * density), inside)
+    tl.store(u_ptr + u_at + d_ff, dhidden * a * (cdf + g * bell * 0.3989422804014327), inside)

@@ -183,7 +183,9 @@ def gpu_family(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has."""
+    """How many the GPU has; 128 where it can't be asked, as on a CPU."""
+    if device.type != "cuda":
+        return 128
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -253,8 +255,10 @@ def sum_launch(partials: Tensor, like: Tensor) -> tuple[Tensor, Launch]:
     """
     groups, parts, columns = partials.shape
     total = empty_like(like)
+    vector = 4 if columns % 4 == 0 else 1  # 16 bytes of float32
     grid = (groups * cdiv(columns, SUM_CONSTANTS["BLOCK"]), 1, 1)
-    return total, Launch(_sum_partials_kernel, grid, (partials, total), (parts, columns), SUM_CONSTANTS)
+    constants = {**SUM_CONSTANTS, "VECTOR": vector}
+    return total, Launch(_sum_partials_kernel, grid, (partials, total), (parts, columns // vector), constants)
 
 
 # Narrow and deep: thousands of parts of 128 columns still make several programs of few steps.
@@ -263,8 +267,10 @@ SUM_CONSTANTS = {"BLOCK": 16, "PARTS": 256, "num_warps": 4}
 
 @kernel
 def _sum_partials_kernel(
-    partials_ptr, total_ptr, parts: tl.int32, columns: tl.int32, BLOCK: tl.constexpr, PARTS: tl.constexpr
-):
+    partials_ptr, total_ptr, parts: tl.int32, columns: tl.int32,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    columns = columns * VECTOR
     blocks = tl.cdiv(columns, BLOCK)
     group = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -281,3 +287,15 @@ def row_offset(row, n1, n2, s0, s1, s2, VECTOR: tl.constexpr):
     """Where row `row` (int32) of a tensor of leading dimensions [n0, n1, n2] starts, in elements, int64."""
     i0, rest = row // (n1 * n2), row % (n1 * n2)
     return (i0.to(tl.int64) * s0 + (rest // n2).to(tl.int64) * s1 + (rest % n2).to(tl.int64) * s2) * VECTOR
+
+
+@triton.jit
+def strided(i0, i1, row, column, s0, s1, s2, VECTOR: tl.constexpr):
+    """Offsets [rows, columns] in a tensor of the given strides, int64, of rows `row` (int64) of the line (i0, i1)."""
+    return (i0.to(tl.int64) * s0 + i1.to(tl.int64) * s1) * VECTOR + (row * s2 * VECTOR)[:, None] + column[None, :]
+
+
+@triton.jit
+def contiguous(line, row, column, n2, columns):
+    """Offsets [rows, columns] in a contiguous tensor, int64, of rows `row` (int64) of a line of n2 rows."""
+    return ((line.to(tl.int64) * n2 + row) * columns)[:, None] + column[None, :]

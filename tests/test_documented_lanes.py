@@ -22,7 +22,7 @@ PYTEST = re.compile(r"((?:[A-Z_]+=\S+ )*)(?:\S*python -m )?pytest (.+)")
 # What takes long to import is imported once; each lane is a process of its own beside that, its arguments in sys.argv.
 EACH_ALONE = """
 import json, os, sys
-import hypothesis, pytest, torch._inductor.config, triton
+import hypothesis, pytest, triton, hdit_kernels
 
 for environment, arguments in json.load(sys.stdin):
     child = os.fork()

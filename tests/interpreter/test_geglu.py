@@ -57,6 +57,29 @@ def test_many_rows_and_large_values(seed: int) -> None:
     check(x, torch.randn(300, 12))
 
 
+@pytest.mark.parametrize(("start", "end", "limit"), [(-9, -6, 6e-6), (-6, -3, 3e-6), (-3, 0, 1e-6), (0, 9, 1e-6)])
+def test_the_normal_distribution_over_its_whole_range(start: int, end: int, limit: float) -> None:
+    """The polynomial's relative error, in the tail too, where 0.5 + 0.5 · erf has none of its digits left."""
+    g = torch.linspace(start, end, 4099)[1:-1]
+    x, exact = torch.stack([torch.ones_like(g), g], 1), g.double()
+    cdf = torch.special.erfc(-exact / 2**0.5) / 2
+    density = torch.exp(-exact * exact / 2) / (2 * torch.pi) ** 0.5
+    with kernels_only():
+        out, dx = geglu_forward(x)[:, 0], geglu_backward(torch.ones(len(g), 1), x)
+    torch.testing.assert_close(out.double(), exact * cdf, rtol=limit, atol=0)
+    torch.testing.assert_close(dx[:, 0], out, rtol=0, atol=0)
+    # the slope's two terms nearly cancel where it crosses 0
+    assert ((dx[:, 1] - (cdf + exact * density)).abs() <= limit * (cdf + exact.abs() * density)).all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # from numpy
+def test_values_beyond_float32s_squares(seed: int) -> None:
+    x = torch.tensor([[2.0, 1e30], [2.0, -1e30], [2.0, float("nan")]])
+    with kernels_only():
+        out = geglu_forward(x)[:, 0]
+    assert out[0] == 2e30 and out[1] == 0 and out[2].isnan()
+
+
 def test_expanded_gradient(seed: int) -> None:
     """The gradient of a sum: every element the same one."""
     check(torch.randn(6, 48), torch.ones(()).expand(6, 24))

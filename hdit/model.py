@@ -26,6 +26,7 @@ from hdit.config import Mapping as MappingConfig
 from hdit_kernels import (
     ada_rms_norm,
     checks,
+    feed_forward,
     geglu,
     neighborhood_self_attention,
     qk_norm_rope,
@@ -33,6 +34,7 @@ from hdit_kernels import (
     token_merge,
     token_split,
 )
+from hdit_kernels.feed_forward import is_one_kernel
 from hdit_kernels.registration import autocast_dtype
 
 # torch.compile(dynamic=True) makes an input of each Python float but literals, and compiles everything a second time
@@ -53,17 +55,24 @@ def is_plain(layer: nn.Module) -> bool:
     Not so with an adapter in its place, a hook, a parametrization, a quantized or sharded weight, a patched forward or
     a bias: then the layer is called.
     """
-    every = nn.modules.module  # the hooks of all modules; nn.Module.__call__ has the same test
     return (
         type(layer) is nn.Linear
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and is_untouched(layer)
+        and nn.Linear.forward is LINEAR_FORWARD
+        and layer.bias is None
+        and type(layer.weight) in (Tensor, nn.Parameter, FakeTensor)
+    )
+
+
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether a call of the layer is its class's forward and nothing else."""
+    every = nn.modules.module  # the hooks of all modules; nn.Module.__call__ has the same test
+    return (
+        not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
         and not (every._global_forward_hooks or every._global_forward_pre_hooks)
         and not (every._global_backward_hooks or every._global_backward_pre_hooks)
         and "forward" not in layer.__dict__
-        and nn.Linear.forward is LINEAR_FORWARD
-        and layer.bias is None
-        and type(layer.weight) in (Tensor, nn.Parameter, FakeTensor)
     )
 
 
@@ -257,7 +266,20 @@ class FeedForwardBlock(nn.Module):
         self.down_proj = zero_init(nn.Linear(config.d_ff, config.width, bias=False))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        if self._is_plain() and (not torch.is_grad_enabled() or is_one_kernel(x, self.down_proj.in_features)):
+            scale = self.norm.linear(cond)
+            return feed_forward(x, scale, self.up_proj.weight, self.down_proj.weight, 1e-6)
         return x + self.down_proj(self.dropout(geglu(self.up_proj(self.norm(x, cond)))))
+
+    def _is_plain(self) -> bool:
+        """Whether the four layers do nothing but what the operator does, dropout nothing at all."""
+        norm, dropout = self.norm, self.dropout
+        return (
+            is_plain(self.up_proj)
+            and is_plain(self.down_proj)
+            and (type(norm) is AdaRMSNorm and is_untouched(norm))
+            and (type(dropout) is nn.Dropout and is_untouched(dropout) and not (dropout.training and dropout.p))
+        )
 
 
 class TransformerLayer(nn.Module):
@@ -351,8 +373,9 @@ class HDiT(nn.Module):
     """The whole network. config: what it is made of (see hdit.HDiTConfig; hdit.presets has the published ones).
 
     Every nn.Linear may be wrapped by an adapter (LoRA), quantized, parametrized or hooked, before the model is
-    compiled: each is called as a layer, save plain ones between levels, which are part of a fused operator. Second
-    derivatives need global attention that has them: torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+    compiled: each is called as a layer, save plain ones between levels, which are part of a fused operator. So are
+    those of feed-forward blocks where dropout does nothing and either no gradient is wanted or one kernel does it all.
+    Second derivatives need global attention that has them: torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
     TypeError if config is no HDiTConfig.
     """
 

@@ -1,6 +1,7 @@
 """Kernels of the Hourglass Diffusion Transformer: tensors in, tensors out, stateless. See each function's docstring."""
 
 from hdit_kernels.backend import get_backend, set_backend
+from hdit_kernels.feed_forward import feed_forward
 from hdit_kernels.geglu import geglu
 from hdit_kernels.merge import merge_attentions
 from hdit_kernels.neighborhood_attention.na2d import na2d
@@ -14,6 +15,7 @@ __version__ = "0.1.0"  # of both packages; pyproject.toml reads it here
 __all__ = [
     "ada_layer_norm",
     "ada_rms_norm",
+    "feed_forward",
     "gated_residual",
     "geglu",
     "get_backend",

@@ -36,6 +36,12 @@ def geglu_backward(dout: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
+def geglu_in_place(dout: Tensor, x: Tensor) -> None:
+    """dout [N, d_ff] becomes the output and x [N, 2·d_ff] its gradient, both contiguous: for who has kept neither."""
+    grid, integers, constants = _plan(x.shape, (dout.stride(), x.stride()), launch.aligned(dout, x))
+    launch.run(Launch(_geglu_in_place_kernel, grid, (dout, x), integers, constants))
+
+
 def _launch(function: Any, given: tuple[Tensor, ...], result: Tensor) -> Launch:
     """The last of what is given is x."""
     strides = tuple([tensor.stride() for tensor in given])
@@ -130,3 +136,25 @@ def _geglu_backward_kernel(
     dx_at = launch.contiguous(line, row, column, n2, 2 * d_ff)
     tl.store(dx_ptr + dx_at, dout * (g * cdf), inside)
     tl.store(dx_ptr + dx_at + d_ff, dout * a * (cdf + g * bell * 0.3989422804014327), inside)
+
+
+@launch.kernel
+def _geglu_in_place_kernel(
+    dout_ptr, x_ptr,
+    dout_s0: tl.int64, dout_s1: tl.int64, dout_s2: tl.int64, s0: tl.int64, s1: tl.int64, s2: tl.int64,
+    n1: tl.int32, n2: tl.int64, blocks: tl.int32, d_ff: tl.int32,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """dout, x -> out, dx in their places, as the two kernels above."""
+    d_ff = d_ff * VECTOR
+    i0, i1, line, row, column, inside = _tile(n1, n2, blocks, d_ff, ROWS, BLOCK)
+    at = launch.strided(i0, i1, row, column, s0, s1, s2, VECTOR)
+    dout_at = launch.strided(i0, i1, row, column, dout_s0, dout_s1, dout_s2, VECTOR)
+    dout = tl.load(dout_ptr + dout_at, inside, other=0.0).to(tl.float32)
+    a = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
+    g = tl.load(x_ptr + at + d_ff, inside, other=0.0).to(tl.float32)
+    cdf, bell = _normal(g)
+    gelu = g * cdf
+    tl.store(dout_ptr + dout_at, a * gelu, inside)
+    tl.store(x_ptr + at, dout * gelu, inside)
+    tl.store(x_ptr + at + d_ff, dout * a * (cdf + g * bell * 0.3989422804014327), inside)

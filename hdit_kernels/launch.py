@@ -64,10 +64,10 @@ NO_OPTIONS: Mapping[str, Any] = {}
 
 
 class Launch(NamedTuple):
-    """function[grid](*tensors, *numbers, **constants, **optional) of a `kernel`.
+    """function[grid](*descriptors, *tensors, *numbers, **constants, **optional) of a `kernel`.
 
     optional: the last parameters, which default to None, in their order: integers, and tensors at multiples of 16
-    bytes.
+    bytes. descriptors: what TMA copies of tensors, of the last tensor's dtype; constants tell their blocks.
     """
 
     function: Any
@@ -76,12 +76,15 @@ class Launch(NamedTuple):
     numbers: Sequence[float]
     constants: Mapping[str, Any]
     optional: Mapping[str, Any] = NO_OPTIONS
+    descriptors: Sequence[Any] = ()
 
     def by_triton(self) -> Any:
-        return self.function[self.grid](*self.tensors, *self.numbers, **self.constants, **self.optional)
+        return self.function[self.grid](
+            *self.descriptors, *self.tensors, *self.numbers, **self.constants, **self.optional
+        )
 
     def compile(self) -> Any:
-        arguments = (*self.tensors, *self.numbers)
+        arguments = (*self.descriptors, *self.tensors, *self.numbers)
         return self.function.warmup(*arguments, grid=self.grid, **self.constants, **self.optional)
 
     def key(self) -> tuple[Any, ...]:
@@ -121,14 +124,14 @@ def run(*launches: Launch) -> None:
         found = _compiled.get(key)
         if found is not None:
             compiled, values = found
-            compiled[each.grid](*addresses, *each.numbers, *values, *each.optional.values())
+            compiled[each.grid](*each.descriptors, *addresses, *each.numbers, *values, *each.optional.values())
             continue
         if compiling:  # this one and all that are still to come
             _compile(launches[index:])
             compiling = False
         compiled = each.by_triton()
         if isinstance(compiled, CompiledKernel):  # not in the interpreter
-            names = each.function.arg_names[len(addresses) + len(each.numbers) :]
+            names = each.function.arg_names[len(each.descriptors) + len(addresses) + len(each.numbers) :]
             values = [each.constants.get(name) for name in names if name not in each.optional]
             _compiled[key] = (compiled, values)
 

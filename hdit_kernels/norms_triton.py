@@ -49,8 +49,11 @@ def ada_rms_norm_forward(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return _norm_forward(x, None, scale, eps)
 
 
-def ada_rms_norm_backward(dout: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
-    return _norm_backward(dout, x, None, scale, eps)
+def ada_rms_norm_backward(
+    dout: Tensor, x: Tensor, scale: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """residual: of x's shape and dtype, contiguous; what x has as gradient beside the norm's."""
+    return _norm_backward(dout, x, None, scale, eps, residual)
 
 
 def ada_layer_norm_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -70,13 +73,16 @@ def _norm_forward(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) ->
     return out
 
 
-def _norm_backward(dout: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """dx, then dshift if there is a shift, then dscale."""
+def _norm_backward(
+    dout: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """dx, residual added, then dshift if there is a shift, then dscale."""
     tensors, plan = _planned((dout, x), (scale,), _backward_block)
     parameters = (scale,) if shift is None else (shift, scale)
     dx, partials = launch.empty_like(x), [scale.new_empty(plan.partials, dtype=torch.float32) for _ in parameters]
-    tensors = (*tensors, dx, partials[0], partials[-1])
+    tensors = (*tensors, dx if residual is None else residual, dx, partials[0], partials[-1])
     constants = plan.constants | {"PER_SAMPLE": scale.ndim == 2, "CENTRED": shift is not None}
+    constants["RESIDUAL"] = residual is not None
     backward = Launch(_norm_backward_kernel, plan.grid, tensors, (*plan.integers, eps), constants)
     gradients, sums = zip(*map(launch.sum_launch, partials, parameters), strict=True)
     launch.run(backward, *sums)
@@ -300,15 +306,15 @@ def _norm_forward_kernel(
 
 @launch.kernel
 def _norm_backward_kernel(
-    dout_ptr, x_ptr, scale_ptr, dx_ptr, dshift_ptr, dscale_ptr,
+    dout_ptr, x_ptr, scale_ptr, residual_ptr, dx_ptr, dshift_ptr, dscale_ptr,
     dout_s0: tl.int64, dout_s1: tl.int64, dout_s2: tl.int64,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64, scale_s0: tl.int64,
     n1: tl.int32, n2: tl.int64, blocks: tl.int32, length: tl.int32, runs: tl.int32, channels: tl.int32, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-    PER_SAMPLE: tl.constexpr, CENTRED: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, CENTRED: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """With n the normalised x and g = dout · scale: dx = rstd · (g − n · mean(g · n)), less rstd · mean(g) where x is
-    centred; dscale = Σ dout · n; dshift = Σ dout."""
+    centred; dscale = Σ dout · n; dshift = Σ dout. A residual is added to dx."""
     channels = channels * VECTOR
     share = 1.0 / channels
     i0, i1, line, run = _line(n1, runs)
@@ -326,7 +332,11 @@ def _norm_backward_kernel(
         if CENTRED:
             dshift += dout
             dx -= (tl.sum(dnormal, 1) * share)[:, None]
-        tl.store(dx_ptr + launch.contiguous(line, row, column, n2, channels), dx * rstd, inside)
+        dx *= rstd
+        dx_at = launch.contiguous(line, row, column, n2, channels)
+        if RESIDUAL:
+            dx += tl.load(residual_ptr + dx_at, inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + dx_at, dx, inside)
 
     _store_partial(dscale_ptr, dscale, channels, BLOCK)
     if CENTRED:

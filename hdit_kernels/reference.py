@@ -61,6 +61,15 @@ def geglu(x: Tensor) -> Tensor:
     return (value * F.gelu(gate)).to(x.dtype)
 
 
+def feed_forward(x: Tensor, scale: Tensor, up_weight: Tensor, down_weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x [B, ..., C], scale [B, C], up_weight [2·d_ff, C], down_weight [C, d_ff]: the whole feed-forward block,
+    x + down(geglu(up(ada_rms_norm(x, scale)))).
+    """
+    wide = _widen(x)
+    hidden = geglu(F.linear(ada_rms_norm(wide, scale, eps), _widen(up_weight)))
+    return (wide + F.linear(hidden, _widen(down_weight))).to(x.dtype)
+
+
 # Tokens between levels
 
 

@@ -9,7 +9,7 @@ of `hdit_kernels.autograd`, which cost half as much host time a call as `torch.l
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -103,6 +103,28 @@ def vjp(
         found = torch.autograd.grad([o for o, _ in pairs], [t for t in leaves if t is not None], [c for _, c in pairs])
     gradients = iter(found)
     return [None if t is None else next(gradients) for t in leaves]
+
+
+def gradients(
+    function: Any, inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The needed gradients of sum(function(*inputs) * dout) by autograd, and empty tensors for the others."""
+
+    def of_needed(*leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        return function(*(next(given) if wanted else t for t, wanted in zip(inputs, needed, strict=True)))
+
+    leaves = tuple(t for t, wanted in zip(inputs, needed, strict=True) if wanted)
+    found = iter(vjp(of_needed, leaves, (dout,)) if leaves else [])
+    return tuple(next(found) if wanted else dout.new_empty(0) for wanted in needed)
+
+
+def fake_gradients(inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Empty tensors like the needed gradients, and without elements for the others."""
+    return tuple(
+        t.new_empty(t.shape) if wanted and t is not None else dout.new_empty(0)
+        for t, wanted in zip(inputs, needed, strict=True)
+    )
 
 
 def autocast_dtype(tensor: Any) -> torch.dtype | None:

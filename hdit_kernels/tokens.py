@@ -113,20 +113,6 @@ def _split_shape(x: Sequence[int], weight: Sequence[int], patch_size: Sequence[i
 # The operators. needed: which of the gradients to compute; the others come back empty.
 
 
-def _gradients(
-    function: Any, inputs: Sequence[Tensor | None], dout: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """The needed gradients of function(*inputs) by autograd, and empty tensors for the others."""
-
-    def of_needed(*leaves: Tensor) -> Tensor:
-        given = iter(leaves)
-        return function(*(next(given) if wanted else t for t, wanted in zip(inputs, needed, strict=True)))
-
-    leaves = tuple(t for t, wanted in zip(inputs, needed, strict=True) if wanted)
-    found = iter(registration.vjp(of_needed, leaves, (dout,)) if leaves else [])
-    return tuple(next(found) if wanted else dout.new_empty(0) for wanted in needed)
-
-
 def _patches(fine: Tensor, patch_size: Sequence[int]) -> Tensor:
     """[B, H·h, W·w, C] -> [B, H, W, h·w·C]."""
     (h, w), (batch, height, width, channels) = patch_size, fine.shape
@@ -149,7 +135,9 @@ def _reference_merge_backward(
     dout: Tensor, patches: Tensor, weight: Tensor, patch_size: list[int], needed: list[bool]
 ) -> Any:
     x = _unpatched(patches, patch_size)
-    return _gradients(lambda x, weight: reference.token_merge(x, weight, patch_size), (x, weight), dout, needed)
+    return registration.gradients(
+        lambda x, weight: reference.token_merge(x, weight, patch_size), (x, weight), dout, needed
+    )
 
 
 def _reference_split_forward(
@@ -177,10 +165,10 @@ def _reference_split_backward(
         return reference.token_split(x, weight, patch_size)
 
     if difference is None or fac is None:
-        return (*_gradients(split, (x, weight), dout, needed[:2]), dout.new_empty(0), dout.new_empty(0))
+        return (*registration.gradients(split, (x, weight), dout, needed[:2]), dout.new_empty(0), dout.new_empty(0))
     wide = torch.promote_types(x.dtype, torch.float32)
     gradient, part = dout.to(wide), fac.to(wide)
-    dx, dweight = _gradients(split, (x.to(wide), weight), part * gradient, needed[:2])
+    dx, dweight = registration.gradients(split, (x.to(wide), weight), part * gradient, needed[:2])
     dskip = ((1 - part) * gradient).to(skip_dtype)
     dfac = (gradient * _unpatched(difference, patch_size)).sum()[None].to(fac.dtype)
     return dx.to(x.dtype), dweight, dskip if needed[2] else dout.new_empty(0), dfac if needed[3] else dout.new_empty(0)

@@ -28,9 +28,8 @@ from benchmarks.sources import ROOT, Sources
 
 FILE = ROOT / "tests" / "gluon_records.json"
 COMMAND = "python -m tests.gluon_records"
-COMPARING = (
-    "(random_cases and (na2d or neighborhood_self_attention) and not (options or float32)) or strips_that_run_at_once"
-)
+OPERATORS = "na2d or neighborhood_self_attention or feed_forward"
+COMPARING = f"(random_cases and ({OPERATORS}) and not (options or float32)) or strips_that_run_at_once"
 DTYPES = ("bfloat16", "float16")  # which Gluon kernels take
 
 Records = dict[str, dict[str, Any]]

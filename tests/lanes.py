@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from hdit_kernels import reference
@@ -86,6 +87,10 @@ def recorded(family: str) -> Iterator[list[Compilation]]:
                 signature[parameter.name] = "*" + TYPES[value.dtype]
                 values.append((tuple(value.shape), value.stride(), value.storage_offset()))
                 attributes[(position,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                block = ", ".join(map(str, value.block_shape))
+                signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}],{value.layout!r}>"
+                values.append((tuple(value.shape), tuple(value.strides)))
             else:
                 signature[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
                 values.append(value)

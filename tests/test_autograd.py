@@ -52,6 +52,7 @@ OPERATIONS = {
     "ada_layer_norm": Operation(hdit_kernels.ada_layer_norm, reference.ada_layer_norm, (ROWS, (2, 5), (2, 5))),
     "gated_residual": Operation(hdit_kernels.gated_residual, reference.gated_residual, (ROWS, ROWS, (2, 5))),
     "geglu": Operation(hdit_kernels.geglu, reference.geglu, ((2, 3, 6),)),
+    "feed_forward": Operation(hdit_kernels.feed_forward, reference.feed_forward, ((2, 3, 4), (2, 4), (6, 4), (4, 3))),
     "token_merge": Operation(hdit_kernels.token_merge, reference.token_merge, ((2, 4, 2, 3), (5, 12))),
     "token_split": Operation(hdit_kernels.token_split, reference.token_split, ((2, 2, 1, 5), (12, 5))),
     "token_split_skip": Operation(
@@ -359,7 +360,13 @@ def test_an_ordinary_backward_pass_never_differentiates_the_reference(name: str,
 
 @each_operation
 def test_an_empty_batch_gives_empty_results_and_zero_gradients(name: str) -> None:
-    shared = {"rms_norm": (1,), "token_merge": (1,), "token_split": (1,), "token_split_skip": (1, 3)}
+    shared = {
+        "rms_norm": (1,),
+        "feed_forward": (2, 3),
+        "token_merge": (1,),
+        "token_split": (1,),
+        "token_split_skip": (1, 3),
+    }
     shared |= {"qk_norm_rope": (1,), "neighborhood_self_attention": (1,)}
     kept = shared.get(name, ())
     leaves = [(t if i in kept else t[:0]).requires_grad_() for i, t in enumerate(drawn(name))]

@@ -430,7 +430,7 @@ def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {c.name for c in api.select_cases(["geglu"])} == {"geglu 960x2x96 float32"}
     assert [c.operator for c in api.select_cases(["rms_norm *", "geglu"])] == ["rms_norm", "geglu"]
     quick = api.select_cases(quick=True)
-    assert len({c.operator for c in quick}) == len(quick) == 10
+    assert len({c.operator for c in quick}) == len(quick) == 11
     with pytest.raises(runs.RunError, match="no case matches 'zzz'"):
         api.select_cases(["geglu", "zzz"])
     with pytest.raises(runs.RunError, match="need a GPU"):

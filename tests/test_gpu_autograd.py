@@ -92,7 +92,13 @@ def gradients_of(case: Case, tensors: dict[str, Tensor], asked: list[str], seed:
 
 @each_operation
 def test_an_empty_batch(name: str) -> None:
-    shared = {"rms_norm": (1,), "token_merge": (1,), "token_split": (1,), "token_split_skip": (1, 3)}
+    shared = {
+        "rms_norm": (1,),
+        "feed_forward": (2, 3),
+        "token_merge": (1,),
+        "token_split": (1,),
+        "token_split_skip": (1, 3),
+    }
     kept = (shared | {"qk_norm_rope": (1,), "neighborhood_self_attention": (1,)}).get(name, ())
     for dtype in (torch.float32, torch.bfloat16):
         leaves = [(t if i in kept else t[:0]).to(dtype).requires_grad_() for i, t in enumerate(drawn(name))]

@@ -266,7 +266,7 @@ def kernels_of_the_package():
     )
     for path in Path(reference.__file__).parent.rglob("*.py"):
         name = ".".join(path.relative_to(Path(reference.__file__).parent.parent).with_suffix("").parts)
-        of_hopper = name.rpartition(".")[2].startswith("hopper_")
+        of_hopper = "hopper" in name.rpartition(".")[2].split("_")
         portable = name.endswith(("_triton", "triton_forward", "triton_backward", "triton_additional", "launch"))
         if of_hopper and on_hopper or portable:
             module = importlib.import_module(name)

@@ -42,6 +42,13 @@ def packed(name: str, batch: int, height: int, width: int, heads: int, dim: int,
     return case(name, tensors | dict(theta_y=theta_y, theta_x=theta_x), ("theta_y", "theta_x"), **settings)
 
 
+def feed_forward(*shape: int) -> Case:
+    width = shape[-1]
+    tensors = dict(x=randn(*shape), scale=parameter(shape[0], width))
+    weights = dict(up_weight=parameter(6 * width, width), down_weight=parameter(width, 3 * width))
+    return case("feed_forward", tensors | {name: 4 * w / w.shape[1] ** 0.5 for name, w in weights.items()})
+
+
 def merge(x: torch.Tensor, width: int, patch: tuple[int, int] = (2, 2)) -> Case:
     fan_in = x.shape[-1] * math.prod(patch)
     return case("token_merge", dict(x=x, weight=parameter(width, fan_in) / fan_in**0.5), patch_size=patch)
@@ -75,6 +82,9 @@ SHAPES = {
     ),
     "geglu fine": lambda: case("geglu", dict(x=randn(4, 256, 256, 768))),
     "geglu coarse": lambda: case("geglu", dict(x=randn(16, 16, 16, 9216))),
+    "feed_forward flowers-256": lambda: feed_forward(8, 4096, 128),
+    "feed_forward ffhq-1024": lambda: feed_forward(1, 128, 128, 256),
+    "feed_forward coarse": lambda: feed_forward(4, 256, 768),
     "token_merge": lambda: merge(randn(32, 64, 64, 128), 256),
     "token_merge of pixels": lambda: merge(randn(8, 3, 256, 256).permute(0, 2, 3, 1), 128, (4, 4)),
     "token_split": lambda: split(32, 32, 32, 256, width=128),

@@ -29,7 +29,7 @@ from hdit import (
     NoAttention,
     ShiftedWindowAttention,
 )
-from hdit.model import AxialRoPE, FourierFeatures, TransformerLayer, axial_positions, halve
+from hdit.model import AxialRoPE, FeedForwardBlock, FourierFeatures, TransformerLayer, axial_positions, halve
 from tests import golden_files
 
 MODELS = ["A", "B", "F"]
@@ -601,6 +601,59 @@ def test_plain_layers_are_fused_and_equal_called_ones(seed: int) -> None:
     one, other = model.bfloat16()(**half), called.bfloat16()(**half)
     assert one.dtype == other.dtype == torch.bfloat16
     assert (one - other).float().norm() < 0.05 * one.float().norm()
+
+
+def test_plain_feed_forward_blocks_are_fused_and_equal_called_ones(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook on any of the four layers, another layer in its place, dropout at work, or gradients where they would take
+    longer: then they are called one after the other.
+    """
+    level = dataclasses.replace(fast().levels[0], dropout=0.1)
+    block, cond = make_block(level), torch.randn(2, 8, dtype=torch.float64)
+    x = torch.randn(2, 3, 5, level.width, dtype=torch.float64)
+
+    def called(block: nn.Module) -> tuple[Tensor, int]:
+        with Operators() as operators:
+            return block(x, cond), operators.counts["hdit_kernels::feed_forward_forward"]
+
+    assert called(block.eval())[1] == 0
+    monkeypatch.setattr("hdit.model.is_one_kernel", lambda x, d_ff: d_ff == level.d_ff)
+    assert called(block)[1] == 1
+    monkeypatch.undo()
+    with torch.no_grad():
+        out, fused = called(block)
+        assert fused == 1
+        for layer in ("norm", "up_proj", "dropout", "down_proj"):
+            hooked, wrapped = copy.deepcopy(block), copy.deepcopy(block)
+            hooked.get_submodule(layer).register_forward_hook(lambda module, args, out: None)
+            setattr(wrapped, layer, Wrapped(getattr(wrapped, layer)))
+            for other in (hooked, wrapped):
+                found, fused = called(other)
+                assert fused == 0, layer
+                torch.testing.assert_close(found, out, rtol=0, atol=1e-12)
+        parametrized = copy.deepcopy(block)
+        nn.utils.parametrize.register_parametrization(parametrized.up_proj, "weight", nn.Identity())
+        assert called(parametrized)[1] == 0
+        assert called(block.train())[1] == 0
+        block.dropout.p = 0.0
+        assert called(block)[1] == 1
+
+
+class Wrapped(nn.Module):
+    """As an adapter wraps a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.layer(*inputs)
+
+
+def make_block(level: Level) -> FeedForwardBlock:
+    block = FeedForwardBlock(level, 8).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return block
 
 
 def test_a_hooked_layer_is_called_in_a_compiled_model(seed: int) -> None:

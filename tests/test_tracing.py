@@ -25,6 +25,10 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[[int, int, int], tuple[T
         lambda b, h, w: (torch.randn(b, h, w, 6), torch.randn(b, h, w, 6), torch.randn(b, 6)),
     ),
     "geglu": (hdit_kernels.geglu, lambda b, h, w: (torch.randn(b, h, w, 6),)),
+    "feed_forward": (
+        hdit_kernels.feed_forward,
+        lambda b, h, w: (torch.randn(b, h, w, 6), torch.randn(b, 6), torch.randn(26, 6), torch.randn(6, 13)),
+    ),
     "token_merge": (hdit_kernels.token_merge, lambda b, h, w: (torch.randn(b, 2 * h, 2 * w, 3), torch.randn(5, 12))),
     "token_split": (
         lambda x, weight, skip, fac: hdit_kernels.token_split(x, weight, (2, 2), skip, fac),

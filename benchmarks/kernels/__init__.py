@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FAMILIES = ("neighborhood_attention", "rope", "norms", "geglu", "tokens")
+FAMILIES = ("neighborhood_attention", "rope", "norms", "geglu", "feed_forward", "tokens")
 PASSES = ("forward", "backward", "forward+backward")
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -40,6 +40,10 @@ def geglu(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
+def feed_forward(x: Tensor, scale: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
+    return x + F.linear(geglu(F.linear(ada_rms_norm(x, scale), up_weight)), down_weight)
+
+
 def token_merge(x: Tensor, weight: Tensor, patch: int) -> Tensor:
     patches = x.unflatten(1, (-1, patch)).unflatten(3, (-1, patch)).transpose(2, 3)
     return F.linear(patches.flatten(3), weight)
@@ -64,6 +68,7 @@ OPERATORS = {
     "ada_layer_norm": _plain(ada_layer_norm),
     "gated_residual": _plain(gated_residual),
     "geglu": _plain(geglu),
+    "feed_forward": _plain(feed_forward),
     "token_merge": _patched(token_merge),
     "token_split": _patched(token_split),
     "qk_norm_rope": _plain(reference.qk_norm_rope),

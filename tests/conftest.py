@@ -60,6 +60,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # The cache on disk knows an operator by its name: it would hand out graphs made with another fake implementation.
     torch._inductor.config.force_disable_caches = True
+    if hasattr(config, "workerinput"):
+        # Beside others a worker has one thread, and its Inductor no pool of processes: where threads are more than
+        # cores, OpenMP's wait for each other ten times as long as they work.
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # of processes that tests start
+        torch._inductor.config.compile_threads = 1
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:  # as nohup and a shell's background leave it; tests send them
             signal.signal(number, handler)

@@ -82,11 +82,34 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(str(error)) from error
 
 
+# The GPU tests that take longest, with which workers begin, so that none has much left when the others are done.
+LONGEST = (
+    "test_memcheck",
+    "test_digits_on_the_gpu",
+    "test_measures_on_a_gpu",
+    "test_a_training_step_on_the_gpu",
+    "test_random_cases[na2d_options",
+    "test_random_cases[neighborhood_self_attention",
+    "test_the_largest_batch_on_a_gpu",
+    "test_two_copies_live_beside_the_package_on_a_gpu",
+    "test_resume_on_the_gpu",
+    "test_random_cases[na2d",
+    "test_random_cases",
+)
+
+
+def place(name: str) -> int:
+    """Where a GPU test of this name comes in the order."""
+    return next((i for i, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not torch.cuda.is_available():
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    elif gpu:
+        items.sort(key=lambda item: place(item.name))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

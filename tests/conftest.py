@@ -84,7 +84,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # The GPU tests that take longest, with which workers begin, so that none has much left when the others are done.
 LONGEST = (
-    "test_memcheck",
     "test_digits_on_the_gpu",
     "test_measures_on_a_gpu",
     "test_a_training_step_on_the_gpu",
@@ -94,6 +93,7 @@ LONGEST = (
     "test_two_copies_live_beside_the_package_on_a_gpu",
     "test_resume_on_the_gpu",
     "test_random_cases[na2d",
+    "test_memcheck",  # finds on disk what those before it have compiled
     "test_random_cases",
 )
 

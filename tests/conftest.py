@@ -86,13 +86,17 @@ def pytest_configure(config: pytest.Config) -> None:
 LONGEST = (
     "test_digits_on_the_gpu",
     "test_measures_on_a_gpu",
+    "test_random_cases[neighborhood_self_attention-float",
+    "test_random_cases[neighborhood_self_attention-bfloat16",
+    "test_random_cases[na2d-float",
+    "test_random_cases[na2d-bfloat16",
+    "test_random_cases[na2d_options-float",
     "test_a_training_step_on_the_gpu",
-    "test_random_cases[na2d_options",
-    "test_random_cases[neighborhood_self_attention",
     "test_the_largest_batch_on_a_gpu",
     "test_two_copies_live_beside_the_package_on_a_gpu",
     "test_resume_on_the_gpu",
     "test_random_cases[na2d",
+    "test_random_cases[neighborhood_self_attention",
     "test_memcheck",  # finds on disk what those before it have compiled
     "test_random_cases",
 )

@@ -137,8 +137,10 @@ def test_every_run_has_all_that_compiles_hoppers_kernels_anew(seed: int, seeded:
 def test_what_takes_longest_is_there_and_comes_first() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     for index, start in enumerate(LONGEST):
-        name, _, operator = start.partition("[")
+        name, _, case = start.partition("[")
+        operator, _, kind = case.partition("-")
         assert f"def {name}(" in tests and any(each.startswith(operator) for each in attention.OPERATORS)
+        assert any(each.startswith(kind) for each in ("bfloat16", "float16", "float32", "mixed"))
         assert place(start) == index < place("test_deterministic[na2d]")
 
 

@@ -60,6 +60,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # The cache on disk knows an operator by its name: it would hand out graphs made with another fake implementation.
     torch._inductor.config.force_disable_caches = True
+    if hasattr(config, "workerinput"):
+        # Beside others a worker has one thread, and its Inductor no pool of processes: where threads are more than
+        # cores, OpenMP's wait for each other ten times as long as they work.
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # of processes that tests start
+        torch._inductor.config.compile_threads = 1
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:  # as nohup and a shell's background leave it; tests send them
             signal.signal(number, handler)
@@ -76,11 +82,38 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(str(error)) from error
 
 
+# The GPU tests that take longest, with which workers begin, so that none has much left when the others are done.
+LONGEST = (
+    "test_digits_on_the_gpu",
+    "test_measures_on_a_gpu",
+    "test_random_cases[neighborhood_self_attention-float",
+    "test_random_cases[neighborhood_self_attention-bfloat16",
+    "test_random_cases[na2d-float",
+    "test_random_cases[na2d-bfloat16",
+    "test_random_cases[na2d_options-float",
+    "test_a_training_step_on_the_gpu",
+    "test_the_largest_batch_on_a_gpu",
+    "test_two_copies_live_beside_the_package_on_a_gpu",
+    "test_resume_on_the_gpu",
+    "test_random_cases[na2d",
+    "test_random_cases[neighborhood_self_attention",
+    "test_memcheck",  # finds on disk what those before it have compiled
+    "test_random_cases",
+)
+
+
+def place(name: str) -> int:
+    """Where a GPU test of this name comes in the order."""
+    return next((i for i, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not torch.cuda.is_available():
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    elif gpu:
+        items.sort(key=lambda item: place(item.name))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -158,14 +157,17 @@ def _digest(launch: Any) -> str:
 
 def on_gpu(processes: int) -> tuple[dict[str, Any], list[str]]:
     """What the tests that compare the kernels saw, and their command."""
-    command = ["-m", "pytest", "-m", "gpu", "tests/test_gpu_operators.py", "-k", COMPARING]
-    command += ["-n", str(processes), "--dist", "loadgroup"] if processes > 1 else []
+    import pytest
+
+    file = "tests/test_gpu_operators.py"
+    options = ["-m", "gpu", "-k", COMPARING]
+    options += ["-n", str(processes), "--dist", "loadgroup"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "seen.json"
-        subprocess.run([sys.executable, *command, "--record", str(path)], cwd=ROOT)
+        pytest.main([str(ROOT / file), *options, "--record", str(path)])  # here, where torch is imported already
         if not path.exists():
             raise ValueError("nothing is recorded: the GPU tests did not run to their end")
-        return runs.read(path), ["python", *command]
+        return runs.read(path), ["python", "-m", "pytest", file, *options]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,8 @@ GPU = torch.device("cuda")
 
 pytest.importorskip("triton")
 from hdit_kernels.geglu_triton import _geglu_forward_kernel  # noqa: E402
-from hdit_kernels.launch import compiled_together  # noqa: E402
+from hdit_kernels.launch import _compiled, compiled_together  # noqa: E402
+from tests.test_gpu_operators import kernels_of_the_package  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -343,15 +344,18 @@ def test_samples_are_the_eager_ones(seed: int) -> None:
 
 
 def test_kernels_are_compiled_together(seed: int) -> None:
+    """Of a network in bfloat16, whose kernels other tests need, too: on disk, it may be, and out of sight here."""
     model, given = small(), inputs()
     x = torch.randn(5, 24, device=GPU, dtype=torch.float16)
-    compiled = _geglu_forward_kernel.device_caches[0][0]
-    before = len(compiled)
+    for function in kernels_of_the_package():
+        function.device_caches.clear()
+    _compiled.clear()
     with compiled_together():
-        with torch.autocast("cuda", torch.float16):
+        with torch.autocast("cuda", torch.bfloat16):
             model(**given).sum().backward()
         out = geglu(x)
+    compiled = _geglu_forward_kernel.device_caches[0][0]
     after = len(compiled)
-    assert out.shape == (5, 12) and after > before
+    assert out.shape == (5, 12) and after >= 2
     assert torch.allclose(geglu(x), reference.geglu(x), atol=1e-2)
     assert len(compiled) == after  # found, not compiled anew

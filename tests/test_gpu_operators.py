@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -38,6 +39,12 @@ def _operators() -> dict[str, Generator]:
 
 
 OPERATORS = _operators()
+
+
+def in_groups(name: str) -> Any:
+    """A test of every operator, in two groups: a process spends seconds on its first torch.compile or profile."""
+    group = {operator: pytest.mark.xdist_group(f"{name} {i % 2}") for i, operator in enumerate(OPERATORS)}
+    return pytest.mark.parametrize("operator", [pytest.param(each, marks=mark) for each, mark in group.items()])
 
 
 @pytest.fixture
@@ -173,7 +180,7 @@ def test_deterministic(operator: str, seed: int, record) -> None:
     record("deterministic", operator, "bfloat16", dict(runs=20))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@in_groups("profiled")
 def test_runs_only_our_kernels(operator: str, seed: int, record) -> None:
     """Forward and backward launch Triton kernels of ours and named cuBLAS products, and nothing else: no copies, no
     casts, save those that feed_forward needs for cuBLAS: weights rounded, and x where addmm adds the product to it.
@@ -212,7 +219,7 @@ def is_cublas(name: str) -> bool:
     return any(word in name.lower() for word in ("gemm", "gemv", "cutlass", "cublas", "nvjet", "splitkreduce"))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@in_groups("compiled")
 def test_compiles_whole_and_under_autocast(operator: str, seed: int) -> None:
     """torch.compile(fullgraph=True) gives the same numbers forward and backward, with and without autocast."""
     case = OPERATORS[operator](random.Random(seed), torch.Generator().manual_seed(seed), torch.bfloat16, True)

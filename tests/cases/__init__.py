@@ -35,7 +35,7 @@ Generator = Callable[[random.Random, torch.Generator, torch.dtype, bool], Case]
 def turn(dtype: torch.dtype, mixed: bool = False) -> int:
     """Which share of a family's compile keys a kind of dtypes has in this run: one more each, and with each seed.
 
-    Compiling is most of the GPU suite's time, so a kind has a 2nd or a 3rd of them; all kinds together have all.
+    Compiling is most of the GPU suite's time, so a kind has a half or a quarter of them; four seeds in a row have all.
     """
     kinds = [(torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.bfloat16, True)]
     return int(os.environ["HDIT_TEST_SEED"]) + kinds.index((dtype, mixed))

@@ -16,18 +16,33 @@ from tests.cases import Case, strided, turn
 from tests.cases.rope import angles
 
 HEAD_DIMS = (16, 40, 32, 64, 128)  # few compile keys: one a head_dim and dtype; in the order of `in_this_run`
+OPTION_DIMS = ((16, 16), (64, 64), (64, 16), (256, 256), (32, 384))  # of queries and of values
 
 
 def in_this_run(head_dim: int, window: Sequence[int], dilation: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether a run has such cases: HDiT's own head_dim and window always, else half of all compile keys.
+    """Whether a run has such cases: HDiT's own head_dim and window always, else half of all compile keys of Hopper's
+    own kernels and a quarter of those of the portable ones.
 
-    They are the white squares of a chessboard of head_dims and windows, or the black ones, by the seed; float16 has
-    those that bfloat16 has not, so in one or the other every run has all of what compiles Hopper's kernels anew.
+    Half: the white squares of a chessboard of head_dims and windows, or the black ones, by the seed; float16 has those
+    that bfloat16 has not, so in one or the other every run has all of what compiles Hopper's kernels anew. A quarter:
+    diagonals of such a board, others for each dtype.
     """
-    narrow = dtype != torch.float32 and head_dim in (32, 64, 128) and max(window) <= 9 and max(dilation) == 1
-    column = bisect.bisect_left((3, 5, 7), window[0]) if narrow else int(max(window) > 9)
-    mine = (HEAD_DIMS.index(head_dim) + column + turn(dtype)) % 2 == 0
-    return mine or (narrow and head_dim == 64 and tuple(window) == (7, 7))
+    row, largest = HEAD_DIMS.index(head_dim), max(window)
+    if dtype != torch.float32 and max(dilation) == 1 and head_dim in ((32, 64, 128) if largest <= 9 else (32, 64)):
+        column = bisect.bisect_left((3, 5, 7), window[0]) if largest <= 9 else 0
+        return (row + column + turn(dtype)) % 2 == 0 or (head_dim == 64 and tuple(window) == (7, 7))
+    return (row + entry(window) + turn(dtype)) % 4 == 0
+
+
+def options_in_this_run(head_dims: tuple[int, int], window: Sequence[int], dtype: torch.dtype) -> bool:
+    """A quarter as well; wide heads have one configuration for all windows."""
+    column = entry(window) if max(head_dims) <= 128 else 0
+    return (OPTION_DIMS.index(head_dims) + column + turn(dtype)) % 4 == 0
+
+
+def entry(window: Sequence[int]) -> int:
+    """Which of the portable kernels' configurations for these windows: up to 7, up to 9 or beyond."""
+    return bisect.bisect_left((7, 9), max(window))
 
 
 def _axis(sizes: random.Random, window: int, dilation: int) -> int:
@@ -93,8 +108,9 @@ def na2d_strips(sizes: random.Random, values: torch.Generator, dtype: torch.dtyp
 
 
 def na2d_large_windows(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
-    """What Hopper's dK/dV kernel for larger windows takes."""
-    return na2d(sizes, values, dtype, mixed, (10, 11, 12, 13, 13), dilations=((1, 1),), head_dims=(32, 64))
+    """What Hopper's dK/dV kernel for larger windows takes (float32 goes to the portable ones, of any head_dim)."""
+    head_dims = HEAD_DIMS if dtype == torch.float32 else (32, 64)
+    return na2d(sizes, values, dtype, mixed, (10, 11, 12, 13, 13), dilations=((1, 1),), head_dims=head_dims)
 
 
 def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dtype, mixed: bool) -> Case:
@@ -103,7 +119,9 @@ def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dty
     """
     while True:
         window = tuple(sizes.choice((1, 2, 3, 4, 6, 7, 7, 9, 12)) for _ in range(2))
-        if math.prod(window) > 2:  # of fewer keys the gradients of query and key are mostly rounding
+        head_dim, head_dim_v = head_dims = sizes.choice(OPTION_DIMS)
+        # of fewer keys the gradients of query and key are mostly rounding
+        if math.prod(window) > 2 and options_in_this_run(head_dims, window, dtype):
             break
     dilation = sizes.choice(((1, 1), (1, 1), (2, 2), (1, 3), (2, 1)))
     causal = (sizes.random() < 0.5, sizes.random() < 0.5)
@@ -111,8 +129,6 @@ def na2d_options(sizes: random.Random, values: torch.Generator, dtype: torch.dty
     stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
     height, width = (_axis(sizes, w, d) for w, d in zip(window, dilation, strict=True))
     batch, heads_kv, group = sizes.randint(1, 4), sizes.randint(1, 3), sizes.choice((1, 1, 2, 3))
-    shares = ((64, 64), (256, 256), (16, 16)), ((64, 64), (64, 16), (32, 384))
-    head_dim, head_dim_v = sizes.choice(shares[turn(dtype, mixed) % 2])
     shapes = ((heads_kv * group, head_dim), (heads_kv, head_dim), (heads_kv, head_dim_v))
     query, key, value = (
         strided(torch.randn(batch, height, width, *shape, generator=values).to(dtype), sizes) for shape in shapes

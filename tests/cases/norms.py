@@ -18,7 +18,7 @@ WIDTHS = (32, 48, 128, 257, 384, 512, 768, 1536)
 
 def _shape(sizes: random.Random, dtype: torch.dtype, mixed: bool, per_sample: bool) -> tuple[int, ...]:
     """[B, C], tokens or a grid, some a row more or less than whole blocks of rows; rms_norm also takes one row [C]."""
-    channels = sizes.choice(WIDTHS[turn(dtype, mixed) % 3 :: 3])
+    channels = sizes.choice(WIDTHS[turn(dtype, mixed) % 4 :: 4])
     kinds: list[tuple[int, ...]] = [
         (),
         (sizes.choice([1, 15, 16, 17, 65]),),

@@ -29,7 +29,7 @@ def qk_norm_rope(sizes: random.Random, values: torch.Generator, dtype: torch.dty
         sizes.randint(1, 40),
         3,
         sizes.randint(1, 6),
-        sizes.choice(HEAD_DIMS[turn(dtype, mixed) % 2 :: 2]),
+        HEAD_DIMS[turn(dtype, mixed) % 4],
     )
     scale = torch.empty(shape[4]).uniform_(0.5, 20.0, generator=values)
     theta_y, theta_x = angles(shape, values)

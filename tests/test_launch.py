@@ -233,7 +233,7 @@ def test_the_interpreter_compiles_nothing() -> None:
 
 def test_kernels_take_tensors_first_and_constants_last() -> None:
     """As launch.run hands them over."""
-    from hdit_kernels import geglu_triton, norms_triton, rope_triton, tokens_triton
+    from hdit_kernels import feed_forward_hopper, geglu_triton, norms_triton, rope_triton, tokens_triton
     from hdit_kernels.neighborhood_attention import (
         hopper_backward,
         hopper_backward_wide,
@@ -245,7 +245,16 @@ def test_kernels_take_tensors_first_and_constants_last() -> None:
 
     found = 0
     modules = (triton_additional, triton_backward, triton_forward, hopper_backward, hopper_backward_wide)
-    for module in (*modules, hopper_forward, geglu_triton, norms_triton, rope_triton, tokens_triton, launch):
+    for module in (
+        *modules,
+        hopper_forward,
+        feed_forward_hopper,
+        geglu_triton,
+        norms_triton,
+        rope_triton,
+        tokens_triton,
+        launch,
+    ):
         for name, kernel in vars(module).items():
             if name.startswith("_") and name.endswith("_kernel"):
                 found += 1
@@ -254,7 +263,6 @@ def test_kernels_take_tensors_first_and_constants_last() -> None:
                 assert [p.default is None for p in every] == sorted(p.default is None for p in every), name
                 constant = ["constexpr" in str(p.annotation) for p in parameters]
                 assert constant == sorted(constant), name
-                assert [p.name.endswith("_ptr") for p in parameters] == sorted(
-                    (p.name.endswith("_ptr") for p in parameters), reverse=True
-                ), name
-    assert found == 21
+                kinds = [2 * p.name.endswith("_desc") + p.name.endswith("_ptr") for p in parameters]
+                assert kinds == sorted(kinds, reverse=True), name
+    assert found == 23

@@ -119,7 +119,7 @@ def test_compiled_computes_every_small_case(seed: int, monkeypatch: pytest.Monke
             assert entry.implementation.compiles
             assert all(error.right for error in errors(case, entry, seed).values())
         assert torch._functorch.config.donated_buffer is False
-    assert len(asked) == len(cases) == 8 and asked[0] == {"dynamic": False, "fullgraph": True}
+    assert len(asked) == len(cases) == 9 and asked[0] == {"dynamic": False, "fullgraph": True}
 
 
 @pytest.mark.parametrize("operator", ["rms_norm", "geglu", "token_merge", "token_split"])

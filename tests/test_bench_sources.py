@@ -54,8 +54,8 @@ def test_comments_docstrings_and_formatting_are_no_change(clone: Path) -> None:
     [
         # what every launcher uses
         ("hdit_kernels/launch.py", "return jit(function", "return jit( function, debug=True", set(ENTRIES)),
-        ("hdit_kernels/geglu_triton.py", "1.0 + 0.26 *", "1.0 + 0.25 *", {"geglu"} | NETWORKS),
-        ("hdit_kernels/reference.py", "def geglu(x: Tensor)", "def geglu(x)", {"geglu"} | NETWORKS),
+        ("hdit_kernels/geglu_triton.py", "1.0 + 0.26 *", "1.0 + 0.25 *", {"geglu", "feed_forward"} | NETWORKS),
+        ("hdit_kernels/reference.py", "def geglu(x: Tensor)", "def geglu(x)", {"geglu", "feed_forward"} | NETWORKS),
         # one operator of a file of several
         ("hdit_kernels/norms_triton.py", "def rms_norm_backward(", "def rms_norm_backward(a,", {"rms_norm"} | NETWORKS),
         ("hdit/ema.py", "def ema_update(", "def ema_update(unused, ", {STEP}),

@@ -35,7 +35,7 @@ from hdit_kernels import (
     token_split,
 )
 from hdit_kernels.feed_forward import is_one_kernel
-from hdit_kernels.registration import autocast_dtype
+from hdit_kernels.registration import autocast_dtype, cast_dtype
 
 # torch.compile(dynamic=True) makes an input of each Python float but literals, and compiles everything a second time
 # where an operator takes one. Hence eps and 2π written out, and the integers for a dropout of 0 and for norm_type.
@@ -266,9 +266,11 @@ class FeedForwardBlock(nn.Module):
         self.down_proj = zero_init(nn.Linear(config.d_ff, config.width, bias=False))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        if self._is_plain() and (not torch.is_grad_enabled() or is_one_kernel(x, self.down_proj.in_features)):
-            scale = self.norm.linear(cond)
-            return feed_forward(x, scale, self.up_proj.weight, self.down_proj.weight, 1e-6)
+        same_dtype = cast_dtype(x.dtype, autocast_dtype(x)) == x.dtype  # the operator's output has the autocast dtype
+        if same_dtype and self._is_plain():
+            if not torch.is_grad_enabled() or is_one_kernel(x, self.down_proj.in_features):
+                scale = self.norm.linear(cond)
+                return feed_forward(x, scale, self.up_proj.weight, self.down_proj.weight, 1e-6)
         return x + self.down_proj(self.dropout(geglu(self.up_proj(self.norm(x, cond)))))
 
     def _is_plain(self) -> bool:

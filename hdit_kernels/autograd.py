@@ -12,10 +12,9 @@ autograd.Function that Dynamo itself takes apart has no derivative beyond the fi
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from typing import Any
 
 import torch
@@ -147,23 +146,34 @@ def _allow_in_graph(*functions: Any) -> None:
         _for_dynamo.extend(functions)
 
 
+class _Telling(Loader):
+    """Another loader, and then Dynamo is told of what waits for it."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        torch.compiler.allow_in_graph(_for_dynamo)
+
+
 class _AfterDynamo(MetaPathFinder):
-    """Tells Dynamo of what waits for it as soon as it is imported, once."""
+    """Finds Dynamo as those behind it do."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "torch._dynamo":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                load(module)
-                torch.compiler.allow_in_graph(_for_dynamo)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:  # of two copies of this package each is asked
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Telling(spec.loader)
+                return spec
+        return None
 
 
 if "torch._dynamo" not in sys.modules:

@@ -18,8 +18,8 @@ def feed_forward(x: Tensor, scale: Tensor, up_weight: Tensor, down_weight: Tenso
     """x + down(geglu(up(ada_rms_norm(x, scale)))), without biases; backward computes what is between x and out anew.
 
     Args:
-        x: [B, ..., C], bfloat16, float16 or float32 (float64 takes the reference); any strides, copied if there are
-            gaps.
+        x: [B, ..., C], bfloat16, float16 or float32 (float64 takes the reference); any strides, copied unless
+            contiguous.
         scale: [B, C], of x's dtype or another: one for each sample; the norm multiplies by 1 + scale.
         up_weight: [2·d_ff, C], the value's rows first, then the gate's.
         down_weight: [C, d_ff]. Weights may have another dtype than x: forward and backward each round them to x's for

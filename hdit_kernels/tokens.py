@@ -54,7 +54,8 @@ def token_split(
     """Each token becomes an h x w patch: projection without bias y, pixel-shuffle; with a skip skip + fac · (y − skip).
 
     Args:
-        x: [B, H, W, in], bfloat16, float16 or float32 (float64 takes the reference); any strides, none is copied.
+        x: [B, H, W, in], bfloat16, float16 or float32 (float64 takes the reference); any strides, copied where its rows
+            can't be seen as those of a matrix.
         weight: [h·w·C, in], rows in the order (row of the patch, column of the patch, channel); may have another
             dtype than x, and is then rounded to x's for the product.
         patch_size: (h, w).
@@ -62,9 +63,11 @@ def token_split(
         fac: [1], given exactly when skip is: the weight of y. It is read on the device and stays in its own dtype.
 
     Returns:
-        [B, H·h, W·w, C] in x's dtype, contiguous. Under autocast x and skip are cast to the autocast dtype first. A
-        backward pass with a skip needs y − skip, which is kept for it, rounded to x's dtype: the output's bytes once
-        more. (skip itself is kept for derivatives beyond the first; not in a graph of torch.compile.)
+        [B, H·h, W·w, C] in x's dtype, contiguous. Under autocast x and skip are cast to the autocast dtype first. With
+        a skip y is rounded to x's dtype before it is weighted, unless a kernel has both: in 16 bits on a GPU, for fewer
+        than 768 input features, a multiple of 64 (32 elsewhere than on Hopper), at multiples of 16 bytes. A backward
+        pass with a skip needs y − skip, which is kept for it, rounded to x's dtype: the output's bytes once more. (skip
+        itself is kept for derivatives beyond the first; not in a graph of torch.compile.)
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype or shape, or only one of skip and fac is given.
@@ -117,7 +120,7 @@ def _patches(fine: Tensor, patch_size: Sequence[int]) -> Tensor:
     """[B, H·h, W·w, C] -> [B, H, W, h·w·C]."""
     (h, w), (batch, height, width, channels) = patch_size, fine.shape
     rows = fine.reshape(batch, height // h, h, width // w, w * channels)
-    return rows.transpose(2, 3).flatten(3)
+    return rows.transpose(2, 3).clone(memory_format=torch.contiguous_format).flatten(3)  # never a view
 
 
 def _unpatched(patches: Tensor, patch_size: Sequence[int]) -> Tensor:
@@ -171,7 +174,8 @@ def _reference_split_backward(
     dx, dweight = registration.gradients(split, (x.to(wide), weight), part * gradient, needed[:2])
     dskip = ((1 - part) * gradient).to(skip_dtype)
     dfac = (gradient * _unpatched(difference, patch_size)).sum()[None].to(fac.dtype)
-    return dx.to(x.dtype), dweight, dskip if needed[2] else dout.new_empty(0), dfac if needed[3] else dout.new_empty(0)
+    found = dx.to(x.dtype), dweight, dskip, dfac
+    return tuple(gradient if wanted else dout.new_empty(0) for gradient, wanted in zip(found, needed, strict=True))
 
 
 def _flops(x: Sequence[int], weight: Sequence[int]) -> int:

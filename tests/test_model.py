@@ -633,6 +633,12 @@ def test_plain_feed_forward_blocks_are_fused_and_equal_called_ones(seed: int, mo
         parametrized = copy.deepcopy(block)
         nn.utils.parametrize.register_parametrization(parametrized.up_proj, "weight", nn.Identity())
         assert called(parametrized)[1] == 0
+        narrow = copy.deepcopy(block).float()
+        with torch.autocast("cpu", torch.bfloat16):  # x stays float32 by the layers
+            for dtype, fused in ((torch.float32, 0), (torch.bfloat16, 1)):
+                with Operators() as operators:
+                    assert narrow(x.to(dtype), cond.float()).dtype == dtype
+                assert operators.counts["hdit_kernels::feed_forward_forward"] == fused
         assert called(block.train())[1] == 0
         block.dropout.p = 0.0
         assert called(block)[1] == 1

@@ -109,8 +109,10 @@ def test_opcheck(name, seed) -> None:
         x, weight = tensors["x"], tensors["weight"]
         for save in (True, False):
             if name == "token_merge":
-                arguments = (x, weight, [2, 2], save)
-                torch.library.opcheck(OPERATORS.token_merge_forward.default, arguments)
+                for size in ([2, 2], [1, 2]):  # patches of one row could be views of x
+                    columns = weight[:, : size[0] * size[1] * x.shape[-1]]
+                    torch.library.opcheck(OPERATORS.token_merge_forward.default, (x.contiguous(), columns, size, save))
+                torch.library.opcheck(OPERATORS.token_merge_forward.default, (x, weight, [2, 2], save))
             else:
                 arguments = (x, weight, [2, 2], tensors.get("skip"), tensors.get("fac"), save)
                 torch.library.opcheck(OPERATORS.token_split_forward.default, arguments)
@@ -122,7 +124,7 @@ def test_opcheck(name, seed) -> None:
         else:
             dout, skipped = torch.randn(2, 3, 6, 4).to(dtype).movedim(-3, -1), "skip" in tensors
             rest = (torch.randn(2, 3, 2, 12).to(dtype), tensors["fac"], dtype) if skipped else (None, None, None)
-            for needed in ([True, True, skipped, skipped], [False, True, False, False]):
+            for needed in ([True, True, skipped, skipped], [False, True, False, False], [True, False, False, skipped]):
                 arguments = (dout, x, weight, [2, 2], *rest, needed)
                 torch.library.opcheck(OPERATORS.token_split_backward.default, arguments)
 

@@ -284,7 +284,7 @@ def _norm_forward_kernel(
     for part in tl.static_range(PARTS):
         inside = exists if EXACT else exists & (column + part * WIDTH < channels)[None, :]
         x = tl.load(x_ptr + x_at + part * WIDTH, inside, other=0.0)
-        xs = xs + (x,)  # type: ignore[assignment]
+        xs = xs + (x,)  # type: ignore[assignment]  # Triton's tuples grow
         if CENTRED:
             sums += x.to(tl.float32)
     mean = (tl.sum(sums, 1) * share)[:, None] if CENTRED else 0.0
